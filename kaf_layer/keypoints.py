@@ -1,0 +1,211 @@
+"""Keypoints: what every part of the package speaks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass, fields
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["Keypoints", "check_features"]
+
+
+@dataclass(eq=False)
+class Keypoints:
+    """A batch of keypoints, padded to a common number of slots.
+
+    Slots that are not ``valid`` may hold anything, NaN included: they influence nothing.
+    The class is a pytree, so it passes through ``torch.compile``, ``torch.export`` and
+    DDP. ``kp[i]`` is one sample, without the batch axis; :meth:`stack` joins samples.
+
+    Args:
+        positions: (B, N, D) float, in pixels of the image, in ``(x, y)`` or ``(x, y, z)``
+            order, pixel centres at integers.
+        valid: (B, N) bool, which slots are keypoints.
+        image_size: the image's size in tensor order, ``(H, W)`` or ``(D, H, W)``.
+        scores: (B, N), the detector's response.
+        scales: (B, N), in pixels.
+        angles: (B, N), in radians, from the x axis towards the y axis.
+        descriptors: (B, N, K).
+        padded: False promises that every slot is valid, which spares the attention its mask.
+
+    Raises:
+        ValueError: if a shape, or the type of ``positions`` or ``valid``, does not fit.
+
+    Example:
+        >>> positions = torch.tensor([[[3.0, 1.0], [0.0, 0.0]]])
+        >>> kp = Keypoints(positions, torch.tensor([[True, False]]), (4, 8))
+        >>> kp.cells((2, 4)).tolist()  # row 0, column 1 of a 2x4 map; the padded slot is in cell 0
+        [[1, 0]]
+        >>> kp.positions_in((2, 4))[0, 0].tolist()
+        [1.25, 0.25]
+        >>> len(kp), len(kp[0])
+        (1, 2)
+    """
+
+    positions: Annotated[Tensor, "B N D"]
+    valid: Annotated[Tensor, "B N"]
+    image_size: tuple[int, ...]
+    _: KW_ONLY
+    scores: Annotated[Tensor, "B N"] | None = None
+    scales: Annotated[Tensor, "B N"] | None = None
+    angles: Annotated[Tensor, "B N"] | None = None
+    descriptors: Annotated[Tensor, "B N K"] | None = None
+    padded: bool = True
+
+    def __post_init__(self) -> None:
+        # Pytree transformations put other things than tensors into the fields.
+        if isinstance(self.positions, Tensor) and isinstance(self.valid, Tensor):
+            self._check(self.positions.shape[:-1])
+
+    def _check(self, slots: torch.Size) -> None:
+        if len(slots) not in (1, 2) or self.positions.shape[-1] != len(self.image_size):
+            raise ValueError(
+                "positions must be (B, N, D), or (N, D) for one sample, with D coordinates for D axes of "
+                f"image_size, got {self.positions.shape=} and {self.image_size=}"
+            )
+        if not self.positions.is_floating_point():
+            raise ValueError(f"positions must be floating point (call .float()), got {self.positions.dtype=}")
+        if self.valid.dtype != torch.bool:
+            raise ValueError(f"valid must be boolean (call .bool()), got {self.valid.dtype=}")
+        for name in ("valid", "scores", "scales", "angles", "descriptors"):
+            value = getattr(self, name)
+            if isinstance(value, Tensor) and value.shape[: len(slots)] != slots:
+                raise ValueError(f"{name} must begin with the shape {tuple(slots)} of the slots, got {value.shape=}")
+
+    @property
+    def spatial_dims(self) -> int:
+        """The number of spatial axes, 2 or 3."""
+        return len(self.image_size)
+
+    def __len__(self) -> int:
+        """The number of samples (of slots, for one sample)."""
+        return len(self.positions)
+
+    def __getitem__(self, index: Any) -> Keypoints:
+        """The samples at ``index``; an integer gives one sample, without the batch axis."""
+        return self._map(lambda value: value[index])
+
+    def to(self, *args: Any, **kwargs: Any) -> Keypoints:
+        """As :meth:`torch.Tensor.to`; ``valid`` stays boolean."""
+        return self._map(
+            lambda value: value.to(*args, **kwargs) if value.is_floating_point() else value.to(*args, **kwargs).bool()
+        )
+
+    def detach(self) -> Keypoints:
+        """The same keypoints, cut from the graph."""
+        return self._map(Tensor.detach)
+
+    def pin_memory(self) -> Keypoints:
+        """The same keypoints in page-locked memory, as a ``DataLoader`` asks."""
+        return self._map(Tensor.pin_memory)
+
+    def positions_in(self, feature_size: Sequence[int]) -> Annotated[Tensor, "B N D"]:
+        """Positions in pixels of a map of another size, (x, y) order; finite where not valid.
+
+        Args:
+            feature_size: the map's size in tensor order. Positions outside the image stay outside.
+        """
+        positions = self.positions.masked_fill(~self.valid[..., None], 0.0)
+        positions = positions.to(torch.promote_types(positions.dtype, torch.float32))
+        # Axis by axis with Python numbers: a tensor of sizes would be a synchronising copy on CUDA.
+        axes = zip(positions.unbind(-1), reversed(feature_size), reversed(self.image_size), strict=True)
+        return torch.stack([(p + 0.5) * feature / image - 0.5 for p, feature, image in axes], dim=-1)
+
+    def cells(self, feature_size: Sequence[int]) -> Annotated[Tensor, "B N"]:
+        """The row-major index of the cell of a map that holds each keypoint; 0 where not valid.
+
+        Args:
+            feature_size: the map's size in tensor order. Positions outside are clamped into the map.
+        """
+        positions = self.positions_in(feature_size).detach()
+        index = torch.zeros_like(self.valid, dtype=torch.long)
+        for p, size in zip(reversed(positions.unbind(-1)), feature_size, strict=True):
+            index = index * size + (p + 0.5).floor().clamp(0, size - 1).long()
+        return index
+
+    @staticmethod
+    def stack(samples: Sequence[Keypoints]) -> Keypoints:
+        """Joins samples of one image size into a batch, padding them to the largest count.
+
+        Args:
+            samples: keypoints without a batch axis, as ``kp[i]`` gives them. An optional
+                field is kept if all of them have it.
+
+        Raises:
+            ValueError: if there are no samples, one has a batch axis, or their image sizes differ.
+
+        Example:
+            >>> a = Keypoints(torch.zeros(3, 2), torch.ones(3, dtype=torch.bool), (8, 6))
+            >>> b = Keypoints(torch.zeros(1, 2), torch.ones(1, dtype=torch.bool), (8, 6))
+            >>> Keypoints.stack([a, b]).valid.tolist()
+            [[True, True, True], [True, False, False]]
+        """
+        if not samples or any(sample.valid.ndim != 1 for sample in samples):
+            shapes = [tuple(sample.positions.shape) for sample in samples]
+            raise ValueError(f"stack takes one or more samples without a batch axis, (N, D), got {shapes}")
+        sizes = {tuple(sample.image_size) for sample in samples}
+        if len(sizes) > 1:
+            raise ValueError(f"stack takes samples of one image size, got {sorted(sizes)}")
+        slots = max(len(sample) for sample in samples)
+
+        def join(values: list[Tensor]) -> Tensor:
+            return torch.stack([F.pad(v, (0, 0) * (v.ndim - 1) + (0, slots - len(v))) for v in values])
+
+        optional: dict[str, Any] = {}
+        for name in ("scores", "scales", "angles", "descriptors"):
+            values = [getattr(sample, name) for sample in samples]
+            optional[name] = None if any(value is None for value in values) else join(values)
+        return Keypoints(
+            join([sample.positions for sample in samples]),
+            join([sample.valid for sample in samples]),
+            samples[0].image_size,
+            padded=any(sample.padded or len(sample) < slots for sample in samples),
+            **optional,
+        )
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Keypoints:
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        values |= {name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return Keypoints(**values)
+
+
+torch.export.register_dataclass(Keypoints, serialized_type_name="kaf_layer.Keypoints")
+
+
+def check_features(features: Annotated[Tensor, "B C *S"], keypoints: Keypoints) -> None:
+    """Checks that a feature map can belong to the image that the keypoints were detected on.
+
+    Raises:
+        ValueError: if the numbers of axes or the batch sizes differ, or if an axis of the map is
+            not the image's divided (or multiplied) by a whole number, rounded up or down.
+    """
+    size, image_size = features.shape[2:], keypoints.image_size
+    if len(size) != len(image_size) or keypoints.positions.ndim != 3:
+        raise ValueError(
+            f"features must be (B, C, *S) with the {len(image_size)} spatial axes of the keypoints' image, and "
+            f"positions (B, N, D), got {features.shape=} and {keypoints.positions.shape=}"
+        )
+    if len(features) != len(keypoints):
+        raise ValueError(
+            "features and keypoints must have the same batch size, "
+            f"got {features.shape=} and {keypoints.positions.shape=}"
+        )
+    # Under a compiler sizes may be symbols, and each comparison would specialise the graph.
+    if torch.compiler.is_compiling():
+        return
+    if not all(_is_scaled(s, f) for f, s in zip(size, image_size, strict=True)) and not all(
+        _is_scaled(f, s) for f, s in zip(size, image_size, strict=True)
+    ):
+        raise ValueError(
+            "features must be a map of the keypoints' image, each axis divided by a whole stride "
+            f"(are H and W swapped?), got {features.shape=} and {keypoints.image_size=}"
+        )
+
+
+def _is_scaled(large: int, small: int) -> bool:
+    """Whether ``small`` is ``large`` divided by a whole number, rounded up or down."""
+    return any(abs(large - small * stride) < stride for stride in (large // small, large // small + 1) if stride)

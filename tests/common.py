@@ -1,0 +1,34 @@
+"""What the tests share: seeded keypoints with every difficulty in them, and the laws every module obeys."""
+
+import torch
+from torch import Tensor
+
+from kaf_layer import Keypoints
+
+NAN = float("nan")
+
+
+def random_keypoints(
+    image_size: tuple[int, ...],
+    counts: tuple[int, ...] = (7, 0, 4),
+    *,
+    slots: int | None = None,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    garbage: float = NAN,
+) -> Keypoints:
+    """Keypoints in random slots, some sharing a cell, some on the border; ``garbage`` in the others."""
+    generator = torch.Generator().manual_seed(seed)
+    slots = max(counts) + 2 if slots is None else slots
+    size = torch.tensor(image_size[::-1], dtype=dtype)
+    positions = torch.rand(len(counts), slots, len(image_size), generator=generator, dtype=dtype) * size - 0.5
+    positions[:, 1::3] = positions[:, 0::3][:, : positions[:, 1::3].shape[1]]  # shared cells
+    positions[:, 2::5] = size - 1  # the last corner
+    order = torch.rand(len(counts), slots, generator=generator).argsort(dim=1)
+    valid = order.argsort(dim=1) < torch.tensor(counts)[:, None]
+    return Keypoints(positions.masked_fill(~valid[..., None], garbage), valid, image_size)
+
+
+def fill_padding(values: Tensor, keypoints: Keypoints, garbage: float = NAN) -> Tensor:
+    """``values`` (B, N, C) with ``garbage`` in the slots that are not valid."""
+    return values.masked_fill(~keypoints.valid[..., None], garbage)
