@@ -1,0 +1,121 @@
+"""What the benchmarks share: alternating runs, medians, saved activations, FLOPs, tables, results with versions."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+RESULTS = Path(__file__).parent / "results"
+Run = Callable[[], object]
+
+
+def compare(runs: dict[str, Run], *, repeats: int = 11, warmup: int = 2) -> dict[str, float]:
+    """Median seconds of each run; the runs alternate, so that a noisy machine is noisy to all of them alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(-warmup, repeats):
+        for name, run in runs.items():
+            elapsed = _cuda_seconds(run) if torch.cuda.is_available() else _cpu_seconds(run)
+            if repeat >= 0:
+                seconds[name].append(elapsed)
+    return {name: median(values) for name, values in seconds.items()}
+
+
+def _cpu_seconds(run: Run) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _cuda_seconds(run: Run) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def saved_bytes(run: Run, *, aside: Iterable[Tensor] = ()) -> int:
+    """Bytes that the forward pass saves for the backward pass: unique storages, parameters and ``aside`` not counted.
+
+    ``aside`` holds what is there anyway, such as the inputs.
+    """
+    excluded = {tensor.untyped_storage().data_ptr() for tensor in aside}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if not isinstance(tensor, nn.Parameter) and storage.data_ptr() not in excluded:
+            storages[storage.data_ptr()] = storage  # kept alive, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = run()
+    del result
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def count_flops(run: Run) -> int:
+    """FLOPs, a multiply-add being 2, under the MATH attention backend (the fused CPU kernel would count as zero)."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def device_name() -> str:
+    """The name of the GPU, or of the processor with the number of threads."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+
+
+def environment(*packages: str) -> dict[str, str]:
+    """The device's name and the versions of Python, torch and the packages named."""
+    from importlib.metadata import version
+
+    versions = {name: version(name) for name in ("torch", *packages)}
+    return {"device": device_name(), "python": platform.python_version(), **versions}
+
+
+def markdown(rows: list[dict[str, object]]) -> str:
+    """A Markdown table; the first row's keys are the header."""
+    header = list(rows[0])
+    lines = [header, ["---"] * len(header), *([_cell(row[key]) for key in header] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(value: object) -> str:
+    return (
+        f"{value:.3g}"
+        if isinstance(value, float) and abs(value) < 100
+        else (f"{value:.0f}" if isinstance(value, float) else str(value))
+    )
+
+
+def report(
+    name: str, rows: list[dict[str, object]], *, notes: str, packages: Iterable[str] = (), save: bool = True
+) -> str:
+    """Prints the table with its notes and versions, and saves it as Markdown and JSON under ``benchmarks/results``."""
+    where = environment(*packages)
+    text = f"{markdown(rows)}\n\n{notes}\n\n" + ", ".join(f"{key} {value}" for key, value in where.items()) + "\n"
+    print(text)
+    if save:
+        RESULTS.mkdir(exist_ok=True)
+        device = torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else "cpu"
+        content = {"environment": where, "notes": notes, "rows": rows}
+        (RESULTS / f"{name}-{device}.json").write_text(json.dumps(content, indent=1) + "\n")
+        (RESULTS / f"{name}-{device}.md").write_text(text)
+    return text
