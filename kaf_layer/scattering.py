@@ -1,0 +1,157 @@
+"""Tokens to a sparse feature map."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor, nn
+
+from kaf_layer.keypoints import Keypoints
+
+__all__ = ["KeypointScatter", "Reduce", "check_tokens", "first_in_cell", "scatter_keypoints", "share_cells"]
+
+Reduce = Literal["mean", "sum", "amax"]
+
+
+def scatter_keypoints(
+    tokens: Annotated[Tensor, "B N C"], keypoints: Keypoints, size: Sequence[int], *, reduce: Reduce = "mean"
+) -> Annotated[Tensor, "B C *S"]:
+    """Writes tokens into the cells of their keypoints, in a map that is zero elsewhere.
+
+    Args:
+        tokens: one per slot. Slots that are not valid may hold anything.
+        keypoints: where the tokens belong, in any number of dimensions.
+        size: the map's size in tensor order, ``(H, W)`` or ``(D, H, W)``.
+        reduce: what becomes of keypoints in one cell. ``"amax"`` works channel by channel;
+            its gradient goes to the maximum, in equal parts where several tokens attain it.
+
+    Raises:
+        ValueError: if the shapes do not fit, or ``reduce`` is unknown.
+
+    Example:
+        >>> kp = Keypoints(torch.tensor([[[0.0, 0.0], [1.0, 1.0], [5.0, 3.0]]]), torch.ones(1, 3).bool(), (4, 6))
+        >>> scatter_keypoints(torch.tensor([[[1.0], [2.0], [4.0]]]), kp, (2, 3))[0, 0]
+        tensor([[1.5000, 0.0000, 0.0000],
+                [0.0000, 0.0000, 4.0000]])
+    """
+    check_tokens(tokens, keypoints, size)
+    batch, _, channels = tokens.shape
+    cells = keypoints.cells(size) + torch.arange(batch, device=tokens.device)[:, None] * prod(size)
+    total = batch * prod(size)
+    rows = share_cells(tokens, cells, keypoints.valid, total=total, reduce=reduce).flatten(0, 1)
+    sparse_map = rows.new_zeros(total, channels).index_add(0, cells.flatten(), rows)
+    return sparse_map.view(batch, prod(size), channels).mT.reshape(batch, channels, *size)
+
+
+def share_cells(
+    tokens: Annotated[Tensor, "B N C"],
+    cells: Annotated[Tensor, "B N"],
+    valid: Annotated[Tensor, "B N"],
+    *,
+    total: int,
+    reduce: Reduce,
+) -> Annotated[Tensor, "B N C"]:
+    """Multiplies each token by its share, so that the sum over a cell is the cell's reduction; 0 where not valid.
+
+    A sum does not depend on the order of writes, and all that comes after it is linear.
+
+    Args:
+        tokens: one per slot.
+        cells: indices below ``total`` that tell cells apart, those of different samples too.
+        valid: which slots are keypoints.
+        total: the number of cells.
+        reduce: ``"mean"``, ``"sum"`` or ``"amax"``.
+
+    Raises:
+        ValueError: if ``reduce`` is unknown.
+
+    Example:
+        >>> tokens, cells = torch.tensor([[[1.0], [3.0], [7.0]]]), torch.tensor([[0, 0, 5]])
+        >>> share_cells(tokens, cells, torch.ones(1, 3).bool(), total=6, reduce="mean").flatten().tolist()
+        [0.5, 1.5, 7.0]
+        >>> share_cells(tokens, cells, torch.ones(1, 3).bool(), total=6, reduce="amax").flatten().tolist()
+        [0.0, 3.0, 7.0]
+    """
+    if reduce not in ("mean", "sum", "amax"):
+        raise ValueError(f'reduce must be "mean", "sum" or "amax", got {reduce=}')
+    tokens = tokens.masked_fill(~valid[..., None], 0.0)
+    if reduce == "sum":
+        return tokens
+    with torch.no_grad():
+        first = first_in_cell(cells.flatten(), valid.flatten(), total=total)
+        chosen = valid.reshape(-1, 1).to(tokens.dtype)
+        if reduce == "amax":
+            rows, index = tokens.flatten(0, 1), first[:, None].expand(-1, tokens.shape[-1])
+            chosen = (rows == rows.scatter_reduce(0, index, rows, "amax")[first]).to(tokens.dtype)
+        shares = chosen / torch.zeros_like(chosen).index_add(0, first, chosen)[first].clamp(min=1)
+    return tokens * shares.unflatten(0, tokens.shape[:2])
+
+
+def first_in_cell(
+    cells: Annotated[Tensor, "M"], valid: Annotated[Tensor, "M"], *, total: int
+) -> Annotated[Tensor, "M"]:
+    """The index of the first valid slot that is in the same cell; a slot that is not valid keeps to itself.
+
+    Args:
+        cells: indices below ``total``.
+        valid: which slots count.
+        total: the number of cells.
+
+    Example:
+        >>> valid = torch.tensor([False, True, True, True])
+        >>> first_in_cell(torch.tensor([4, 4, 2, 4]), valid, total=5).tolist()
+        [0, 1, 2, 1]
+    """
+    slots = torch.arange(len(cells), device=cells.device)
+    # Only the cells that are written are read, so the table need not be initialised.
+    table = cells.new_empty(total).scatter_reduce(
+        0, cells, slots.masked_fill(~valid, len(cells)), "amin", include_self=False
+    )
+    return torch.where(valid, table[cells], slots)
+
+
+def check_tokens(tokens: Annotated[Tensor, "B N C"], keypoints: Keypoints, size: Sequence[int]) -> None:
+    """Checks that there is a token for every slot, and that the map has the keypoints' axes.
+
+    Raises:
+        ValueError: if not.
+    """
+    if tokens.ndim != 3 or tokens.shape[:2] != keypoints.positions.shape[:-1]:
+        raise ValueError(
+            "tokens must be (B, N, C), one for each slot of the keypoints, "
+            f"got {tokens.shape=} and {keypoints.positions.shape=}"
+        )
+    if len(size) != keypoints.spatial_dims:
+        raise ValueError(
+            f"size must have one entry for each axis of the image, got {size=} and {keypoints.image_size=}"
+        )
+
+
+class KeypointScatter(nn.Module):
+    """:func:`scatter_keypoints` as a module.
+
+    Args:
+        reduce: what becomes of keypoints in one cell.
+
+    Example:
+        >>> kp = Keypoints(torch.rand(2, 5, 2), torch.ones(2, 5).bool(), (8, 6))
+        >>> KeypointScatter("amax")(torch.randn(2, 5, 16), kp, (4, 3)).shape
+        torch.Size([2, 16, 4, 3])
+    """
+
+    def __init__(self, reduce: Reduce = "mean") -> None:
+        super().__init__()
+        self.reduce: Reduce = reduce
+
+    def forward(
+        self, tokens: Annotated[Tensor, "B N C"], keypoints: Keypoints, size: Sequence[int]
+    ) -> Annotated[Tensor, "B C *S"]:
+        """Tokens to a map of the given size; see :func:`scatter_keypoints`."""
+        return scatter_keypoints(tokens, keypoints, size, reduce=self.reduce)
+
+    def extra_repr(self) -> str:
+        """The options, for ``print``."""
+        return f"reduce={self.reduce!r}"
