@@ -121,11 +121,28 @@ class Keypoints:
         Args:
             feature_size: the map's size in tensor order. Positions outside are clamped into the map.
         """
-        positions = self.positions_in(feature_size).detach()
         index = torch.zeros_like(self.valid, dtype=torch.long)
-        for p, size in zip(reversed(positions.unbind(-1)), feature_size, strict=True):
-            index = index * size + (p + 0.5).floor().clamp(0, size - 1).long()
+        coordinates = self._cell_coordinates(feature_size)
+        for coordinate, size in zip(reversed(coordinates), feature_size, strict=True):
+            index = index * size + coordinate.long()
         return index
+
+    def resize(self, feature_size: Sequence[int], *, snap: bool = False) -> Keypoints:
+        """The same keypoints in pixels of a map of another size: scores and descriptors stay behind.
+
+        Args:
+            feature_size: the map's size in tensor order.
+            snap: move each keypoint to the centre of its cell.
+        """
+        if snap:
+            positions = torch.stack(self._cell_coordinates(feature_size), dim=-1)
+        else:
+            positions = self.positions_in(feature_size)
+        return Keypoints(positions, self.valid, tuple(feature_size), padded=self.padded)
+
+    def _cell_coordinates(self, feature_size: Sequence[int]) -> list[Tensor]:
+        axes = zip(self.positions_in(feature_size).detach().unbind(-1), reversed(feature_size), strict=True)
+        return [(p + 0.5).floor().clamp(0, size - 1) for p, size in axes]
 
     @staticmethod
     def stack(samples: Sequence[Keypoints]) -> Keypoints:

@@ -1,0 +1,231 @@
+"""Attend: Transformers over the tokens of the keypoints, masked where slots are padded (Section 3.1 of the paper)."""
+
+from __future__ import annotations
+
+from functools import reduce
+from typing import Annotated, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kaf_layer.keypoints import Keypoints
+from kaf_layer.normalization import MaskedBatchNorm, Moments
+
+__all__ = ["BlockType", "KeypointTransformer", "PositionEncoder", "PropagationBlock", "TransformerBlock", "key_mask"]
+
+BlockType = Literal["transformer", "propagation"]
+Tokens = Annotated[Tensor, "B N E"]
+Mask = Annotated[Tensor, "B 1 1 N"]
+
+
+class KeypointTransformer(nn.Module):
+    """Self-attention over keypoints: encodes their positions, then lets every keypoint attend to every other.
+
+    Args:
+        embed_dim: E, the channels of a token.
+        depth: the number of blocks.
+        num_heads: the number of attention heads; divides ``embed_dim``.
+        block: "transformer", a pre-norm block (Vaswani et al., 2017; Xiong et al., 2020), or
+            "propagation", the block of the authors' code, after SuperGlue (Sarlin et al., 2020, Eq. 3).
+        spatial_dims: the number of coordinates of a position.
+        recompute: compute each block again in the backward pass instead of saving its activations.
+
+    Raises:
+        ValueError: if ``embed_dim`` is no multiple of ``num_heads``, ``block`` is unknown, or the
+            tokens do not fit the keypoints.
+
+    Example:
+        >>> keypoints = Keypoints(torch.rand(2, 5, 2) * 8, torch.ones(2, 5, dtype=torch.bool), (8, 12))
+        >>> KeypointTransformer(32, depth=2)(torch.rand(2, 5, 32), keypoints).shape
+        torch.Size([2, 5, 32])
+    """
+
+    def __init__(
+        self,
+        embed_dim: int = 256,
+        *,
+        depth: int = 6,
+        num_heads: int = 4,
+        block: BlockType = "transformer",
+        spatial_dims: int = 2,
+        recompute: bool = False,
+    ) -> None:
+        super().__init__()
+        if block not in get_args(BlockType):
+            raise ValueError(f"block must be one of {get_args(BlockType)}, got {block=}")
+        self.block: BlockType = block
+        self.position_encoder = PositionEncoder(embed_dim, block=block, spatial_dims=spatial_dims)
+        if block == "transformer":
+            self.blocks = nn.ModuleList(
+                TransformerBlock(embed_dim, num_heads=num_heads, recompute=recompute) for _ in range(depth)
+            )
+            self.norm: nn.Module = nn.LayerNorm(embed_dim)
+        else:
+            # The authors run every layer twice on the same tokens: two updates at 0.1 are one at 0.19.
+            self.blocks = nn.ModuleList(
+                PropagationBlock(embed_dim, num_heads=num_heads, momentum=0.19, recompute=recompute)
+                for _ in range(depth)
+            )
+            self.norm = nn.Identity()
+
+    def forward(self, tokens: Tokens, keypoints: Keypoints) -> Tokens:
+        """Tokens (B, N, E) after all blocks; zero in slots that are not valid."""
+        if tokens.ndim != 3 or tokens.shape[:2] != keypoints.valid.shape:
+            raise ValueError(
+                f"tokens must be (B, N, E), one for each keypoint, got {tokens.shape=} and {keypoints.valid.shape=}"
+            )
+        padding = ~keypoints.valid[..., None]
+        tokens = tokens.masked_fill(padding, 0.0) + self.position_encoder(keypoints)
+        mask = key_mask(keypoints)
+        for block in self.blocks:
+            tokens = block(tokens, keypoints.valid, mask)
+        return self.norm(tokens).masked_fill(padding, 0.0)
+
+
+def key_mask(keypoints: Keypoints) -> Mask | None:
+    """Which slots may be attended to, (B, 1, 1, N), or None if all may and this is known without looking."""
+    if not keypoints.padded:
+        return None
+    # A softmax over nothing is NaN: a sample without keypoints attends to its (finite) padding.
+    return (keypoints.valid | ~keypoints.valid.any(-1, keepdim=True))[:, None, None]
+
+
+class PositionEncoder(nn.Module):
+    """An MLP from positions to tokens, as SuperGlue's (Sarlin et al., 2020, Eq. 2) without the score.
+
+    For "propagation" blocks it computes what the authors' code computes; for "transformer" blocks
+    positions are relative to the image's centre and half its longest edge, and layer norms
+    take the place of batch norms.
+
+    Example:
+        >>> keypoints = Keypoints(torch.rand(2, 5, 2) * 8, torch.ones(2, 5, dtype=torch.bool), (8, 12))
+        >>> PositionEncoder(32)(keypoints).shape
+        torch.Size([2, 5, 32])
+    """
+
+    def __init__(self, embed_dim: int, *, block: BlockType = "transformer", spatial_dims: int = 2) -> None:
+        super().__init__()
+        hidden = (32, 64, 128, 256)
+        self.block: BlockType = block
+        self.spatial_dims = spatial_dims
+        self.linears = nn.ModuleList(nn.Linear(*sizes) for sizes in zip((spatial_dims, *hidden), hidden, strict=False))
+        self.norms = nn.ModuleList(
+            nn.LayerNorm(size) if block == "transformer" else MaskedBatchNorm(size) for size in hidden
+        )
+        self.out = nn.Linear(hidden[-1], embed_dim)
+
+    def forward(self, keypoints: Keypoints) -> Tokens:
+        """The encoded positions (B, N, E)."""
+        if keypoints.spatial_dims != self.spatial_dims:
+            raise ValueError(f"keypoints must have {self.spatial_dims=} coordinates, got {keypoints.image_size=}")
+        x = self._relative(keypoints).to(self.out.weight.dtype)
+        for linear, norm in zip(self.linears, self.norms, strict=True):
+            x = linear(x)
+            if isinstance(norm, MaskedBatchNorm):
+                x, moments = norm(x, keypoints.valid)
+                norm.track(moments)
+            else:
+                x = norm(x)
+            x = F.relu(x)
+        return self.out(x)
+
+    def _relative(self, keypoints: Keypoints) -> Annotated[Tensor, "B N D"]:
+        positions = keypoints.positions_in(keypoints.image_size).unbind(-1)
+        sizes = keypoints.image_size[::-1]
+        longest = reduce(torch.sym_max, sizes)
+        if self.block == "transformer":
+            return torch.stack([(2 * p + 1 - s) / longest for p, s in zip(positions, sizes, strict=True)], dim=-1)
+        # The authors subtract half the size in (x, y) order from positions in (y, x) order.
+        return torch.stack(
+            [(p - s / 2) / (0.7 * longest) for p, s in zip(reversed(positions), sizes, strict=True)], dim=-1
+        )
+
+
+class Attention(nn.Module):
+    """Multi-head attention with one fused projection to queries, keys and values."""
+
+    def __init__(self, embed_dim: int, *, num_heads: int) -> None:
+        super().__init__()
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim must be a multiple of num_heads, got {embed_dim=} and {num_heads=}")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
+        self.out = nn.Linear(embed_dim, embed_dim)
+
+    def forward(self, tokens: Tokens, mask: Mask | None, source: Tokens | None = None) -> Tokens:
+        """Tokens attend to ``source`` (themselves if None) where the mask says so."""
+        if source is None:
+            query, key, value = self._heads(self.qkv(tokens), 3)
+        else:
+            size = tokens.shape[-1]
+            (query,) = self._heads(F.linear(tokens, self.qkv.weight[:size], self.qkv.bias[:size]), 1)
+            key, value = self._heads(F.linear(source, self.qkv.weight[size:], self.qkv.bias[size:]), 2)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+    def _heads(self, projected: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """(B, N, parts * E) to ``parts`` tensors (B, heads, N, E / heads)."""
+        return projected.unflatten(-1, (parts, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+class TransformerBlock(nn.Module):
+    """A pre-norm Transformer block: attention, then an MLP of four times the width."""
+
+    def __init__(self, embed_dim: int = 256, *, num_heads: int = 4, recompute: bool = False) -> None:
+        super().__init__()
+        self.recompute = recompute
+        self.attention_norm = nn.LayerNorm(embed_dim)
+        self.attention = Attention(embed_dim, num_heads=num_heads)
+        self.mlp_norm = nn.LayerNorm(embed_dim)
+        self.mlp = nn.Sequential(nn.Linear(embed_dim, 4 * embed_dim), nn.GELU(), nn.Linear(4 * embed_dim, embed_dim))
+
+    def forward(self, tokens: Tokens, valid: Annotated[Tensor, "B N"], mask: Mask | None) -> Tokens:  # noqa: ARG002
+        """Tokens (B, N, E) to tokens; the layer norms need not know which slots are valid."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._forward, tokens, mask, use_reentrant=False, preserve_rng_state=False)
+        return self._forward(tokens, mask)
+
+    def _forward(self, tokens: Tokens, mask: Mask | None) -> Tokens:
+        tokens = tokens + self.attention(self.attention_norm(tokens), mask)
+        return tokens + self.mlp(self.mlp_norm(tokens))
+
+
+class PropagationBlock(nn.Module):
+    """The block of the authors' code: adds an MLP of the tokens beside their attention (SuperGlue, Eq. 3).
+
+    With a ``source`` the tokens attend to other tokens (cross-attention), else to themselves.
+    """
+
+    def __init__(
+        self, embed_dim: int = 256, *, num_heads: int = 4, momentum: float = 0.1, recompute: bool = False
+    ) -> None:
+        super().__init__()
+        self.recompute = recompute
+        self.attention = Attention(embed_dim, num_heads=num_heads)
+        self.expand = nn.Linear(2 * embed_dim, 2 * embed_dim)
+        self.norm = MaskedBatchNorm(2 * embed_dim, momentum=momentum)
+        self.contract = nn.Linear(2 * embed_dim, embed_dim)
+
+    def forward(
+        self, tokens: Tokens, valid: Annotated[Tensor, "B N"], mask: Mask | None, source: Tokens | None = None
+    ) -> Tokens:
+        """Tokens (B, N, E) to tokens; ``mask`` says which slots of the source may be attended to."""
+        if self.recompute and torch.is_grad_enabled():
+            arguments = tokens, valid, mask, source
+            tokens, moments = checkpoint(self._forward, *arguments, use_reentrant=False, preserve_rng_state=False)
+        else:
+            tokens, moments = self._forward(tokens, valid, mask, source)
+        self.norm.track(moments)
+        return tokens
+
+    def _forward(
+        self, tokens: Tokens, valid: Annotated[Tensor, "B N"], mask: Mask | None, source: Tokens | None
+    ) -> tuple[Tokens, Moments | None]:
+        message = self.attention(tokens, mask, source)
+        # expand(cat([tokens, message])), without a concatenation to save for the backward pass.
+        own, received = self.expand.weight.chunk(2, dim=1)
+        hidden = F.linear(tokens, own, self.expand.bias) + F.linear(message, received)
+        hidden, moments = self.norm(hidden, valid)
+        return tokens + self.contract(F.relu(hidden)), moments

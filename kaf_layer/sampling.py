@@ -1,0 +1,100 @@
+"""Sample: a feature map's values at the keypoints (Section 3.1 of the paper)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from kaf_layer.keypoints import Keypoints, check_features
+
+__all__ = ["KeypointSampler", "SamplingMode", "sample_keypoints"]
+
+SamplingMode = Literal["bilinear", "nearest"]
+
+
+def sample_keypoints(
+    features: Annotated[Tensor, "B C *S"], keypoints: Keypoints, *, mode: SamplingMode = "bilinear"
+) -> Annotated[Tensor, "B N C"]:
+    """Samples a feature map at keypoints.
+
+    Keypoints outside the image are clamped into the map.
+
+    Args:
+        features: (B, C, *S), a map of the keypoints' image, of any size.
+        keypoints: N slots per sample.
+        mode: "bilinear" interpolation (trilinear in 3-D), differentiable with respect to the
+            positions, or the value of the "nearest" cell, as the authors' code takes it.
+
+    Returns:
+        (B, N, C), zero in slots that are not valid.
+
+    Raises:
+        ValueError: if the features are no map of the keypoints' image, or the mode is unknown.
+
+    Example:
+        >>> features = torch.arange(6.0).view(1, 1, 2, 3)
+        >>> keypoints = Keypoints(torch.tensor([[[1.5, 0.0]]]), torch.ones(1, 1, dtype=torch.bool), (2, 3))
+        >>> sample_keypoints(features, keypoints).item()
+        1.5
+    """
+    check_features(features, keypoints)
+    # Gathers, not grid_sample: their backward pass is deterministic on CUDA on request.
+    rows = features.flatten(2).transpose(1, 2)
+    if mode == "nearest":
+        sampled = _gather(rows, keypoints.cells(features.shape[2:]))
+    elif mode == "bilinear":
+        sampled = _interpolate(rows, keypoints.positions_in(features.shape[2:]), features.shape[2:])
+    else:
+        raise ValueError(f"mode must be one of {get_args(SamplingMode)}, got {mode=}")
+    return sampled.masked_fill(~keypoints.valid[..., None], 0.0)
+
+
+def _gather(rows: Annotated[Tensor, "B P C"], index: Annotated[Tensor, "B N"]) -> Annotated[Tensor, "B N C"]:
+    return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[2]))
+
+
+def _interpolate(
+    rows: Annotated[Tensor, "B P C"], positions: Annotated[Tensor, "B N D"], size: tuple[int, ...]
+) -> Annotated[Tensor, "B N C"]:
+    """The mean of the 2**D cells around each position, weighted by their overlap with a cell put there."""
+    index = torch.zeros_like(positions[:, None, :, 0], dtype=torch.long)
+    weight = torch.ones_like(positions[:, None, :, 0])
+    for p, length in zip(reversed(positions.unbind(-1)), size, strict=True):
+        p = p[:, None].clamp(0, length - 1)
+        low = p.detach().floor()
+        neighbours = torch.cat([low, (low + 1).clamp(max=length - 1)], dim=1).long()
+        overlaps = torch.cat([1 - (p - low), p - low], dim=1)
+        index = (index[:, :, None] * length + neighbours[:, None]).flatten(1, 2)
+        weight = (weight[:, :, None] * overlaps[:, None]).flatten(1, 2)
+    # One gather for all corners: each would allocate a dense gradient of its own.
+    corners = _gather(rows, index.flatten(1)).unflatten(1, index.shape[1:])
+    return (corners * weight[..., None].to(rows.dtype)).sum(dim=1)
+
+
+class KeypointSampler(nn.Module):
+    """The module of :func:`sample_keypoints`.
+
+    Args:
+        mode: "bilinear" or "nearest".
+
+    Example:
+        >>> keypoints = Keypoints(torch.rand(2, 5, 2) * 8, torch.ones(2, 5, dtype=torch.bool), (8, 12))
+        >>> KeypointSampler()(torch.rand(2, 16, 4, 6), keypoints).shape
+        torch.Size([2, 5, 16])
+    """
+
+    def __init__(self, mode: SamplingMode = "bilinear") -> None:
+        super().__init__()
+        if mode not in get_args(SamplingMode):
+            raise ValueError(f"mode must be one of {get_args(SamplingMode)}, got {mode=}")
+        self.mode: SamplingMode = mode
+
+    def forward(self, features: Annotated[Tensor, "B C *S"], keypoints: Keypoints) -> Annotated[Tensor, "B N C"]:
+        """Samples ``features`` (B, C, *S) at ``keypoints``: (B, N, C)."""
+        return sample_keypoints(features, keypoints, mode=self.mode)
+
+    def extra_repr(self) -> str:
+        """The mode, for ``print``."""
+        return repr(self.mode)
