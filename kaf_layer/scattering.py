@@ -87,7 +87,7 @@ def share_cells(
             rows, index = tokens.flatten(0, 1), first[:, None].expand(-1, tokens.shape[-1])
             chosen = (rows == rows.scatter_reduce(0, index, rows, "amax")[first]).to(tokens.dtype)
         shares = chosen / torch.zeros_like(chosen).index_add(0, first, chosen)[first].clamp(min=1)
-    return tokens * shares.unflatten(0, tokens.shape[:2])
+    return tokens * shares.view(*tokens.shape[:2], shares.shape[-1])
 
 
 def first_in_cell(
