@@ -1,6 +1,24 @@
 """Keypoint-augmented fusion: long-range attention for any PyTorch backbone, for the price of its keypoints."""
 
 from kaf_layer.keypoints import Keypoints
+from kaf_layer.sampling import KeypointSampler, sample_keypoints
+from kaf_layer.attention import KeypointTransformer
+from kaf_layer.scattering import KeypointScatter, scatter_keypoints
+from kaf_layer.diffusion import KeypointDiffusion
+from kaf_layer.layer import KAFLayer, KAFOutput
+from kaf_layer.encoder import KAFEncoder, KAFEncoderOutput
 
-__all__ = ["Keypoints"]
+__all__ = [
+    "Keypoints",
+    "KeypointSampler",
+    "sample_keypoints",
+    "KeypointTransformer",
+    "KeypointScatter",
+    "scatter_keypoints",
+    "KeypointDiffusion",
+    "KAFLayer",
+    "KAFOutput",
+    "KAFEncoder",
+    "KAFEncoderOutput",
+]
 __version__ = "0.1.0"

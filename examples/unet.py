@@ -1,0 +1,118 @@
+"""The paper's UNet (Section 4), plain, wider (c2) and with KAF layers: copy it and make it yours.
+
+python examples/unet.py
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kaf_layer import KAFEncoder, KAFLayer, KAFOutput, Keypoints
+
+
+def conv_block(in_channels: int, out_channels: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 3, padding=1), nn.BatchNorm2d(out_channels), nn.LeakyReLU(inplace=True)
+    )
+
+
+class Decoder(nn.Module):
+    """Four times: double the size, concatenate the encoder's map of that size, convolve twice."""
+
+    def __init__(self, skip_channels: Sequence[int], widths: Sequence[int], num_classes: int) -> None:
+        super().__init__()
+        self.ups, self.blocks = nn.ModuleList(), nn.ModuleList()
+        for skip, width, deeper in reversed(list(zip(skip_channels, widths[:-1], widths[1:], strict=True))):
+            self.ups.append(nn.ConvTranspose2d(deeper, width, 2, stride=2))
+            self.blocks.append(nn.Sequential(conv_block(width + skip, width), conv_block(width, width)))
+        self.head = nn.Conv2d(widths[0], num_classes, 1, bias=False)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        *skips, x = features
+        for up, block, skip in zip(self.ups, self.blocks, reversed(skips), strict=True):
+            x = block(torch.cat([up(x), skip], dim=1))
+        return self.head(x)
+
+
+class UNet(nn.Module):
+    """Five encoder blocks, each of the first four followed by its layer, if any, and four decoder blocks.
+
+    ``layers`` are modules from (map, keypoints) to (fused map, tokens) with ``fused_channels``. With layers
+    the decoder and the deepest block are twice as wide, as in the authors' code.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        num_classes: int = 4,
+        *,
+        width: int = 32,
+        layers: Sequence[nn.Module | None] = (None,) * 4,
+    ) -> None:
+        super().__init__()
+        widths = [width * 2**i for i in range(5)]
+        fused = [w if layer is None else layer.fused_channels for w, layer in zip(widths[:4], layers, strict=True)]
+        factor = 2 if any(layers) else 1
+        stages: list[nn.Module] = [
+            nn.Sequential(nn.MaxPool2d(2) if i else nn.Identity(), conv_block(before, w), conv_block(w, w))
+            for i, (before, w) in enumerate(zip([in_channels, *fused], widths[:4], strict=False))
+        ]
+        deepest = factor * widths[4]
+        stages.append(
+            nn.Sequential(
+                nn.MaxPool2d(2),
+                nn.Conv2d(fused[3], deepest, 3, padding=1),
+                nn.ReLU(inplace=True),
+                nn.Conv2d(deepest, deepest, 3, padding=1),
+                nn.ReLU(inplace=True),
+            )
+        )
+        self.encoder = KAFEncoder(stages, [*layers, None])
+        self.decoder = Decoder(fused, [factor * w for w in widths], num_classes)
+
+    def forward(self, images: Tensor, keypoints: Keypoints | None = None) -> Tensor:
+        """Images (B, C, H, W), H and W divisible by 16, to logits (B, num_classes, H, W)."""
+        if images.shape[2] % 16 or images.shape[3] % 16:
+            raise ValueError(f"the image's height and width must be divisible by 16, got {images.shape=}")
+        return self.decoder(self.encoder(images, keypoints).features)
+
+
+class Repeat(nn.Module):
+    """Concatenates a map with itself: what a KAF layer costs the convolutions around it, without the layer."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.fused_channels = 2 * channels
+
+    def forward(self, features: Tensor, _keypoints: Keypoints | None) -> KAFOutput:
+        return KAFOutput(torch.cat([features, features], dim=1), features.new_zeros(len(features), 0, 0))
+
+
+class UNetC2(UNet):
+    """The paper's control "UNet (c2)": the convolutions of the KAF-UNet, without attention."""
+
+    def __init__(self, in_channels: int = 1, num_classes: int = 4, *, width: int = 32) -> None:
+        layers = [Repeat(width * 2**i) for i in range(4)]
+        super().__init__(in_channels, num_classes, width=width, layers=layers)
+
+
+class KAFUNet(UNet):
+    """The UNet with a KAF layer after each of the first four encoder blocks; ``options`` are KAFLayer's."""
+
+    def __init__(self, in_channels: int = 1, num_classes: int = 4, *, width: int = 32, **options: Any) -> None:
+        layers = [KAFLayer(width * 2**i, **options) for i in range(4)]
+        super().__init__(in_channels, num_classes, width=width, layers=layers)
+
+
+def main() -> None:
+    images = torch.rand(2, 1, 96, 128)
+    keypoints = Keypoints(torch.rand(2, 50, 2) * torch.tensor([128, 96]), torch.ones(2, 50).bool(), (96, 128))
+    for name, model in {"UNet": UNet(), "UNet (c2)": UNetC2(), "KAF-UNet": KAFUNet()}.items():
+        parameters = sum(p.numel() for p in model.parameters())
+        print(f"{name}: {parameters:,} parameters, logits {tuple(model(images, keypoints).shape)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""Working with other people's weights and networks."""
+
+from kaf_layer.interop.authors import AuthorsKeys, load_authors_state_dict
+
+__all__ = ["AuthorsKeys", "load_authors_state_dict"]

@@ -1,0 +1,110 @@
+"""KAFLayer: sample, attend, diffuse and fuse (Figure 1 and Section 3.1 of the paper)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, NamedTuple, get_args
+
+from torch import Tensor, nn
+
+from kaf_layer.attention import BlockType, KeypointTransformer
+from kaf_layer.diffusion import KeypointDiffusion
+from kaf_layer.keypoints import Keypoints, check_features
+from kaf_layer.sampling import KeypointSampler, SamplingMode
+from kaf_layer.scattering import Reduce
+
+__all__ = ["FusionMode", "KAFLayer", "KAFOutput"]
+
+FusionMode = Literal["concat", "add"]
+
+
+class KAFOutput(NamedTuple):
+    """What a KAFLayer returns: the fused map (B, fused_channels, *S) and the tokens (B, N, E)."""
+
+    features: Annotated[Tensor, "B F *S"]
+    tokens: Annotated[Tensor, "B N E"]
+
+
+class KAFLayer(nn.Module):
+    """The keypoint-augmented fusion layer: long-range attention between keypoints, fused into a feature map.
+
+    Features at the keypoints become tokens, attend to each other, are put back at the keypoints'
+    cells and diffused around them by two 3x3 convolutions, and join the feature map.
+
+    Args:
+        in_channels: C, the channels of the feature map.
+        out_channels: the channels of the diffused map; ``in_channels`` if None.
+        embed_dim: E, the channels of a token.
+        depth: the number of attention blocks.
+        num_heads: the number of attention heads; divides ``embed_dim``.
+        hidden_channels: the channels between the two convolutions.
+        sampling: "bilinear", or "nearest" as in the authors' code.
+        reduce: what happens to keypoints in one cell: "mean", "sum" or "amax".
+        block: "transformer", or "propagation" as in the authors' code.
+        fusion: "concat" puts the diffused map behind the features, as in the paper. "add" adds it,
+            and starts as the exact identity: its last convolution is zero.
+        spatial_dims: 2 or 3.
+        recompute: compute each attention block again in the backward pass instead of saving its activations.
+
+    Attributes:
+        fused_channels: the channels of the result.
+
+    Raises:
+        ValueError: if an option is unknown, the features do not have ``in_channels`` channels or
+            are no map of the keypoints' image.
+
+    Example:
+        >>> layer = KAFLayer(16, embed_dim=32, depth=2)
+        >>> keypoints = Keypoints(torch.rand(2, 5, 2) * 8, torch.ones(2, 5, dtype=torch.bool), (8, 12))
+        >>> features, tokens = layer(torch.rand(2, 16, 4, 6), keypoints)
+        >>> features.shape, tokens.shape
+        (torch.Size([2, 32, 4, 6]), torch.Size([2, 5, 32]))
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        *,
+        out_channels: int | None = None,
+        embed_dim: int = 256,
+        depth: int = 6,
+        num_heads: int = 4,
+        hidden_channels: int = 64,
+        sampling: SamplingMode = "bilinear",
+        reduce: Reduce = "mean",
+        block: BlockType = "transformer",
+        fusion: FusionMode = "concat",
+        spatial_dims: int = 2,
+        recompute: bool = False,
+    ) -> None:
+        super().__init__()
+        out_channels = in_channels if out_channels is None else out_channels
+        if fusion not in get_args(FusionMode):
+            raise ValueError(f"fusion must be one of {get_args(FusionMode)}, got {fusion=}")
+        if fusion == "add" and out_channels != in_channels:
+            raise ValueError(f'fusion="add" needs as many channels out as in, got {in_channels=} and {out_channels=}')
+        self.in_channels = in_channels
+        self.fused_channels = in_channels + (out_channels if fusion == "concat" else 0)
+        self.fusion: FusionMode = fusion
+        self.sampler = KeypointSampler(sampling)
+        self.embed = nn.Linear(in_channels, embed_dim)
+        self.transformer = KeypointTransformer(
+            embed_dim, depth=depth, num_heads=num_heads, block=block, spatial_dims=spatial_dims, recompute=recompute
+        )
+        self.diffusion = KeypointDiffusion(
+            embed_dim, out_channels, hidden_channels=hidden_channels, reduce=reduce, spatial_dims=spatial_dims
+        )
+        if fusion == "add":
+            for parameter in self.diffusion.conv2.parameters():
+                nn.init.zeros_(parameter)
+
+    def forward(self, features: Annotated[Tensor, "B C *S"], keypoints: Keypoints) -> KAFOutput:
+        """Fuses ``features`` (B, C, *S) with attention between ``keypoints``."""
+        check_features(features, keypoints)
+        if features.shape[1] != self.in_channels:
+            raise ValueError(f"features must have {self.in_channels=} channels, got {features.shape=}")
+        size = features.shape[2:]
+        tokens = self.embed(self.sampler(features, keypoints))
+        tokens = self.transformer(tokens, keypoints.resize(size, snap=self.sampler.mode == "nearest"))
+        if self.fusion == "add":
+            return KAFOutput(features + self.diffusion(tokens, keypoints, size), tokens)
+        return KAFOutput(self.diffusion(tokens, keypoints, size, features=features), tokens)
