@@ -1,0 +1,147 @@
+"""Positional contrastive learning: slices at similar positions of different volumes look alike."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kaf_layer.losses.checks import refuse
+
+__all__ = ["PCLLoss", "pcl_loss"]
+
+
+def pcl_loss(
+    embeddings: Annotated[Tensor, "B V E"],
+    positions: Annotated[Tensor, "B"],
+    *,
+    temperature: float = 0.1,
+    threshold: float = 0.1,
+    gather_distributed: bool = False,
+) -> Annotated[Tensor, ""]:
+    """The positional contrastive loss, as a function; see :class:`PCLLoss`."""
+    _check(embeddings, positions, temperature, threshold)
+    with torch.autocast(embeddings.device.type, enabled=False):
+        dtype = torch.promote_types(embeddings.dtype, torch.float32)
+        unit = F.normalize(embeddings.to(dtype), dim=-1)
+        if gather_distributed and dist.is_available() and dist.is_initialized():
+            unit, positions = _gather(unit, positions)
+        similarity = unit.flatten(0, 1) @ unit.flatten(0, 1).T / temperature
+        position = positions.detach().repeat_interleave(unit.shape[1])
+        itself = torch.eye(len(position), dtype=torch.bool, device=position.device)
+        positive = ((position[:, None] - position).abs() < threshold) & ~itself
+        # An anchor's mean over its positives of log(exp(s_ip) / sum of exp(s_ia) over a != i).
+        count = positive.sum(dim=1)
+        mean_similarity = similarity.where(positive, 0.0).sum(dim=1) / count.clamp(min=1)
+        log_likelihood = mean_similarity - similarity.masked_fill(itself, -torch.inf).logsumexp(dim=1)
+        anchors = count > 0
+        return -log_likelihood.where(anchors, 0.0).sum() / anchors.sum().clamp(min=1)
+
+
+class PCLLoss(nn.Module):
+    r"""Positional contrastive loss (Yang et al., NeurIPS 2023, Eq. 1; Zeng et al., MICCAI 2021).
+
+    With the cosine similarities :math:`s_{ij}` over the temperature, over the anchors i that have
+    positives P(i), i.e. all other views and slices less than ``threshold`` away along the volume:
+
+    .. math:: -\frac{1}{|\{i: P(i) \ne \emptyset\}|} \sum_i \frac{1}{|P(i)|} \sum_{p \in P(i)}
+        \log \frac{\exp(s_{ip})}{\sum_{a \ne i} \exp(s_{ia})}
+
+    Without any positive it is zero. It is computed in float32 (float64 for float64 embeddings),
+    also under autocast. The authors' implementation multiplies it by ``temperature / 0.07``.
+
+    Args:
+        temperature: divides the cosine similarities, > 0.
+        threshold: the difference of relative positions below which slices are positives, > 0.
+        gather_distributed: contrasts with the embeddings of all processes of the default group, if there is
+            one. Each process must bring the same batch size. The result is the loss of the whole batch, and
+            gradients are right once averaged over the processes, as DDP and FSDP do.
+
+    Shape:
+        - embeddings: (B, V, E), V views of each of B slices; one view will do.
+        - positions: (B,), the slices' relative positions in their volumes, commonly in [0, 1).
+        - result: a scalar.
+
+    Raises:
+        ValueError: if a shape does not fit, there are fewer than two embeddings, an option is out of
+            its range, values are not finite, or the processes' batch sizes differ.
+
+    Example:
+        >>> loss = PCLLoss(temperature=0.1, threshold=0.35)
+        >>> embeddings = torch.tensor([[[1.0, 0.0], [1.0, 0.0]], [[0.0, 1.0], [0.0, 1.0]]])  # 2 slices, 2 views
+        >>> positions = torch.tensor([0.1, 0.6])
+        >>> f"{loss(embeddings, positions):.4f}"  # log(1 + 2 exp(-1 / 0.1))
+        '0.0001'
+    """
+
+    def __init__(self, *, temperature: float = 0.1, threshold: float = 0.1, gather_distributed: bool = False) -> None:
+        super().__init__()
+        _check_options(temperature, threshold)
+        self.temperature = temperature
+        self.threshold = threshold
+        self.gather_distributed = gather_distributed
+
+    def forward(
+        self, embeddings: Annotated[Tensor, "B V E"], positions: Annotated[Tensor, "B"]
+    ) -> Annotated[Tensor, ""]:
+        """Returns the loss."""
+        return pcl_loss(
+            embeddings,
+            positions,
+            temperature=self.temperature,
+            threshold=self.threshold,
+            gather_distributed=self.gather_distributed,
+        )
+
+    def extra_repr(self) -> str:
+        """The options, for printing."""
+        return (
+            f"temperature={self.temperature}, threshold={self.threshold}, gather_distributed={self.gather_distributed}"
+        )
+
+
+def _check_options(temperature: float, threshold: float) -> None:
+    if not (temperature > 0 and threshold > 0):
+        raise ValueError(f"temperature and threshold must be positive, got {temperature=} and {threshold=}")
+
+
+def _check(embeddings: Tensor, positions: Tensor, temperature: float, threshold: float) -> None:
+    _check_options(temperature, threshold)
+    if embeddings.ndim != 3:
+        raise ValueError(
+            f"embeddings must be (B, V, E), views on axis 1 (unsqueeze a single one), got {embeddings.shape=}"
+        )
+    if positions.shape != embeddings.shape[:1]:
+        raise ValueError(f"positions must be (B,), one for each slice, got {positions.shape=} for {embeddings.shape=}")
+    if embeddings.shape[0] * embeddings.shape[1] < 2:
+        raise ValueError(f"a contrast takes two embeddings (B * V) or more, got {embeddings.shape=}")
+    refuse(~embeddings.isfinite(), "embeddings must be finite")
+    refuse(~positions.isfinite(), "positions must be finite")
+
+
+def _gather(embeddings: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """The embeddings and positions of all processes, in the order of their ranks.
+
+    Gradients reach this process's own embeddings alone, times the number of processes, so that the
+    average over the processes is the gradient of the loss, and the backward pass needs no communication.
+    """
+    world = dist.get_world_size()
+    sizes = _all_gather(torch.full((1,), len(embeddings), device=embeddings.device))
+    different = torch.cat(sizes) != len(embeddings)
+    refuse(
+        different,
+        f"all processes must bring the same batch size, rank {dist.get_rank()} has {len(embeddings)}",
+        of="ranks",
+    )
+    gathered = _all_gather(embeddings.detach().contiguous())
+    gathered[dist.get_rank()] = embeddings + (world - 1) * (embeddings - embeddings.detach())
+    return torch.cat(gathered), torch.cat(_all_gather(positions.detach().contiguous()))
+
+
+def _all_gather(tensor: Tensor) -> list[Tensor]:
+    gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, tensor)
+    return gathered
