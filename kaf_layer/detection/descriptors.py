@@ -1,0 +1,127 @@
+"""Orientation and description of SIFT keypoints (Lowe 2004, sections 5 and 6), sampled from the scale space.
+
+Both sample a square patch about each keypoint, in proportion to its scale and bilinearly, so that every keypoint
+costs the same and the weights of a sample are constants.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kaf_layer.detection.extrema import Extrema
+from kaf_layer.detection.scale_space import ScaleSpace
+
+__all__ = ["describe", "orient"]
+
+TURN = 2 * math.pi
+ANGLE_BINS, ANGLE_SAMPLES = 36, 17
+CELLS, DIRECTIONS, SAMPLES = 4, 8, 20
+CELL = 3.0  # the side of a cell in scales, as in OpenCV
+
+
+def orient(
+    space: ScaleSpace, extrema: Extrema, centre: Tensor, scale: Tensor
+) -> tuple[Annotated[Tensor, "B N 36"], Annotated[Tensor, "B N 36"]]:
+    """The directions of the gradient about each keypoint that may be its orientation.
+
+    Args:
+        space: the scale space.
+        extrema: (B, N) pixels of it.
+        centre: (B, N, 2), the keypoints' ``(x, y)`` in their octaves.
+        scale: (B, N), their scales in their octaves.
+
+    Returns:
+        the angle that each of 36 bins of the gradient's histogram peaks at, in radians from
+        the x axis towards the y axis, and the bin's strength relative to the strongest: 0 unless it is a peak of
+        at least 80 % of the strongest.
+    """
+    # Gradients within 3 times 1.5 scales, weighted by a Gaussian of 1.5 scales.
+    axis = torch.linspace(-4.5, 4.5, ANGLE_SAMPLES, device=scale.device, dtype=scale.dtype)
+    step = 9 / (ANGLE_SAMPLES - 1)
+    magnitude, angle = _gradients(space, extrema, centre, scale, torch.zeros_like(scale), ANGLE_SAMPLES, step)
+    weight = torch.exp(-(axis[:, None] ** 2 + axis**2) / (2 * 1.5**2)).flatten()
+    bins = (angle * (ANGLE_BINS / TURN)).round() % ANGLE_BINS
+    is_bin = bins[..., None] == torch.arange(ANGLE_BINS, device=scale.device)
+    histogram = ((magnitude * weight)[..., None, :] @ is_bin.to(scale.dtype))[..., 0, :]
+    smooth = sum(w * histogram.roll(i, -1) for i, w in zip(range(-2, 3), (1, 4, 6, 4, 1), strict=True))
+    left, right = smooth.roll(1, -1), smooth.roll(-1, -1)
+    strongest = smooth.amax(-1, keepdim=True)
+    is_peak = (smooth > left) & (smooth > right) & (smooth >= 0.8 * strongest)
+    curvature = torch.where(is_peak, left - 2 * smooth + right, 1.0)
+    peak = torch.arange(ANGLE_BINS, device=scale.device) + 0.5 * (left - right) / curvature
+    return peak * (TURN / ANGLE_BINS), torch.where(is_peak, smooth / strongest, 0.0)
+
+
+def describe(
+    space: ScaleSpace, extrema: Extrema, centre: Tensor, scale: Tensor, angle: Tensor, *, root: bool
+) -> Annotated[Tensor, "B N 128"]:
+    """Histograms of gradients, 8 directions in 4x4 cells along the keypoint's angle, in OpenCV's order.
+
+    Args:
+        space: the scale space.
+        extrema: (B, N) pixels of it.
+        centre: (B, N, 2), the keypoints' ``(x, y)`` in their octaves.
+        scale: (B, N), their scales in their octaves.
+        angle: (B, N), in radians.
+        root: RootSIFT (Arandjelovic and Zisserman 2012) instead of SIFT; of length 1 as well.
+    """
+    # Samples lie up to half a cell outside of the 4x4 cells, where their weight ends.
+    side = CELLS + 1
+    magnitude, direction = _gradients(space, extrema, centre, scale, angle, SAMPLES, CELL * side / SAMPLES)
+    axis = (torch.arange(SAMPLES, device=scale.device, dtype=scale.dtype) + 0.5) * (side / SAMPLES) - side / 2
+    cell = torch.arange(CELLS, device=scale.device, dtype=scale.dtype) - (CELLS - 1) / 2
+    weight = F.relu(1 - (axis[:, None] - cell).abs()) * torch.exp(-(axis[:, None] ** 2) / (CELLS**2 / 2))
+    cells = torch.einsum("yi,xj->ijyx", weight, weight).flatten(2).flatten(0, 1)
+    # OpenCV counts directions from the x axis against the y axis.
+    bins = torch.arange(DIRECTIONS, device=scale.device, dtype=scale.dtype)
+    distance = (-direction * (DIRECTIONS / TURN))[..., None] - bins
+    distance = distance - DIRECTIONS * (distance / DIRECTIONS).round()
+    directions = F.relu(1 - distance.abs()) * magnitude[..., None]
+    histogram = (cells @ directions).flatten(-2)
+    values = F.normalize(histogram, dim=-1).clamp(max=0.2)
+    if root:
+        # A root's gradient at 0 is infinite.
+        return F.normalize(values, p=1, dim=-1).clamp(min=torch.finfo(values.dtype).tiny).sqrt()
+    return F.normalize(values, dim=-1)
+
+
+def _gradients(
+    space: ScaleSpace, extrema: Extrema, centre: Tensor, scale: Tensor, angle: Tensor, samples: int, step: float
+) -> tuple[Annotated[Tensor, "B N S"], Annotated[Tensor, "B N S"]]:
+    """Magnitude and direction, relative to ``angle``, of the gradient at ``samples`` x ``samples`` points.
+
+    The points lie ``step`` scales apart in a square that is turned by the angle. Outside of the image there is no
+    gradient.
+    """
+    axis = (torch.arange(samples + 2, device=scale.device, dtype=scale.dtype) - (samples + 1) / 2) * step
+    cosine, sine = angle.cos() * scale, angle.sin() * scale
+    u, v = axis, axis[:, None]
+    x = centre[..., 0, None, None] + u * cosine[..., None, None] - v * sine[..., None, None]
+    y = centre[..., 1, None, None] + u * sine[..., None, None] + v * cosine[..., None, None]
+    patch, inside = _sample(space, extrema, x, y)
+    du = patch[..., 1:-1, 2:] - patch[..., 1:-1, :-2]
+    dv = patch[..., 2:, 1:-1] - patch[..., :-2, 1:-1]
+    square = du**2 + dv**2
+    # Neither the root nor the angle has a gradient where there is none.
+    exists = inside[..., 1:-1, 1:-1] & (square > 0)
+    magnitude = torch.where(exists, square, 1.0).sqrt() * exists
+    return magnitude.flatten(-2), torch.atan2(dv, torch.where(exists, du, 1.0)).flatten(-2)
+
+
+def _sample(space: ScaleSpace, extrema: Extrema, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Bilinear samples (B, N, S, S) of each extremum's own layer, and which of them lie inside of it."""
+    height, width = extrema.height[..., None, None], extrema.width[..., None, None]
+    inside = (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
+    left = x.detach().floor().long().clamp(min=0).minimum(width - 2)
+    top = y.detach().floor().long().clamp(min=0).minimum(height - 2)
+    index = (extrema.start + extrema.layer * extrema.height * extrema.width)[..., None, None] + top * width + left
+    values = space.values.flatten()
+    x, y = x - left, y - top
+    upper = torch.lerp(values[index], values[index + 1], x)
+    lower = torch.lerp(values[index + width], values[index + width + 1], x)
+    return torch.lerp(upper, lower, y), inside
