@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kaf_layer.keypoints import Keypoints
 
-__all__ = ["KeypointScatter", "Reduce", "check_tokens", "first_in_cell", "scatter_keypoints", "share_cells"]
+__all__ = ["KeypointScatter", "Reduce", "check_tokens", "first_in_cell", "merge_cells", "scatter_keypoints"]
 
 Reduce = Literal["mean", "sum", "amax"]
 
@@ -39,55 +39,54 @@ def scatter_keypoints(
     """
     check_tokens(tokens, keypoints, size)
     batch, _, channels = tokens.shape
-    cells = keypoints.cells(size) + torch.arange(batch, device=tokens.device)[:, None] * prod(size)
     total = batch * prod(size)
-    rows = share_cells(tokens, cells, keypoints.valid, total=total, reduce=reduce).flatten(0, 1)
+    cells = keypoints.cells(size) + prod(size) * torch.arange(batch, device=tokens.device)[:, None]
+    first = first_in_cell(cells.flatten(), keypoints.valid.flatten(), total=total)
+    rows = merge_cells(tokens, first, keypoints.valid, reduce=reduce)
     sparse_map = rows.new_zeros(total, channels).index_add(0, cells.flatten(), rows)
     return sparse_map.view(batch, prod(size), channels).mT.reshape(batch, channels, *size)
 
 
-def share_cells(
+def merge_cells(
     tokens: Annotated[Tensor, "B N C"],
-    cells: Annotated[Tensor, "B N"],
+    first: Annotated[Tensor, "M"],
     valid: Annotated[Tensor, "B N"],
     *,
-    total: int,
     reduce: Reduce,
-) -> Annotated[Tensor, "B N C"]:
-    """Multiplies each token by its share, so that the sum over a cell is the cell's reduction; 0 where not valid.
-
-    A sum does not depend on the order of writes, and all that comes after it is linear.
+) -> Annotated[Tensor, "M C"]:
+    """Rows of which the first of each cell holds the reduction of the cell's tokens; the others are 0.
 
     Args:
-        tokens: one per slot.
-        cells: indices below ``total`` that tell cells apart, those of different samples too.
+        tokens: one for each of the M = B * N slots.
+        first: for each slot the first one in the same cell, see :func:`first_in_cell`.
         valid: which slots are keypoints.
-        total: the number of cells.
         reduce: ``"mean"``, ``"sum"`` or ``"amax"``.
 
     Raises:
         ValueError: if ``reduce`` is unknown.
 
     Example:
-        >>> tokens, cells = torch.tensor([[[1.0], [3.0], [7.0]]]), torch.tensor([[0, 0, 5]])
-        >>> share_cells(tokens, cells, torch.ones(1, 3).bool(), total=6, reduce="mean").flatten().tolist()
-        [0.5, 1.5, 7.0]
-        >>> share_cells(tokens, cells, torch.ones(1, 3).bool(), total=6, reduce="amax").flatten().tolist()
-        [0.0, 3.0, 7.0]
+        >>> tokens, first = torch.tensor([[[1.0], [3.0], [7.0]]]), torch.tensor([0, 0, 2])
+        >>> merge_cells(tokens, first, torch.ones(1, 3).bool(), reduce="mean").flatten().tolist()
+        [2.0, 0.0, 7.0]
     """
     if reduce not in ("mean", "sum", "amax"):
         raise ValueError(f'reduce must be "mean", "sum" or "amax", got {reduce=}')
-    tokens = tokens.masked_fill(~valid[..., None], 0.0)
-    if reduce == "sum":
-        return tokens
-    with torch.no_grad():
-        first = first_in_cell(cells.flatten(), valid.flatten(), total=total)
-        chosen = valid.reshape(-1, 1).to(tokens.dtype)
-        if reduce == "amax":
-            rows, index = tokens.flatten(0, 1), first[:, None].expand(-1, tokens.shape[-1])
-            chosen = (rows == rows.scatter_reduce(0, index, rows, "amax")[first]).to(tokens.dtype)
-        shares = chosen / torch.zeros_like(chosen).index_add(0, first, chosen)[first].clamp(min=1)
-    return tokens * shares.view(*tokens.shape[:2], shares.shape[-1])
+    rows = tokens.masked_fill(~valid[..., None], 0.0).flatten(0, 1)
+    if reduce != "sum":
+        rows = rows * _shares(rows.detach(), first, valid.flatten(), reduce=reduce)
+    return torch.zeros_like(rows).index_add(0, first, rows)
+
+
+def _shares(
+    rows: Annotated[Tensor, "M C"], first: Annotated[Tensor, "M"], valid: Annotated[Tensor, "M"], *, reduce: Reduce
+) -> Annotated[Tensor, "M C"]:
+    """The weights under which the sum over a cell is its mean or maximum; C is 1 for the mean."""
+    chosen = valid[:, None].to(rows.dtype)
+    if reduce == "amax":
+        largest = rows.scatter_reduce(0, first[:, None].expand_as(rows), rows, "amax")
+        chosen = (rows == largest[first]).to(rows.dtype)
+    return chosen / torch.zeros_like(chosen).index_add(0, first, chosen)[first].clamp(min=1)
 
 
 def first_in_cell(
@@ -96,7 +95,7 @@ def first_in_cell(
     """The index of the first valid slot that is in the same cell; a slot that is not valid keeps to itself.
 
     Args:
-        cells: indices below ``total``.
+        cells: indices below ``total``, which tell cells of different samples apart too.
         valid: which slots count.
         total: the number of cells.
 
