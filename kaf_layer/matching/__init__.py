@@ -1,5 +1,6 @@
 """Which keypoint of one image is which of another: from descriptors, and learned."""
 
+from kaf_layer.matching.correspondence import Matches, match_keypoints
 from kaf_layer.matching.sinkhorn import log_sinkhorn
 
-__all__ = ["log_sinkhorn"]
+__all__ = ["Matches", "log_sinkhorn", "match_keypoints"]
