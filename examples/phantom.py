@@ -63,7 +63,7 @@ class Scene:
             axis + 2.5 * self.noise(30, 60) + 0.3 * self.noise(9, 30) + np.repeat(breath, len(THIN))[:, None, None]
             for axis, breath in zip((x, y[:, None]), self.rng.normal(0, 1.2, (2, slices)), strict=True)
         )
-        self.muscle, self.fat = self.draw(0.2, 0.5), self.draw(0.8, 1.3)  # blood is 1
+        self.muscle, self.fat = self.draw(0.2, 0.45), self.draw(0.8, 1.3)  # blood is 1
 
     def draw(self, low: float, high: float) -> float:
         """What differs between subjects."""
@@ -141,21 +141,21 @@ class Heart:
 
     def __init__(self, scene: Scene) -> None:
         draw, level = scene.draw, scene.level
-        self.x, self.y = draw(-10, 18) + draw(0, 12) * level, draw(-15, 10) + draw(-8, 8) * level
-        turn, radius = draw(-0.7, 0.7), draw(25, 37)
+        self.x, self.y = draw(-8, 16) + draw(0, 12) * level, draw(-14, 8) + draw(-8, 8) * level
+        turn, radius = draw(-0.5, 0.5), draw(26, 37)
         self.septum = np.pi + turn  # the direction of the right ventricle, from the left one
         self.outer = radius * np.sqrt(1 - (0.9 * level) ** draw(2.2, 3.5))  # a bullet
 
         rho, angle = np.hypot(scene.x - self.x, scene.y - self.y), np.arctan2(scene.y - self.y, scene.x - self.x)
         oval = 1 + draw(0, 0.08) * np.cos(2 * (angle - draw(0, np.pi))) + 0.02 * np.cos(3 * (angle - draw(0, np.pi)))
         wall = draw(6, 16) * (1 + draw(-0.2, 0.35) * np.cos(angle - self.septum)) * (1 - 0.3 * level**2)
-        infarct = np.clip(4 * np.cos(angle - draw(0, 2 * np.pi)) - 3, 0, 1)
+        infarct = np.cos(angle - draw(0, 2 * np.pi)).clip(0) ** 3
         wall = np.maximum(wall * (1 - draw(0, 0.4) * infarct), 5)
         self.left = self.outer * oval - rho
         self.cavity = np.maximum(self.left - wall, 0.25 * self.outer - rho)
         self.inner = self.outer - wall.mean()
 
-        reach = radius * draw(0.75, 1.05) * np.clip(1.08 - (level / draw(0.85, 1.1)) ** 3, 0.01, 1)
+        reach = radius * draw(0.85, 1.1) * np.clip(1.08 - (level / draw(0.85, 1.1)) ** 3, 0.01, 1)
         centre = self.beside(draw(0.6, 0.8) * self.outer, 0.3 * (1 - level))
         self.bulge = scene.ellipse(*centre, reach, reach * draw(1.05, 1.25), turn)
         self.right = np.minimum(self.bulge, -self.left)  # wrapped around the left ventricle
@@ -178,13 +178,13 @@ def paint_heart(scene: Scene, heart: Heart, wall: Array) -> None:
     """The ventricles, and at the base the right atrium and the pulmonary trunk, in fat that reaches the chest wall."""
     vessels = np.maximum(heart.atrium, heart.trunk)
     whole = np.maximum(np.maximum(heart.bulge + 2.5, heart.left), vessels + 1)
-    fat = np.maximum(np.minimum(whole + 22, wall + 12), whole + 2) + 5 * scene.noise(15, 40)
-    fat = np.maximum(np.minimum(fat, -wall), whole + 1)
+    pad = np.minimum(whole + 22, wall + 12)  # near the heart and near the chest wall
+    fat = np.minimum(np.maximum(pad, whole + 2) + 5 * scene.noise(15, 40), -wall)
     muscle = scene.muscle * (1 + 0.08 * scene.noise(5) + 0.06 * scene.noise(2.5))
     blood = 1 + 0.08 * scene.noise(6) + 0.05 * scene.noise(3)
     trabeculae = np.minimum((0.6 + 2 * scene.level) * scene.noise(3, 20), 0)
 
-    scene.paint(fat, 0.75 * scene.fat * (1 + 0.1 * scene.noise(5)), rim=1)
+    scene.paint(np.maximum(fat, whole + 1), 0.75 * scene.fat * (1 + 0.1 * scene.noise(5)), rim=1)
     scene.paint(whole, muscle, rim=1)
     scene.paint(vessels, blood)
     scene.paint(heart.right + trabeculae * (heart.bulge < 8), scene.draw(0.8, 1) * blood)
@@ -200,9 +200,9 @@ def paint_heart(scene: Scene, heart: Heart, wall: Array) -> None:
 def acquire(scene: Scene) -> NDArray[np.float32]:
     """What the scanner makes of it: thick slices, a surface coil's sensitivity, Rician noise, a gain."""
     thick = scene.image.reshape(-1, len(THIN), *scene.image.shape[1:]).mean(axis=1)
-    coil = -scene.draw(0.001, 0.006) * (scene.x + scene.y) + scene.draw(0.05, 0.15) * scene.noise(60, 200)
+    coil = -scene.draw(0.001, 0.005) * (scene.x + scene.y) + scene.draw(0.05, 0.15) * scene.noise(60, 200)
     signal = thick * np.exp(coil[len(THIN) // 2 :: len(THIN)])
-    noise = scene.rng.normal(0, scene.draw(0.02, 0.07), (2, *signal.shape))
+    noise = scene.rng.normal(0, scene.draw(0.02, 0.06), (2, *signal.shape))
     magnitude = np.hypot(signal + noise[0], noise[1])
     # Scanners store whole numbers; here they also hide the last bits in which computers differ.
     return np.round(magnitude * scene.draw(150, 600)).astype(np.float32)

@@ -1,0 +1,146 @@
+"""Volumes are read as they are stored, and bad folders are refused by name."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data import list_files, load_volumes, normalise, num_classes
+from phantom import phantom
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def write(path: Path, array: np.ndarray) -> None:
+    """Writes an (x, y, z) array."""
+    nibabel = pytest.importorskip("nibabel")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), path)
+
+
+def volume(seed: int, shape: tuple[int, ...] = (5, 4, 3)) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return rng.normal(100, 20, shape).astype(np.float32), rng.integers(0, 3, shape).astype(np.uint8)
+
+
+@pytest.fixture
+def decathlon(tmp_path: Path) -> Path:
+    for seed, name in enumerate(("b.nii.gz", "a.nii.gz", "c.nii")):
+        image, label = volume(seed)
+        write(tmp_path / "imagesTr" / name, image)
+        write(tmp_path / "labelsTr" / name, label)
+    (tmp_path / "imagesTr" / "._a.nii.gz").write_bytes(b"of an archive")
+    return tmp_path
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    lines = ["subject,phase,image,label"]
+    for seed, (subject, phase) in enumerate((("s1", "ED"), ("s2", "ED"), ("s1", "ES"))):
+        image, label = volume(seed)
+        write(tmp_path / subject / f"{phase}.nii.gz", image)
+        write(tmp_path / subject / f"{phase}_gt.nii.gz", label)
+        lines.append(f"{subject},{phase},{subject}/{phase}.nii.gz,{subject}/{phase}_gt.nii.gz")
+    (tmp_path / "manifest.csv").write_text("\n".join(lines))
+    return tmp_path
+
+
+def test_no_path_gives_normalised_phantoms() -> None:
+    first, second = load_volumes(limit=2)
+    assert (first.subject, second.subject) == ("phantom-000", "phantom-001")
+    assert first.label.equal(phantom(0).label)
+    assert first.image.mean().abs() < 1e-4
+    assert (first.image.std() - 1).abs() < 1e-4
+    assert num_classes([first, second]) == 4
+
+
+def test_a_constant_image_is_normalised_to_zero() -> None:
+    assert normalise(torch.full((2, 3, 4), 7.0)).equal(torch.zeros(2, 3, 4))
+
+
+def test_decathlon_folder(decathlon: Path) -> None:
+    volumes = load_volumes(decathlon)
+    assert [v.subject for v in volumes] == ["a", "b", "c"]
+    image, label = volume(1)  # a
+    for z, y, x in np.ndindex(3, 4, 5):
+        assert volumes[0].label[z, y, x] == label[x, y, z]
+        expected = (image[x, y, z] - image.mean()) / image.std(ddof=1)
+        assert abs(volumes[0].image[z, y, x] - expected) < 1e-4
+    assert volumes[0].image.dtype == torch.float32
+    assert volumes[0].label.dtype == torch.int64
+    assert num_classes(volumes) == 3
+
+
+def test_manifest_keeps_a_subjects_volumes_together(manifest: Path) -> None:
+    assert [v.subject for v in load_volumes(manifest)] == ["s1", "s2", "s1"]
+    assert [v.subject for v in load_volumes(str(manifest), limit=1)] == ["s1", "s1"]
+
+
+def test_folders_without_data(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_volumes(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"manifest\.csv"):
+        load_volumes(tmp_path)
+    (tmp_path / "images").mkdir()
+    with pytest.raises(FileNotFoundError, match="no volumes"):
+        load_volumes(tmp_path)
+    (tmp_path / "manifest.csv").write_text("subject,image\na,b\n")
+    with pytest.raises(ValueError, match=r"manifest\.csv.*label"):
+        load_volumes(tmp_path)
+    with pytest.raises(ValueError, match="limit=0"):
+        load_volumes(limit=0)
+
+
+def test_missing_files(decathlon: Path, manifest: Path) -> None:
+    (manifest / "s2" / "ED.nii.gz").unlink()
+    with pytest.raises(FileNotFoundError, match=r"ED\.nii\.gz"):
+        load_volumes(manifest)
+    (manifest / "manifest.csv").unlink()
+    (decathlon / "labelsTr" / "b.nii.gz").unlink()
+    with pytest.raises(FileNotFoundError, match=r"labelsTr.b\.nii\.gz"):
+        load_volumes(decathlon)
+
+
+@pytest.mark.parametrize("name", ["a.nii.gz", "c.nii"])
+@pytest.mark.parametrize("keep", [0.0, 0.3, 0.9])
+def test_truncated_files(decathlon: Path, name: str, keep: float) -> None:
+    file = decathlon / "imagesTr" / name
+    content = file.read_bytes()
+    file.write_bytes(content[: int(keep * len(content))])
+    with pytest.raises(ValueError, match=name):
+        load_volumes(decathlon)
+
+
+@pytest.mark.parametrize(
+    ("folder", "array"),
+    [
+        ("labelsTr", volume(0, (5, 4, 2))[1]),
+        ("labelsTr", np.full((5, 4, 3), 0.5, np.float32)),
+        ("labelsTr", np.full((5, 4, 3), -1, np.int16)),
+        ("imagesTr", volume(0, (5, 4, 3, 2))[0]),
+        ("imagesTr", np.full((5, 4, 3), np.nan, np.float32)),
+    ],
+)
+def test_files_that_are_no_volumes_or_labels(decathlon: Path, folder: str, array: np.ndarray) -> None:
+    write(decathlon / folder / "a.nii.gz", array)
+    with pytest.raises(ValueError, match=rf"{folder}.a\.nii\.gz"):
+        load_volumes(decathlon)
+
+
+@pytest.mark.skipif(not (SHARED / "sunnybrook").is_dir(), reason="../shared/data/sunnybrook is not here")
+def test_sunnybrook() -> None:
+    pytest.importorskip("nibabel")
+    assert len(list_files(SHARED / "sunnybrook")) == 60
+    volumes = load_volumes(SHARED / "sunnybrook", limit=1)
+    assert [v.subject for v in volumes] == ["SC-HF-I-01"] * 2
+    assert all(v.image.shape == (9, 256, 256) for v in volumes)
+    assert int((volumes[0].label == 1).sum()) == 10816  # as its manifest says
+    assert num_classes(volumes) == 2
+
+
+@pytest.mark.skipif(not (SHARED / "hippocampus").is_dir(), reason="../shared/data/hippocampus is not here")
+def test_hippocampus() -> None:
+    pytest.importorskip("nibabel")
+    volumes = load_volumes(SHARED / "hippocampus", limit=3)
+    assert volumes[0].subject == "hippocampus_001"
+    assert num_classes(volumes) == 3
