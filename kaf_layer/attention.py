@@ -157,17 +157,14 @@ class Attention(nn.Module):
     def forward(self, tokens: Tokens, mask: Mask | None, source: Tokens | None = None) -> Tokens:
         """Tokens attend to ``source`` (themselves if None) where the mask says so."""
         if source is None:
-            query, key, value = self._heads(self.qkv(tokens), 3)
+            query, key, value = self.qkv(tokens).chunk(3, dim=-1)
         else:
             size = tokens.shape[-1]
-            (query,) = self._heads(F.linear(tokens, self.qkv.weight[:size], self.qkv.bias[:size]), 1)
-            key, value = self._heads(F.linear(source, self.qkv.weight[size:], self.qkv.bias[size:]), 2)
+            query = F.linear(tokens, self.qkv.weight[:size], self.qkv.bias[:size])
+            key, value = F.linear(source, self.qkv.weight[size:], self.qkv.bias[size:]).chunk(2, dim=-1)
+        query, key, value = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (query, key, value))
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.out(attended.transpose(1, 2).flatten(2))
-
-    def _heads(self, projected: Tensor, parts: int) -> tuple[Tensor, ...]:
-        """(B, N, parts * E) to ``parts`` tensors (B, heads, N, E / heads)."""
-        return projected.unflatten(-1, (parts, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 class TransformerBlock(nn.Module):

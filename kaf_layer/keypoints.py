@@ -206,7 +206,7 @@ def check_features(features: Annotated[Tensor, "B C *S"], keypoints: Keypoints) 
             f"features must be (B, C, *S) with the {len(image_size)} spatial axes of the keypoints' image, and "
             f"positions (B, N, D), got {features.shape=} and {keypoints.positions.shape=}"
         )
-    if len(features) != len(keypoints):
+    if features.shape[0] != keypoints.positions.shape[0]:  # len() would make the batch size a constant under export
         raise ValueError(
             "features and keypoints must have the same batch size, "
             f"got {features.shape=} and {keypoints.positions.shape=}"

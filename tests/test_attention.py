@@ -1,0 +1,187 @@
+"""KeypointTransformer against the formulas written out, one sample and one head at a time."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from common import fill_padding, random_keypoints
+from torch import Tensor, nn
+
+from kaf_layer import KeypointTransformer
+from kaf_layer.attention import Attention, PropagationBlock, key_mask
+from kaf_layer.normalization import MaskedBatchNorm
+
+
+def attend(attention: Attention, tokens: Tensor, source: Tensor) -> Tensor:
+    """Multi-head attention of one sample (Vaswani et al., 2017, Section 3.2), head by head."""
+    embed_dim = tokens.shape[-1]
+    w_query, w_key, w_value = attention.qkv.weight.split(embed_dim)
+    b_query, b_key, b_value = attention.qkv.bias.split(embed_dim)
+    query, key, value = tokens @ w_query.T + b_query, source @ w_key.T + b_key, source @ w_value.T + b_value
+    width, heads = embed_dim // attention.num_heads, []
+    for head in range(attention.num_heads):
+        own = slice(head * width, (head + 1) * width)
+        scores = query[:, own] @ key[:, own].T / math.sqrt(width)
+        heads.append((scores.exp() / scores.exp().sum(1, keepdim=True)) @ value[:, own])
+    return torch.cat(heads, dim=1) @ attention.out.weight.T + attention.out.bias
+
+
+def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
+
+
+def batch_norm(norm: MaskedBatchNorm, samples: list[Tensor]) -> list[Tensor]:
+    """Over the rows of all samples together, as torch's batch norm, in training mode."""
+    rows = F.batch_norm(torch.cat(samples), None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
+    return list(rows.split([len(sample) for sample in samples]))
+
+
+def randomise(module: nn.Module) -> nn.Module:
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return module
+
+
+def test_transformer_against_formulas() -> None:
+    keypoints = random_keypoints((12, 20), (5, 0, 3))
+    transformer = randomise(KeypointTransformer(8, depth=2, num_heads=2).double())
+    tokens = torch.randn(*keypoints.valid.shape, 8, dtype=torch.float64)
+    actual = transformer(fill_padding(tokens, keypoints), keypoints)
+    for sample in range(3):
+        valid = keypoints.valid[sample]
+        position = (2 * keypoints.positions[sample, valid] + 1 - torch.tensor([20, 12])) / 20
+        encoder = transformer.position_encoder
+        for linear, norm in zip(encoder.linears, encoder.norms, strict=True):
+            position = layer_norm(norm, position @ linear.weight.T + linear.bias).clamp(min=0)
+        x = tokens[sample, valid] + position @ encoder.out.weight.T + encoder.out.bias
+        for block in transformer.blocks:
+            normed = layer_norm(block.attention_norm, x)
+            x = x + attend(block.attention, normed, normed)
+            expand, _, contract = block.mlp
+            hidden = layer_norm(block.mlp_norm, x) @ expand.weight.T + expand.bias
+            hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
+            x = x + hidden @ contract.weight.T + contract.bias
+        torch.testing.assert_close(actual[sample, valid], layer_norm(transformer.norm, x))
+        assert actual[sample, ~valid].eq(0).all()
+
+
+@pytest.mark.parametrize("image_size", [(12, 20), (6, 4, 8)])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_propagation_against_formulas_in_training(image_size: tuple[int, ...], recompute: bool) -> None:
+    keypoints = random_keypoints(image_size, (5, 0, 3))
+    options = {"spatial_dims": len(image_size), "recompute": recompute}
+    transformer = KeypointTransformer(8, depth=2, num_heads=2, block="propagation", **options).double()
+    randomise(transformer)
+    tokens = torch.randn(*keypoints.valid.shape, 8, dtype=torch.float64, requires_grad=True)
+    actual = transformer(fill_padding(tokens, keypoints), keypoints)
+
+    half = torch.tensor(image_size[::-1]) / 2
+    x = [(keypoints.positions[i, v].flip(-1) - half) / (0.7 * max(image_size)) for i, v in enumerate(keypoints.valid)]
+    encoder = transformer.position_encoder
+    for linear, norm in zip(encoder.linears, encoder.norms, strict=True):
+        x = [p.relu() for p in batch_norm(norm, [linear(p) for p in x])]
+    x = [tokens[i, v] + encoder.out(p) for i, (v, p) in enumerate(zip(keypoints.valid, x, strict=True))]
+    for block in transformer.blocks:
+        messages = [torch.cat([t, attend(block.attention, t, t)], dim=1) for t in x]
+        hidden = batch_norm(block.norm, [block.expand(m) for m in messages])
+        x = [t + block.contract(h.relu()) for t, h in zip(x, hidden, strict=True)]
+    for sample, expected in enumerate(x):
+        torch.testing.assert_close(actual[sample, keypoints.valid[sample]], expected)
+
+    weight = torch.rand_like(actual)
+    loss = sum((t * weight[i, keypoints.valid[i]]).sum() for i, t in enumerate(x))
+    parameters = (tokens, *transformer.parameters())
+    expected_gradients = torch.autograd.grad(loss, parameters)
+    torch.testing.assert_close(torch.autograd.grad((actual * weight).sum(), parameters), expected_gradients)
+
+
+def test_cross_attention_against_formulas() -> None:
+    own, other = random_keypoints((12, 20), (4, 2)), random_keypoints((12, 20), (3, 5), seed=1)
+    block = randomise(PropagationBlock(8, num_heads=2).double()).eval()
+    tokens = torch.randn(*own.valid.shape, 8, dtype=torch.float64)
+    source = torch.randn(*other.valid.shape, 8, dtype=torch.float64)
+    actual = block(tokens, own.valid, key_mask(other), source)
+    for sample in range(2):
+        x = tokens[sample, own.valid[sample]]
+        message = attend(block.attention, x, source[sample, other.valid[sample]])
+        hidden = block.expand(torch.cat([x, message], dim=1)) / math.sqrt(1 + block.norm.eps)
+        expected = x + block.contract((hidden * block.norm.weight + block.norm.bias).relu())
+        torch.testing.assert_close(actual[sample, own.valid[sample]], expected)
+
+
+def test_masked_batch_norm_is_batch_norm_of_the_valid_rows() -> None:
+    valid = torch.tensor([[True, False, True], [False] * 3, [True, True, True]])
+    ours, theirs = randomise(MaskedBatchNorm(4, momentum=0.3)), nn.BatchNorm1d(4, momentum=0.3)
+    theirs.load_state_dict(ours.state_dict())
+    for _ in range(3):
+        x = 5 + 2 * torch.randn(3, 3, 4)
+        normalised, moments = ours(x, valid)
+        ours.track(moments)
+        torch.testing.assert_close(normalised[valid], theirs(x[valid]))
+    for name, value in ours.state_dict().items():
+        torch.testing.assert_close(value, theirs.state_dict()[name])
+    torch.testing.assert_close(ours.eval()(x, valid)[0][valid], theirs.eval()(x[valid]))
+
+
+def test_running_statistics_stay_where_there_is_nothing_to_learn() -> None:
+    norm = MaskedBatchNorm(4)
+    norm.track(norm(torch.rand(2, 3, 4), torch.zeros(2, 3, dtype=torch.bool))[1])
+    assert norm.running_mean.eq(0).all()
+    assert norm.running_var.eq(1).all()
+
+
+@pytest.mark.parametrize("block", ["transformer", "propagation"])
+def test_recomputation_changes_nothing_but_memory(block: str) -> None:
+    keypoints = random_keypoints((12, 20), (5, 0, 3))
+    results = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        transformer = KeypointTransformer(8, depth=3, num_heads=2, block=block, recompute=recompute).double()
+        tokens = torch.randn(*keypoints.valid.shape, 8, dtype=torch.float64, requires_grad=True)
+        saved: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):  # noqa: B023
+            output = transformer(tokens, keypoints)
+        output.sin().sum().backward()
+        gradients = {name: p.grad for name, p in transformer.named_parameters()}
+        results.append((output, tokens.grad, gradients, dict(transformer.named_buffers()), sum(saved)))
+    torch.testing.assert_close(results[0][:4], results[1][:4], atol=1e-12, rtol=0)
+    assert results[1][4] < results[0][4]
+
+
+def test_no_mask_where_nothing_is_padded() -> None:
+    keypoints = random_keypoints((12, 20), (6, 6), slots=6)
+    assert key_mask(keypoints).shape == (2, 1, 1, 6)
+    transformer = KeypointTransformer(8, depth=1, num_heads=2).double()
+    tokens = torch.randn(2, 6, 8, dtype=torch.float64)
+    masked = transformer(tokens, keypoints)
+    keypoints.padded = False
+    assert key_mask(keypoints) is None
+    torch.testing.assert_close(transformer(tokens, keypoints), masked)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("block", ["transformer", "propagation"])
+def test_autocast(block: str, dtype: torch.dtype) -> None:
+    keypoints = random_keypoints((12, 20), (20, 15), dtype=torch.float32)
+    transformer = KeypointTransformer(32, depth=2, block=block)
+    tokens = torch.randn(*keypoints.valid.shape, 32)
+    expected = transformer(tokens, keypoints)
+    with torch.autocast("cpu", dtype):
+        actual = transformer(tokens, keypoints)
+    actual.float().sum().backward()
+    assert all(p.grad.isfinite().all() for p in transformer.parameters() if p.grad is not None)
+    assert (actual.float() - expected).norm() < 0.05 * expected.norm()
+
+
+def test_errors() -> None:
+    keypoints = random_keypoints((12, 20), (3, 1))
+    with pytest.raises(ValueError, match="embed_dim=30 and num_heads=4"):
+        KeypointTransformer(30)
+    with pytest.raises(ValueError, match="block='mamba'"):
+        KeypointTransformer(block="mamba")
+    with pytest.raises(ValueError, match=r"tokens.shape=torch.Size\(\[2, 4, 8\]\)"):
+        KeypointTransformer(8, depth=1)(torch.rand(2, 4, 8), keypoints)
+    with pytest.raises(ValueError, match=r"spatial_dims=3.*image_size=\(12, 20\)"):
+        KeypointTransformer(8, depth=1, spatial_dims=3)(torch.rand(2, 5, 8), keypoints)

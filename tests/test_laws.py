@@ -1,0 +1,200 @@
+"""The laws that every module on keypoints obeys, each checked on each module in float64.
+
+Padded slots hold NaN, some samples have no keypoints, keypoints share cells and lie on borders, and H != W.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from common import fill_padding, random_keypoints
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from kaf_layer import KAFLayer, KeypointDiffusion, Keypoints, KeypointSampler, KeypointScatter, KeypointTransformer
+
+IMAGE_2D, MAP_2D = (12, 20), (6, 10)
+IMAGE_3D, MAP_3D = (4, 6, 8), (2, 6, 4)
+CHANNELS = 4
+SMALL = {"embed_dim": 8, "depth": 2, "num_heads": 2, "hidden_channels": 3}
+
+
+class Case(NamedTuple):
+    """A module, whether it takes a map or tokens, and how it is called."""
+
+    build: Callable[[], nn.Module]
+    takes: str
+    three_d: bool = False
+
+    def run(
+        self, module: nn.Module, values: Tensor, keypoints: Keypoints, parameters: dict[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        size = () if isinstance(module, KeypointSampler | KeypointTransformer | KAFLayer) else (self.map_size,)
+        output = functional_call(module, parameters or {}, (values, keypoints, *size))
+        if isinstance(output, tuple):
+            return {"map": output.features, "tokens": output.tokens}
+        return {"map" if size else "tokens": output}
+
+    @property
+    def map_size(self) -> tuple[int, ...]:
+        return MAP_3D if self.three_d else MAP_2D
+
+    def keypoints(self, counts: tuple[int, ...] = (7, 0, 4), **options: object) -> Keypoints:
+        return random_keypoints(IMAGE_3D if self.three_d else IMAGE_2D, counts, **options)
+
+    def values(self, keypoints: Keypoints) -> Tensor:
+        shape = (
+            (*keypoints.valid.shape, CHANNELS) if self.takes == "tokens" else (len(keypoints), CHANNELS, *self.map_size)
+        )
+        return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def live_layer(**options: object) -> KAFLayer:
+    """A KAFLayer whose last convolution is not zero, so that the laws say something of fusion="add"."""
+    layer = KAFLayer(CHANNELS, **SMALL, **options)
+    nn.init.normal_(layer.diffusion.conv2.weight)
+    return layer
+
+
+CASES = {
+    "sampler-bilinear": Case(lambda: KeypointSampler("bilinear"), "map"),
+    "sampler-nearest": Case(lambda: KeypointSampler("nearest"), "map"),
+    "sampler-3d": Case(lambda: KeypointSampler("bilinear"), "map", three_d=True),
+    "scatter-mean": Case(lambda: KeypointScatter("mean"), "tokens"),
+    "scatter-sum-3d": Case(lambda: KeypointScatter("sum"), "tokens", three_d=True),
+    "scatter-amax": Case(lambda: KeypointScatter("amax"), "tokens"),
+    "transformer": Case(lambda: KeypointTransformer(CHANNELS, depth=2, num_heads=2), "tokens"),
+    "transformer-recompute": Case(
+        lambda: KeypointTransformer(CHANNELS, depth=2, num_heads=2, recompute=True), "tokens"
+    ),
+    "propagation": Case(lambda: KeypointTransformer(CHANNELS, depth=2, num_heads=2, block="propagation"), "tokens"),
+    "propagation-3d": Case(
+        lambda: KeypointTransformer(
+            CHANNELS, depth=1, num_heads=2, block="propagation", spatial_dims=3, recompute=True
+        ),
+        "tokens",
+        three_d=True,
+    ),
+    "diffusion": Case(lambda: KeypointDiffusion(CHANNELS, 3, hidden_channels=5), "tokens"),
+    "diffusion-3d": Case(
+        lambda: KeypointDiffusion(CHANNELS, 3, hidden_channels=5, spatial_dims=3), "tokens", three_d=True
+    ),
+    "layer": Case(lambda: live_layer(), "map"),
+    "layer-add": Case(lambda: live_layer(fusion="add", sampling="nearest", reduce="amax"), "map"),
+    "layer-propagation": Case(lambda: live_layer(block="propagation", sampling="nearest", reduce="sum"), "map"),
+    "layer-3d": Case(lambda: live_layer(spatial_dims=3), "map", three_d=True),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
+
+
+@pytest.fixture
+def module(case: Case) -> nn.Module:
+    torch.manual_seed(0)
+    return case.build().double().eval()
+
+
+def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-10) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in actual.items():
+        torch.testing.assert_close(value, expected[name], atol=tolerance, rtol=0)
+
+
+def with_padding(case: Case, values: Tensor, keypoints: Keypoints, garbage: float) -> tuple[Tensor, Keypoints]:
+    """The same problem with other garbage in the padded slots, and two more of them in front."""
+
+    def pad(tensor: Tensor, value: float) -> Tensor:
+        return torch.cat([torch.full_like(tensor[:, :2], value), tensor], dim=1)
+
+    positions = pad(keypoints.positions.masked_fill(~keypoints.valid[..., None], garbage), garbage)
+    padded = Keypoints(positions, pad(keypoints.valid, False), keypoints.image_size)
+    if case.takes == "tokens":
+        values = pad(fill_padding(values, keypoints, garbage), garbage)
+    return values, padded
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("garbage", [float("nan"), float("inf"), -1e30])
+def test_padding_influences_nothing(case: Case, module: nn.Module, garbage: float, training: bool) -> None:
+    keypoints = case.keypoints()
+    values = case.values(keypoints)
+    results = []
+    for x, kp in [(values, keypoints), with_padding(case, values, keypoints, garbage)]:
+        copy = case.build().double().train(training)
+        copy.load_state_dict(module.state_dict())
+        x = x.clone().requires_grad_()
+        output = case.run(copy, x, kp)
+        sum(value.sin().sum() for value in output.values()).backward()
+        result = output | {"buffer " + k: b for k, b in copy.named_buffers()}
+        result |= {"gradient " + k: p.grad for k, p in copy.named_parameters() if p.grad is not None}
+        result["gradient"] = x.grad
+        results.append(result)
+    extra = results[1]
+    for name in ("tokens", "gradient"):
+        if name in extra and extra[name].ndim == 3 and extra[name].shape[1] == keypoints.valid.shape[1] + 2:
+            assert extra[name][:, :2].eq(0).all()
+            extra[name] = extra[name][:, 2:]
+    assert_equal(extra, results[0])
+    assert all(value.isfinite().all() for value in extra.values())
+
+
+def test_order_of_the_keypoints_is_no_matter(case: Case, module: nn.Module) -> None:
+    keypoints = case.keypoints()
+    values = case.values(keypoints)
+    order = torch.randperm(keypoints.valid.shape[1], generator=torch.Generator().manual_seed(2))
+    permuted = Keypoints(keypoints.positions[:, order], keypoints.valid[:, order], keypoints.image_size)
+    expected = case.run(module, values, keypoints)
+    actual = case.run(module, values[:, order] if case.takes == "tokens" else values, permuted)
+    if "tokens" in expected:
+        expected["tokens"] = expected["tokens"][:, order]
+    assert_equal(actual, expected)
+
+
+def test_a_sample_alone_gives_what_it_gives_in_a_batch(case: Case, module: nn.Module) -> None:
+    keypoints = case.keypoints()
+    values = case.values(keypoints)
+    batched = case.run(module, values, keypoints)
+    for i in range(len(keypoints)):
+        alone = case.run(module, values[i : i + 1], keypoints[i : i + 1])
+        assert_equal(alone, {name: value[i : i + 1] for name, value in batched.items()})
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_batch_without_keypoints_is_finite(case: Case, module: nn.Module, training: bool) -> None:
+    module.train(training)
+    for counts, slots in [((0, 0), 3), ((0, 0), 0)]:
+        keypoints = case.keypoints(counts, slots=slots)
+        values = case.values(keypoints).requires_grad_()
+        output = case.run(module, values, keypoints)
+        sum(value.sum() for value in output.values()).backward()
+        assert all(value.isfinite().all() for value in output.values())
+        assert values.grad is not None
+        assert values.grad.isfinite().all()
+        assert all(p.grad.isfinite().all() for p in module.parameters() if p.grad is not None)
+        assert all(buffer.isfinite().all() for buffer in module.buffers())
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_gradients(case: Case, module: nn.Module, training: bool) -> None:
+    keypoints = case.keypoints((3, 0), slots=4)
+    module.train(training)
+    names, parameters = zip(*module.named_parameters(), strict=True) if list(module.parameters()) else ((), ())
+
+    def run(values: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        replaced = dict(zip(names, parameters, strict=True))
+        return tuple(case.run(module, values, keypoints, replaced).values())
+
+    values = case.values(keypoints).requires_grad_()
+    assert torch.autograd.gradcheck(run, (values, *parameters), fast_mode=True)
+
+
+def test_state_dict_round_trip(case: Case, module: nn.Module) -> None:
+    other = case.build().double().eval()
+    other.load_state_dict(module.state_dict())
+    keypoints = case.keypoints()
+    values = case.values(keypoints)
+    assert_equal(case.run(other, values, keypoints), case.run(module, values, keypoints), tolerance=0)

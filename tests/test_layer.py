@@ -1,0 +1,172 @@
+"""KAFLayer and KAFEncoder: composition, identity, precision, compilation and errors."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from common import random_keypoints
+from torch import Tensor, nn
+from torch.export import Dim
+
+from kaf_layer import KAFEncoder, KAFLayer, Keypoints, sample_keypoints, scatter_keypoints
+
+SMALL = {"embed_dim": 16, "depth": 2, "hidden_channels": 8}
+KEYPOINTS = random_keypoints((12, 20), (7, 0, 4), dtype=torch.float32)
+
+
+def map_of(channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(3, channels, 6, 10, dtype=dtype, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("fusion", ["concat", "add"])
+def test_steps_of_figure_1(fusion: str) -> None:
+    layer = KAFLayer(4, fusion=fusion, **SMALL).double().eval()
+    nn.init.normal_(layer.diffusion.conv2.weight)
+    features = map_of(4, torch.float64)
+    sampled = sample_keypoints(features, KEYPOINTS)
+    tokens = layer.transformer(layer.embed(sampled), KEYPOINTS.resize((6, 10)))
+    hidden = layer.diffusion.conv1(scatter_keypoints(tokens, KEYPOINTS, (6, 10)))
+    diffused = layer.diffusion.conv2(layer.diffusion.norm(hidden).relu())
+    fused = torch.cat([features, diffused], dim=1) if fusion == "concat" else features + diffused
+    output = layer(features, KEYPOINTS)
+    torch.testing.assert_close(output.features, fused)
+    torch.testing.assert_close(output.tokens, tokens)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_add_starts_as_the_exact_identity(training: bool) -> None:
+    features = map_of(4)
+    assert torch.equal(KAFLayer(4, fusion="add", **SMALL).train(training)(features, KEYPOINTS).features, features)
+
+
+def test_attention_is_long_range() -> None:
+    """A change under one keypoint reaches the map around another, far from it."""
+    layer = KAFLayer(4, **SMALL).eval()
+    keypoints = Keypoints(torch.tensor([[[2.0, 2.0], [60.0, 40.0]]]), torch.ones(1, 2, dtype=torch.bool), (48, 64))
+    features = torch.randn(1, 4, 48, 64)
+    changed = features.clone()
+    changed[:, :, 2, 2] += 1
+    difference = (layer(changed, keypoints).features - layer(features, keypoints).features)[:, 4:].abs().sum((0, 1))
+    assert difference[40, 60] > 0
+    assert difference[20:30].eq(0).all()
+
+
+@pytest.mark.parametrize(("options", "channels"), [({}, 8), ({"out_channels": 3}, 7), ({"fusion": "add"}, 4)])
+def test_fused_channels(options: dict[str, object], channels: int) -> None:
+    layer = KAFLayer(4, **SMALL, **options)
+    features, tokens = layer(map_of(4), KEYPOINTS)
+    assert features.shape == (3, channels, 6, 10)
+    assert layer.fused_channels == channels
+    assert tokens.shape == (3, KEYPOINTS.valid.shape[1], 16)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_channels_last(training: bool) -> None:
+    layer = KAFLayer(4, **SMALL).train(training)
+    features = map_of(4)
+    fused = layer(features.to(memory_format=torch.channels_last), KEYPOINTS).features
+    assert fused.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(fused, layer(features, KEYPOINTS).features)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("block", ["transformer", "propagation"])
+def test_autocast(block: str, dtype: torch.dtype) -> None:
+    layer = KAFLayer(4, block=block, **SMALL)
+    features = map_of(4).requires_grad_()
+    expected = layer(features, KEYPOINTS)
+    with torch.autocast("cpu", dtype):
+        actual = layer(features, KEYPOINTS)
+    actual.features.float().sum().backward()
+    assert features.grad.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
+    assert (actual.features.float() - expected.features).norm() < 0.05 * expected.features.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dtype_of_the_caller(dtype: torch.dtype) -> None:
+    output = KAFLayer(4, **SMALL).to(dtype)(map_of(4, dtype), KEYPOINTS)
+    assert output.features.dtype == output.tokens.dtype == dtype
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("options", [{}, {"block": "propagation", "recompute": True}], ids=["default", "recompute"])
+def test_compiles_whole(options: dict[str, object], training: bool) -> None:
+    layer, other = KAFLayer(4, **SMALL, **options).train(training), KAFLayer(4, **SMALL, **options).train(training)
+    other.load_state_dict(layer.state_dict())
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for counts in [(7, 0, 4), (5, 5), (2, 8, 3, 1)]:
+        keypoints = random_keypoints((12, 20), counts, dtype=torch.float32)
+        features = torch.randn(len(counts), 4, 6, 10)
+        actual, expected = compiled(features, keypoints), other(features, keypoints)
+        torch.testing.assert_close(actual.features, expected.features)
+        (actual.features.sum() + actual.tokens.sum()).backward()
+        (expected.features.sum() + expected.tokens.sum()).backward()
+    for p, q in zip(layer.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, atol=1e-3, rtol=1e-3)
+    for a, b in zip(layer.buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("block", ["transformer", "propagation"])
+def test_exports_with_dynamic_shapes(block: str) -> None:
+    layer = KAFLayer(4, block=block, **SMALL).eval()
+    dynamic = Dim.DYNAMIC
+    shapes = ({0: dynamic, 2: dynamic, 3: dynamic}, [{0: dynamic, 1: dynamic}] * 2 + [(dynamic, dynamic), None])
+    exported = torch.export.export(layer, (map_of(4), KEYPOINTS), dynamic_shapes=shapes).module()
+    keypoints = random_keypoints((16, 14), (3, 9), dtype=torch.float32)
+    features = torch.randn(2, 4, 8, 7)
+    torch.testing.assert_close(exported(features, keypoints)[0], layer(features, keypoints)[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fusion": "mul"}, "fusion='mul'"),
+        ({"fusion": "add", "out_channels": 3}, "in_channels=4 and out_channels=3"),
+        ({"sampling": "cubic"}, "mode='cubic'"),
+        ({"block": "mamba"}, "block='mamba'"),
+        ({"reduce": "prod"}, "reduce='prod'"),
+        ({"spatial_dims": 4}, "spatial_dims=4"),
+        ({"num_heads": 3}, "embed_dim=16 and num_heads=3"),
+    ],
+)
+def test_wrong_options(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        KAFLayer(4, **SMALL, **options)
+
+
+def test_wrong_features() -> None:
+    layer = KAFLayer(4, **SMALL)
+    with pytest.raises(ValueError, match=r"in_channels=4.*features.shape=torch.Size\(\[3, 5, 6, 10\]\)"):
+        layer(map_of(5), KEYPOINTS)
+    with pytest.raises(ValueError, match="swapped"):
+        layer(map_of(4).mT, KEYPOINTS)
+    with pytest.raises(ValueError, match="batch size"):
+        layer(map_of(4)[:2], KEYPOINTS)
+
+
+def test_encoder_runs_stage_after_stage() -> None:
+    stages = [nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(8, 6, 3, stride=2, padding=1), nn.Conv2d(6, 5, 3, padding=1)]
+    layers = [KAFLayer(4, **SMALL), None, KAFLayer(5, **SMALL)]
+    encoder = KAFEncoder(stages, layers).eval()
+    images = torch.rand(3, 1, 12, 20)
+    features, tokens = encoder(images, KEYPOINTS)
+    first, first_tokens = layers[0](F.conv2d(images, stages[0].weight, stages[0].bias, padding=1), KEYPOINTS)
+    second = F.conv2d(first, stages[1].weight, stages[1].bias, stride=2, padding=1)
+    torch.testing.assert_close(features[:2], [first, second])
+    torch.testing.assert_close(tokens[0], first_tokens)
+    assert [tuple(f.shape) for f in features] == [(3, 8, 12, 20), (3, 6, 6, 10), (3, 10, 6, 10)]
+    assert len(tokens) == 2
+
+
+def test_encoder_without_layers_needs_no_keypoints() -> None:
+    features, tokens = KAFEncoder([nn.Identity()], [None])(torch.rand(1, 1, 4, 6))
+    assert features[0].shape == (1, 1, 4, 6)
+    assert tokens == []
+
+
+def test_encoder_errors() -> None:
+    with pytest.raises(ValueError, match=r"len\(stages\)=1 and len\(layers\)=2"):
+        KAFEncoder([nn.Identity()], [None, None])
+    with pytest.raises(ValueError, match="keypoints=None"):
+        KAFEncoder([nn.Identity()], [KAFLayer(4, **SMALL)])(map_of(4))
