@@ -1,8 +1,10 @@
 """The phantoms are reproducible, differ, and are hearts."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from phantom import LABELS, Volume, phantom
+from phantom import LABELS, Volume, phantom, plot
 from torch import Tensor
 
 SUBJECTS = 6
@@ -107,3 +109,11 @@ def test_the_right_ventricle_lies_on_the_septum(volumes: list[Volume]) -> None:
         column = torch.arange(volume.label.shape[2])
         right, left = ((volume.label[0] == label).sum(dim=0) for label in (RV, LV))
         assert (column * right).sum() / right.sum() < (column * left).sum() / left.sum()  # the viewer's left
+
+
+def test_the_contact_sheet_is_a_picture(tmp_path: Path, volumes: list[Volume]) -> None:
+    image = pytest.importorskip("matplotlib.image")
+    plot(volumes[:2], tmp_path / "new" / "phantom.png", columns=3)
+    picture = image.imread(tmp_path / "new" / "phantom.png")
+    assert picture.shape[:2] == (480, 600)
+    assert picture[..., :3].std() > 0.1
