@@ -20,7 +20,7 @@ __all__ = ["describe", "orient"]
 
 TURN = 2 * math.pi
 ANGLE_BINS, ANGLE_SAMPLES = 36, 17
-CELLS, DIRECTIONS, SAMPLES = 4, 8, 20
+CELLS, DIRECTIONS, SAMPLES = 4, 8, 16
 CELL = 3.0  # the side of a cell in scales, as in OpenCV
 
 
@@ -45,10 +45,12 @@ def orient(
     step = 9 / (ANGLE_SAMPLES - 1)
     magnitude, angle = _gradients(space, extrema, centre, scale, torch.zeros_like(scale), ANGLE_SAMPLES, step)
     weight = torch.exp(-(axis[:, None] ** 2 + axis**2) / (2 * 1.5**2)).flatten()
-    bins = (angle * (ANGLE_BINS / TURN)).round() % ANGLE_BINS
-    is_bin = bins[..., None] == torch.arange(ANGLE_BINS, device=scale.device)
-    histogram = ((magnitude * weight)[..., None, :] @ is_bin.to(scale.dtype))[..., 0, :]
-    smooth = sum(w * histogram.roll(i, -1) for i, w in zip(range(-2, 3), (1, 4, 6, 4, 1), strict=True))
+    bins = (angle * (ANGLE_BINS / TURN)).round().long() % ANGLE_BINS
+    # Summed as integers, so that the order of the sum does not matter.
+    histogram = torch.zeros_like(bins[..., :ANGLE_BINS])
+    histogram = histogram.scatter_add(-1, bins, (magnitude * weight * 2**32).long()).to(scale.dtype)
+    next_to, beyond = histogram.roll(1, -1) + histogram.roll(-1, -1), histogram.roll(2, -1) + histogram.roll(-2, -1)
+    smooth = 6 * histogram + 4 * next_to + beyond
     left, right = smooth.roll(1, -1), smooth.roll(-1, -1)
     strongest = smooth.amax(-1, keepdim=True)
     is_peak = (smooth > left) & (smooth > right) & (smooth >= 0.8 * strongest)
@@ -77,12 +79,12 @@ def describe(
     cell = torch.arange(CELLS, device=scale.device, dtype=scale.dtype) - (CELLS - 1) / 2
     weight = F.relu(1 - (axis[:, None] - cell).abs()) * torch.exp(-(axis[:, None] ** 2) / (CELLS**2 / 2))
     cells = torch.einsum("yi,xj->ijyx", weight, weight).flatten(2).flatten(0, 1)
-    # OpenCV counts directions from the x axis against the y axis.
-    bins = torch.arange(DIRECTIONS, device=scale.device, dtype=scale.dtype)
-    distance = (-direction * (DIRECTIONS / TURN))[..., None] - bins
-    distance = distance - DIRECTIONS * (distance / DIRECTIONS).round()
-    directions = F.relu(1 - distance.abs()) * magnitude[..., None]
-    histogram = (cells @ directions).flatten(-2)
+    # OpenCV counts directions from the x axis against the y axis. Bin 8 is bin 0 again.
+    bins = torch.arange(DIRECTIONS + 1, device=scale.device, dtype=scale.dtype)
+    position = -direction * (DIRECTIONS / TURN) % DIRECTIONS
+    directions = F.relu(1 - (position[..., None] - bins).abs()) * magnitude[..., None]
+    histogram = cells @ directions
+    histogram = torch.cat([histogram[..., :1] + histogram[..., -1:], histogram[..., 1:-1]], dim=-1).flatten(-2)
     values = F.normalize(histogram, dim=-1).clamp(max=0.2)
     if root:
         # A root's gradient at 0 is infinite.

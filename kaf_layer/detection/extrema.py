@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import pairwise
 from typing import Annotated, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kaf_layer.detection.scale_space import BORDER, ScaleSpace
 
-__all__ = ["Extrema", "Fit", "find_extrema", "fit", "refine", "select"]
+__all__ = ["Extrema", "find_extrema", "locate", "refine", "select"]
 
 STEPS = 5  # an extremum that has not settled by then is given up, as in OpenCV
 DENSITY = 64  # without a count, room for one extremum in so many pixels: white noise has one in ...
@@ -34,7 +37,7 @@ class Extrema(NamedTuple):
     x: Tensor
 
     @property
-    def index(self) -> Tensor:
+    def position(self) -> Tensor:
         """The index in the flattened scale space."""
         return self.start + (self.layer * self.height + self.y) * self.width + self.x
 
@@ -63,9 +66,13 @@ def find_extrema(space: ScaleSpace, *, threshold: float, static: bool) -> tuple[
     found, start = [], 0
     for octave, gaussians in enumerate(space.octaves):
         mask = _is_extremum(gaussians, threshold)
-        size = mask.numel() // DENSITY if static else int(mask.sum())
-        # At least one slot each: what follows need not think of empty lists.
-        image, layer, y, x = torch.nonzero_static(mask, size=max(size, 1), fill_value=-1).unbind(1)
+        if static:
+            room = mask[0].numel() // DENSITY + 1
+            mask = mask & (mask.flatten(1).cumsum(1, dtype=torch.int32) <= room).view_as(mask)
+            found_here = torch.nonzero_static(mask, size=len(mask) * room, fill_value=-1)
+        else:
+            found_here = F.pad(mask.nonzero(), (0, 0, 0, 1), value=-1)
+        image, layer, y, x = found_here.unbind(1)
         height, width = gaussians[0].shape[1:]
         constants = [torch.full_like(x, value) for value in (octave, height, width)]
         first = image.clamp(min=0) * space.values.shape[1] + start
@@ -77,7 +84,7 @@ def find_extrema(space: ScaleSpace, *, threshold: float, static: bool) -> tuple[
 
 
 def _is_extremum(gaussians: list[Tensor], threshold: float) -> Annotated[Tensor, "B layers H-10 W-10"]:
-    differences = [b - a for a, b in zip(gaussians, gaussians[1:], strict=False)]
+    differences = [b - a for a, b in pairwise(gaussians)]
     masks = []
     for below, centre, above in zip(differences, differences[1:], differences[2:], strict=False):
         inner = centre[:, BORDER:-BORDER, BORDER:-BORDER]
@@ -87,7 +94,8 @@ def _is_extremum(gaussians: list[Tensor], threshold: float) -> Annotated[Tensor,
     return torch.stack(masks, dim=1)
 
 
-def _neighbours(reduce: torch._ops.OpOverloadPacket, *layers: Tensor) -> Tensor:  # type: ignore[name-defined]
+def _neighbours(reduce: Callable[[Tensor, Tensor], Tensor], *layers: Tensor) -> Annotated[Tensor, "B H-10 W-10"]:
+    """The largest or smallest value in the 3x3x3 neighbourhood of each pixel within the border."""
     below, centre, above = (layer[:, BORDER - 1 : 1 - BORDER, BORDER - 1 : 1 - BORDER] for layer in layers)
     value = reduce(reduce(below, centre), above)
     value = reduce(reduce(value[:, :-2], value[:, 1:-1]), value[:, 2:])
@@ -95,33 +103,89 @@ def _neighbours(reduce: torch._ops.OpOverloadPacket, *layers: Tensor) -> Tensor:
 
 
 def refine(
-    space: ScaleSpace, extrema: Extrema, valid: Tensor, *, contrast_threshold: float, edge_threshold: float
+    space: ScaleSpace,
+    extrema: Extrema,
+    valid: Tensor,
+    *,
+    contrast_threshold: float,
+    edge_threshold: float,
+    static: bool,
 ) -> tuple[Extrema, Tensor, Tensor]:
     """Moves extrema to the pixel that their quadratic peaks in, and rejects weak ones and edges.
+
+    Args:
+        space: the scale space.
+        extrema: the candidates of all images.
+        valid: which of them are extrema.
+        contrast_threshold: the least contrast, times the number of layers, in units of the image.
+        edge_threshold: the largest ratio of the principal curvatures.
+        static: fit all candidates in every step, not those alone that still move.
 
     Returns:
         the moved extrema, which of them are keypoints, and their response: the magnitude of the contrast.
     """
-    settled = torch.zeros_like(valid)
-    for step in range(STEPS):
-        result = fit(space, extrema, valid)
-        settled = (result.offset.abs() < 0.5).all(-1)
-        if step == STEPS - 1:
-            break
-        move = result.offset.clamp(-FAR, FAR).nan_to_num(FAR).round().long() * (valid & ~settled)[..., None]
-        layer, y, x = extrema.layer + move[..., 0], extrema.y + move[..., 1], extrema.x + move[..., 2]
-        valid = valid & (layer >= 1) & (layer <= space.layers)
-        valid = valid & (y >= BORDER) & (y < extrema.height - BORDER) & (x >= BORDER) & (x < extrema.width - BORDER)
-        pixel = (torch.where(valid, new, old) for new, old in zip((layer, y, x), extrema[5:], strict=True))
+    moving = torch.arange(len(valid), device=valid.device)
+    for _ in range(STEPS - 1):
+        old, alive = extrema.take(moving), valid[moving]
+        move = fit(space, old, alive).offset.clamp(-FAR, FAR).nan_to_num(FAR).round().long()
+        layer, y, x = (position + step for position, step in zip(old[5:], move.unbind(-1), strict=True))
+        alive = alive & (layer >= 1) & (layer <= space.layers)
+        alive = alive & (y >= BORDER) & (y < old.height - BORDER) & (x >= BORDER) & (x < old.width - BORDER)
+        pixel = (
+            positions.index_copy(0, moving, torch.where(alive, new, unmoved))
+            for positions, new, unmoved in zip(extrema[5:], (layer, y, x), old[5:], strict=True)
+        )
         extrema = Extrema(*extrema[:5], *pixel)
+        valid = valid.index_copy(0, moving, alive)
+        if not static:
+            moving = moving[alive & (move != 0).any(-1)]
+    result = fit(space, extrema, valid)
+    settled = (result.offset.abs() < 0.5).all(-1)
     response = result.contrast.abs()
     spatial = result.hessian[..., 1:, 1:]
     trace = spatial[..., 0, 0] + spatial[..., 1, 1]
     determinant = spatial[..., 0, 0] * spatial[..., 1, 1] - spatial[..., 0, 1] ** 2
     # Lowe 2004, section 4.1; a determinant of zero or less fails it as well.
     is_corner = trace**2 * edge_threshold < (edge_threshold + 1) ** 2 * determinant
-    valid = valid & settled & is_corner & (response * space.layers >= contrast_threshold)
-    return extrema, valid, response
+    return extrema, valid & settled & is_corner & (response * space.layers >= contrast_threshold), response
+
+
+def select(
+    extrema: Extrema, valid: Tensor, response: Tensor, *, batch: int, slots: int, static: bool
+) -> tuple[Extrema, Annotated[Tensor, "B N"]]:
+    """The strongest keypoints of each image, by descending response, each pixel once.
+
+    Args:
+        extrema: the candidates of all images.
+        valid: which of them are keypoints.
+        response: what they are ordered by.
+        batch: the number of images.
+        slots: the most keypoints that an image keeps.
+        static: return that many slots, however many are used.
+    """
+    # Two candidates may have moved to one pixel. Sorting also makes the order independent of the search's.
+    location, order = torch.where(valid, extrema.position, -1).sort(stable=True)
+    is_first = torch.cat([location[:1] >= 0, location[1:] != location[:-1]])
+    extrema, response, valid = extrema.take(order), response[order], valid[order] & is_first
+    by_response = torch.where(valid, response, -1.0).sort(descending=True, stable=True).indices
+    image = torch.where(valid, extrema.image, batch)[by_response]
+    image, by_image = image.sort(stable=True)
+    order = by_response[by_image]
+    bounds = torch.searchsorted(image, torch.arange(batch + 1, device=image.device))
+    first, last = bounds[:-1, None], bounds[1:, None]
+    if not static:
+        slots = min(slots, int((last - first).max()))
+    position = first + torch.arange(slots, device=image.device)
+    return extrema.take(order[position.clamp(max=len(order) - 1)]), position < last
+
+
+def locate(
+    space: ScaleSpace, extrema: Extrema, valid: Tensor
+) -> tuple[Annotated[Tensor, "... 2"], Annotated[Tensor, "..."], Annotated[Tensor, "..."]]:
+    """The centre (x, y) and scale of each keypoint, in pixels of its octave, and its contrast; differentiable."""
+    peak = fit(space, extrema, valid)
+    layer, y, x = (pixel + offset for pixel, offset in zip(extrema[5:], peak.offset.unbind(-1), strict=True))
+    return torch.stack([x, y], dim=-1), space.sigma * 2 ** (layer / space.layers), peak.contrast
 
 
 def fit(space: ScaleSpace, extrema: Extrema, valid: Tensor) -> Fit:
@@ -133,7 +197,9 @@ def fit(space: ScaleSpace, extrema: Extrema, valid: Tensor) -> Fit:
     rows, columns = extrema.width[..., None, None], torch.arange(-1, 2, device=extrema.x.device)
     layers = torch.arange(-1, 3, device=extrema.x.device)[:, None, None]
     plane = (extrema.height * extrema.width)[..., None, None, None]
-    index = extrema.index[..., None, None, None] + layers * plane + (columns[:, None] * rows + columns)[..., None, :, :]
+    index = (
+        extrema.position[..., None, None, None] + layers * plane + (columns[:, None] * rows + columns)[..., None, :, :]
+    )
     cube = space.values.flatten()[index].diff(dim=-3).where(valid[..., None, None, None], 0.0)
     centre = cube[..., 1, 1, 1]
     gradient = torch.stack(
@@ -163,32 +229,3 @@ def _solve(matrix: Annotated[Tensor, "... 3 3"], vector: Annotated[Tensor, "... 
     regular = determinant != 0
     solution = (cofactors * vector[..., None]).sum(-2) / torch.where(regular, determinant, 1.0)
     return torch.where(regular, solution, FAR)
-
-
-def select(
-    extrema: Extrema, valid: Tensor, response: Tensor, *, batch: int, slots: int, static: bool
-) -> tuple[Extrema, Annotated[Tensor, "B N"]]:
-    """The strongest keypoints of each image, by descending response, each pixel once.
-
-    Args:
-        extrema: the candidates of all images.
-        valid: which of them are keypoints.
-        response: what they are ordered by.
-        batch: the number of images.
-        slots: the most keypoints that an image keeps.
-        static: return that many slots, however many are used.
-    """
-    # Two candidates may have moved to one pixel. Sorting also makes the order independent of the search's.
-    location, order = torch.where(valid, extrema.index, -1).sort(stable=True)
-    is_first = torch.cat([location[:1] >= 0, location[1:] != location[:-1]])
-    extrema, response, valid = extrema.take(order), response[order], valid[order] & is_first
-    by_response = torch.where(valid, response, -1.0).sort(descending=True, stable=True).indices
-    image = torch.where(valid, extrema.image, batch)[by_response]
-    image, by_image = image.sort(stable=True)
-    order = by_response[by_image]
-    bounds = torch.searchsorted(image, torch.arange(batch + 1, device=image.device))
-    first, last = bounds[:-1, None], bounds[1:, None]
-    if not static:
-        slots = min(slots, int((last - first).max()))
-    position = first + torch.arange(slots, device=image.device)
-    return extrema.take(order[position.clamp(max=len(order) - 1)]), position < last

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -42,13 +43,12 @@ def scale_space(images: Annotated[Tensor, "B H W"], *, layers: int, sigma: float
         sigma: the blur of the first layer of each octave, in that octave's pixels.
         blurred: the blur that the images have already.
     """
+    first = math.sqrt(max(sigma**2 - blurred**2, 0.01))
     steps = [sigma * 2 ** (i / layers) * math.sqrt(1 - 2 ** (-2 / layers)) for i in range(1, layers + 3)]
-    layer = blur(images, math.sqrt(max(sigma**2 - blurred**2, 0.01)))
+    (layer,) = blur(images, [first])
     octaves = []
     while min(layer.shape[1:]) > 2 * BORDER:
-        octave = [layer]
-        for step in steps:
-            octave.append(blur(octave[-1], step))
+        octave = [layer, *blur(layer, steps)]
         octaves.append(octave)
         height, width = (size // 2 * 2 for size in layer.shape[1:])
         layer = octave[layers][:, :height:2, :width:2]
@@ -64,46 +64,73 @@ def double(images: Annotated[Tensor, "B H W"], upscale: Literal["precise", "open
         upscale: ``"precise"`` puts pixel i at 2 i. ``"opencv"`` is the default of OpenCV's SIFT: it puts it at
             2 i + 0.5 and forgets the half, so that keypoints lie 0.25 pixels too far right and down.
     """
-    for _ in range(2):  # along the last axis, and swap
-        following = torch.cat([images[..., 1:], images[..., -1:]], dim=-1)
-        preceding = torch.cat([images[..., :1], images[..., :-1]], dim=-1)
+    for axis in (2, 1):
+        size = images.shape[axis]
+        following = torch.cat([images.narrow(axis, 1, size - 1), images.narrow(axis, size - 1, 1)], dim=axis)
         if upscale == "precise":
-            pair = images, (images + following) / 2
+            pair = images, torch.lerp(images, following, 0.5)
         else:
-            pair = 0.75 * images + 0.25 * preceding, 0.75 * images + 0.25 * following
-        images = torch.stack(pair, dim=-1).flatten(-2).mT
+            preceding = torch.cat([images.narrow(axis, 0, 1), images.narrow(axis, 0, size - 1)], dim=axis)
+            pair = torch.lerp(images, preceding, 0.25), torch.lerp(images, following, 0.25)
+        images = torch.stack(pair, dim=axis + 1).flatten(axis, axis + 1)
     return images
 
 
-def blur(images: Annotated[Tensor, "B H W"], sigma: float) -> Annotated[Tensor, "B H W"]:
-    """Gaussian blur, the kernel cut at 4 sigma as OpenCV does, the image reflected about its outermost pixels."""
-    radius = (round(8 * sigma + 1) | 1) // 2
-    for _ in range(2):  # along the last axis, and swap
-        images = _blur_and_swap(images, sigma, radius)
-    return images
+def blur(images: Annotated[Tensor, "B H W"], sigmas: Sequence[float]) -> list[Annotated[Tensor, "B H W"]]:
+    """Gaussian blurs of the images, each of the one before.
+
+    As OpenCV does, the kernel is cut at 4 sigma and the image reflected about its outermost pixels.
+    """
+    rows, columns = (_convolution_blocks(size, sigmas, images) for size in images.shape[1:])
+    blurred = []
+    for row_blocks, column_blocks in zip(rows, columns, strict=True):
+        images = _blur_and_swap(_blur_and_swap(images, column_blocks), row_blocks)
+        blurred.append(images)
+    return blurred
 
 
-def _blur_and_swap(images: Annotated[Tensor, "B H W"], sigma: float, radius: int) -> Annotated[Tensor, "B W H"]:
+def _blur_and_swap(
+    images: Annotated[Tensor, "B H W"], matrix: Annotated[Tensor, "blocks BLOCK window"]
+) -> Annotated[Tensor, "B W H"]:
+    """Blurs along the last axis, and swaps the axes."""
     # Convolutions of one channel are an order of magnitude slower on CPUs than this product of
     # blocks of the (banded) convolution matrix with overlapping windows, which need no copy.
     size = images.shape[-1]
-    matrix = _convolution_blocks(size, sigma, radius, images)
     blocks, block, window = matrix.shape
-    padded = F.pad(images, (radius, radius + blocks * block - size))
-    windows = padded.unfold(-1, window, block)
+    radius = (window - block) // 2
+    windows = F.pad(images, (radius, radius + blocks * block - size)).unfold(-1, window, block)
     return (matrix @ windows.permute(0, 2, 3, 1)).flatten(1, 2)[:, :size]
 
 
-def _convolution_blocks(size: int, sigma: float, radius: int, like: Tensor) -> Annotated[Tensor, "blocks BLOCK window"]:
-    """Which weights each output pixel gives to the pixels of its block's window, reflection included."""
+def _convolution_blocks(
+    size: int, sigmas: Sequence[float], like: Tensor
+) -> list[Annotated[Tensor, "blocks BLOCK window"]]:
+    """For each blur, the weights that each pixel gives to the pixels of its block's window, reflection included."""
+    radii = [(round(8 * sigma + 1) | 1) // 2 for sigma in sigmas]
+    radius = max(radii)
     taps = torch.arange(-radius, radius + 1, device=like.device)
-    kernel = torch.exp(-0.5 * (taps.to(like.dtype) / sigma) ** 2)
-    kernel = kernel / kernel.sum()
+    kernels = torch.stack(
+        [
+            torch.exp(-0.5 * (taps.to(like.dtype) / s) ** 2) * (taps.abs() <= r)
+            for s, r in zip(sigmas, radii, strict=True)
+        ]
+    )
+    kernels = kernels / kernels.sum(1, keepdim=True)
+    # Far from both ends all blocks are alike: compute one, and repeat it.
+    repeats = max(0, -(-size // BLOCK) - 2 - 2 * -(-radius // BLOCK))
+    size = size - repeats * BLOCK
     blocks = -(-size // BLOCK)
     pixels = torch.arange(blocks * BLOCK, device=like.device)[:, None]
     period = 2 * size - 2
     source = (pixels.clamp(max=size - 1) + taps) % period
     source = torch.minimum(source, period - source)
     column = source - pixels // BLOCK * BLOCK + radius
-    matrix = like.new_zeros(len(pixels), BLOCK + 2 * radius)
-    return matrix.scatter_add_(1, column, kernel.expand(len(pixels), -1)).unflatten(0, (blocks, BLOCK))
+    shape = len(sigmas), len(pixels)
+    matrix = like.new_zeros(*shape, BLOCK + 2 * radius)
+    matrix = matrix.scatter_add_(2, column.expand(*shape, -1), kernels[:, None].expand(*shape, -1))
+    matrix = matrix.unflatten(1, (blocks, BLOCK))
+    middle = blocks // 2
+    matrix = torch.cat(
+        [matrix[:, :middle], matrix[:, middle : middle + 1].expand(-1, repeats, -1, -1), matrix[:, middle:]], dim=1
+    )
+    return [m[..., radius - r : matrix.shape[-1] - radius + r] for m, r in zip(matrix, radii, strict=True)]

@@ -3,26 +3,73 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from kornia.color import rgb_to_grayscale
 from torch import Tensor, nn
 
 from kaf_layer.detection.descriptors import describe, orient
-from kaf_layer.detection.extrema import find_extrema, fit, refine, select
-from kaf_layer.detection.scale_space import BORDER, double, scale_space
+from kaf_layer.detection.extrema import Extrema, find_extrema, locate, refine, select
+from kaf_layer.detection.scale_space import BORDER, ScaleSpace, double, scale_space
 from kaf_layer.keypoints import Keypoints
 
 __all__ = ["SIFTDetector"]
 
-SMALLEST = BORDER + 1  # doubled, such an image has a pixel within the border of the first octave
-CAMERA_BLUR = 0.5  # what an image is assumed to be blurred by already, in its pixels
-PEAKS = 4  # the most orientations of a keypoint
+SMALLEST = BORDER + 1  # doubled, an image of that size has pixels within the border
+CAMERA_BLUR = 0.5  # what images are assumed to be blurred by, in their pixels
+PEAKS = 4  # the most orientations of a keypoint: more peaks of 80 % do not fit into 36 smoothed bins
 
 
 class SIFTDetector(nn.Module):
+    """The scale-invariant feature transform (Lowe 2004), with OpenCV's meanings and defaults.
+
+    Finds the keypoints of ``cv2.SIFT_create`` for whole batches where the images are, and describes them. The
+    result always has ``max_keypoints`` slots, by descending score; those that an image does not
+    fill are not ``valid`` and hold zeros. A batch gives each image what it gets alone.
+
+    Which pixels are keypoints, their order and the angles are piecewise constant in the image; everything else is
+    differentiable. Positions, scores and scales have the gradient of the quadratic that is fitted to
+    the differences of Gaussians (for ``normalize``, through the minimum and maximum as well), descriptors that of the
+    samples, where keypoints lie and how large they are included; angles have none.
+
+    There are two paths to one result. On a CPU images are searched one by one, for as many candidates as
+    there are. On other devices, and under ``torch.compile`` and ``torch.export``, all shapes are
+    static and nothing waits for the device; there is room for as many extrema as one pixel in 64 per layer
+    (white noise has one in 1500; only synthetic stripes have more), and the last ones of an
+    image that has more are lost.
+
+    Blurring uses matrix products. Leave ``torch.set_float32_matmul_precision`` at its default, "highest",
+    for positions of full precision.
+
+    Args:
+        max_keypoints: how many slots the result has; an image with more keypoints keeps the strongest.
+        contrast_threshold: the least contrast, times ``octave_layers``, for intensities between 0 and 1.
+        edge_threshold: the largest ratio of the principal curvatures.
+        sigma: the blur of the first layer, in pixels of the doubled image.
+        octave_layers: in how many scales of each octave keypoints are searched.
+        upscale: how the image is doubled first. ``"precise"`` is OpenCV's ``enable_precise_upscale``. ``"opencv"``
+            is OpenCV's default, whose keypoints all lie a quarter of a pixel too far right and down.
+        normalize: stretch each image from its minimum and maximum to 0 and 1, as the paper does. Otherwise
+            images are taken as they are, uint8 as 0 to 255 and others as 0 to 1.
+        orientations: ``"strongest"`` gives one keypoint per position. ``"all"`` repeats it for every
+            direction of at least 80 % of the strongest, as OpenCV does.
+        descriptors: whether to describe the keypoints.
+        root: RootSIFT (Arandjelovic and Zisserman 2012) instead of SIFT; both have length 1 and OpenCV's order.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> y, x = torch.meshgrid(torch.arange(48.0), torch.arange(64.0), indexing="ij")
+        >>> blob = torch.exp(-((x - 40.25) ** 2 + (y - 20.5) ** 2) / (2 * 3.0**2))
+        >>> keypoints = SIFTDetector(max_keypoints=8)(blob[None, None])
+        >>> keypoints.valid.sum().item(), keypoints.descriptors.shape
+        (1, torch.Size([1, 8, 128]))
+        >>> [round(v, 1) for v in keypoints.positions[0, 0].tolist()]
+        [40.2, 20.5]
+    """
+
     def __init__(
         self,
         max_keypoints: int = 512,
@@ -38,6 +85,12 @@ class SIFTDetector(nn.Module):
         root: bool = True,
     ) -> None:
         super().__init__()
+        if max_keypoints < 1 or octave_layers < 1 or sigma <= 0:
+            raise ValueError(f"expected positive numbers, got {max_keypoints=}, {octave_layers=} and {sigma=}")
+        if upscale not in ("precise", "opencv"):
+            raise ValueError(f'upscale must be "precise" or "opencv", got {upscale=}')
+        if orientations not in ("strongest", "all"):
+            raise ValueError(f'orientations must be "strongest" or "all", got {orientations=}')
         self.max_keypoints = max_keypoints
         self.contrast_threshold = contrast_threshold
         self.edge_threshold = edge_threshold
@@ -50,62 +103,96 @@ class SIFTDetector(nn.Module):
         self.root = root
 
     def forward(self, images: Annotated[Tensor, "B C H W"]) -> Keypoints:
-        static = images.is_cuda or torch.compiler.is_compiling()
-        with torch.autocast(images.device.type, enabled=False):
-            grey = self._grey(images)
-            if static:
-                values = self._detect(grey, static=True)
-            else:
-                # On a CPU one image's scale space still fits the cache.
-                samples = [self._detect(image, static=False) for image in grey.split(1)]
-                values = {name: torch.cat([sample[name] for sample in samples]) for name in samples[0]}
-        return Keypoints(**values, image_size=tuple(images.shape[-2:]))
+        """Detects and describes the keypoints of every image.
 
-    def _grey(self, images: Tensor) -> Annotated[Tensor, "B H W"]:
-        dtype = torch.promote_types(images.dtype, torch.float32)
-        grey = images.to(dtype)
-        grey = (rgb_to_grayscale(grey) if images.shape[1] == 3 else grey)[:, 0]
+        Args:
+            images: (B, C, H, W), one channel or RGB, float or integer, of any range (see ``normalize``).
+
+        Returns:
+            keypoints with ``scores`` (the magnitude of the contrast), ``scales`` (the blur, in pixels: half of
+            OpenCV's size), ``angles`` and, if asked for, 128-value ``descriptors``; float64 for float64 images
+            and float32 for all others, whatever autocast says.
+
+        Raises:
+            ValueError: if images are not (B, 1 or 3, H, W), smaller than 6 pixels, or not finite. Only on a CPU
+                are values looked at: elsewhere an image that is not finite has no keypoints.
+        """
+        if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
+            raise ValueError(f"images must be (B, C, H, W) with one channel or three, got {images.shape=}")
+        if min(images.shape[2:]) < SMALLEST:
+            raise ValueError(
+                f"images must have at least {SMALLEST} x {SMALLEST} pixels: the first octave, twice as large, has a "
+                f"border of {BORDER} pixels without keypoints, got {images.shape=}"
+            )
+        static = images.device.type != "cpu" or torch.compiler.is_compiling()
+        with torch.autocast(images.device.type, enabled=False):
+            grey = self._grey(images, static=static)
+            # A CPU is faster on one image at a time, whose scale space may stay in its cache.
+            batches = [grey] if static else grey.split(1)
+            parts = [self._detect(batch, static=static) for batch in batches]
+        values: dict[str, Any] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return Keypoints(**values, image_size=tuple(images.shape[2:]))
+
+    def _grey(self, images: Tensor, *, static: bool) -> Annotated[Tensor, "B H W"]:
+        grey = images.to(torch.promote_types(images.dtype, torch.float32))
+        if images.shape[1] == 3:
+            grey = 0.299 * grey[:, :1] + 0.587 * grey[:, 1:2] + 0.114 * grey[:, 2:]
+        grey = grey[:, 0]
+        finite = grey.isfinite().all(2).all(1)
+        if not static and not finite.all():
+            samples = (~finite).nonzero().flatten().tolist()
+            raise ValueError(f"images must be finite, got NaN or infinity in {samples=} of {images.shape=}")
+        grey = torch.where(finite[:, None, None], grey, 0.0)
         if self.normalize:
             low, high = grey.amin((1, 2), keepdim=True), grey.amax((1, 2), keepdim=True)
             return (grey - low) / torch.where(high > low, high - low, 1.0)
         return grey / 255 if images.dtype == torch.uint8 else grey
 
     def _detect(self, grey: Annotated[Tensor, "B H W"], *, static: bool) -> dict[str, Tensor]:
-        space = scale_space(
-            double(grey, self.upscale), layers=self.octave_layers, sigma=self.sigma, blurred=2 * CAMERA_BLUR
-        )
+        doubled = double(grey, self.upscale)
+        space = scale_space(doubled, layers=self.octave_layers, sigma=self.sigma, blurred=2 * CAMERA_BLUR)
         with torch.no_grad():
-            # OpenCV rounds this threshold down to whole grey levels.
-            threshold = math.floor(0.5 * self.contrast_threshold / self.octave_layers * 255) / 255
-            extrema, valid = find_extrema(space, threshold=threshold, static=static)
-            extrema, valid, response = refine(
-                space,
-                extrema,
-                valid,
-                contrast_threshold=self.contrast_threshold,
-                edge_threshold=self.edge_threshold,
-            )
-            extrema, valid = select(extrema, valid, response, batch=len(grey), slots=self.max_keypoints, static=static)
-        peak = fit(space, extrema, valid)
-        s, y, x = (position + offset for position, offset in zip(extrema[5:], peak.offset.unbind(-1), strict=True))
-        scale = self.sigma * 2 ** (s / self.octave_layers)
-        centre = torch.stack([x, y], dim=-1)
+            extrema, valid = self._search(space, static=static)
+            extrema, valid, angles = self._orient(space, extrema, valid)
+        centre, scale, contrast = locate(space, extrema, valid)
         pixel = 2.0 ** (extrema.octave - 1)
-        with torch.no_grad():
-            angles, strength = orient(space, extrema, centre, scale)
-            angle = angles.gather(-1, strength.argmax(-1, keepdim=True))[..., 0] % math.tau
         values = {
             "positions": centre * pixel[..., None],
-            "scores": peak.contrast.abs(),
+            "scores": contrast.abs(),
             "scales": scale * pixel,
-            "angles": angle,
+            "angles": angles,
         }
         if self.descriptors:
-            values["descriptors"] = describe(space, extrema, centre, scale, angle, root=self.root)
-        return {"valid": self._pad(valid)} | {
-            name: self._pad(torch.where(valid.view(*valid.shape, *(1,) * (value.ndim - 2)), value, 0.0))
-            for name, value in values.items()
-        }
+            values["descriptors"] = describe(space, extrema, centre, scale, angles, root=self.root)
+        for name, value in values.items():
+            values[name] = torch.where(valid if value.ndim == 2 else valid[..., None], value, 0.0)
+        return {name: self._pad(value) for name, value in {"valid": valid, **values}.items()}
+
+    def _search(self, space: ScaleSpace, *, static: bool) -> tuple[Extrema, Annotated[Tensor, "B N"]]:
+        # OpenCV rounds this threshold down to whole grey levels.
+        threshold = math.floor(0.5 * self.contrast_threshold / self.octave_layers * 255) / 255
+        extrema, valid = find_extrema(space, threshold=threshold, static=static)
+        extrema, valid, response = refine(
+            space,
+            extrema,
+            valid,
+            contrast_threshold=self.contrast_threshold,
+            edge_threshold=self.edge_threshold,
+            static=static,
+        )
+        return select(extrema, valid, response, batch=len(space.values), slots=self.max_keypoints, static=static)
+
+    def _orient(self, space: ScaleSpace, extrema: Extrema, valid: Tensor) -> tuple[Extrema, Tensor, Tensor]:
+        centre, scale, _ = locate(space, extrema, valid)
+        angles, strength = orient(space, extrema, centre, scale)
+        strength, peaks = strength.topk(PEAKS if self.orientations == "all" else 1)
+        angles = angles.gather(-1, peaks) % math.tau
+        is_peak = strength > 0
+        is_peak[..., 0] = True  # every keypoint keeps its strongest
+        valid, order = (valid[..., None] & is_peak).flatten(1).sort(descending=True, stable=True)
+        valid, order = valid[:, : self.max_keypoints], order[:, : self.max_keypoints]
+        owner = order // peaks.shape[-1]
+        return Extrema(*(value.gather(1, owner) for value in extrema)), valid, angles.flatten(1).gather(1, order)
 
     def _pad(self, value: Tensor) -> Tensor:
         return F.pad(value, (0, 0) * (value.ndim - 2) + (0, self.max_keypoints - value.shape[1]))
