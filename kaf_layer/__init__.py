@@ -1,6 +1,7 @@
 """Keypoint-augmented fusion: long-range attention for any PyTorch backbone, for the price of its keypoints."""
 
 from kaf_layer.keypoints import Keypoints
+from kaf_layer.detection import GridDetector, KeypointDetector, SIFTDetector
 from kaf_layer.sampling import KeypointSampler, sample_keypoints
 from kaf_layer.attention import KeypointTransformer
 from kaf_layer.scattering import KeypointScatter, scatter_keypoints
@@ -10,6 +11,9 @@ from kaf_layer.encoder import KAFEncoder, KAFEncoderOutput
 
 __all__ = [
     "Keypoints",
+    "KeypointDetector",
+    "SIFTDetector",
+    "GridDetector",
     "KeypointSampler",
     "sample_keypoints",
     "KeypointTransformer",
