@@ -117,7 +117,8 @@ def _convolution_blocks(
     )
     kernels = kernels / kernels.sum(1, keepdim=True)
     # Far from both ends all blocks are alike: compute one, and repeat it.
-    repeats = max(0, -(-size // BLOCK) - 2 - 2 * -(-radius // BLOCK))
+    margin = -(-radius // BLOCK)
+    repeats = max(0, size // BLOCK - 1 - 2 * margin)
     size = size - repeats * BLOCK
     blocks = -(-size // BLOCK)
     pixels = torch.arange(blocks * BLOCK, device=like.device)[:, None]
@@ -129,8 +130,6 @@ def _convolution_blocks(
     matrix = like.new_zeros(*shape, BLOCK + 2 * radius)
     matrix = matrix.scatter_add_(2, column.expand(*shape, -1), kernels[:, None].expand(*shape, -1))
     matrix = matrix.unflatten(1, (blocks, BLOCK))
-    middle = blocks // 2
-    matrix = torch.cat(
-        [matrix[:, :middle], matrix[:, middle : middle + 1].expand(-1, repeats, -1, -1), matrix[:, middle:]], dim=1
-    )
+    repeated = matrix[:, margin : margin + 1].expand(-1, repeats, -1, -1)
+    matrix = torch.cat([matrix[:, :margin], repeated, matrix[:, margin:]], dim=1)
     return [m[..., radius - r : matrix.shape[-1] - radius + r] for m, r in zip(matrix, radii, strict=True)]
