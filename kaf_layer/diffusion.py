@@ -1,22 +1,56 @@
-"""Tokens to a dense feature map: the diffusion network."""
+"""Tokens to a dense feature map: the diffusion network, for the price of its keypoints."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from math import prod
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kaf_layer.keypoints import Keypoints
-from kaf_layer.scattering import Reduce, check_tokens, scatter_keypoints
+from kaf_layer.scattering import Reduce, check_tokens, merge_cells, scatter_keypoints
+from kaf_layer.sparse_diffusion import convolve_rows, moments, rows_to_map
+from kaf_layer.sparse_tables import build_tables
 
-__all__ = ["KeypointDiffusion"]
+__all__ = ["KeypointDiffusion", "cheapest_method"]
+
+Method = Literal["rows", "hybrid", "dense"]
+
+
+def cheapest_method(slots: int, size: Sequence[int]) -> Method:
+    """How the diffusion network is computed: by a rule on shapes only. The results are the same.
+
+    - ``"rows"``: both convolutions where the keypoints are, while their 3x3 neighbourhoods
+      could cover no more than a third of the map.
+    - ``"hybrid"``: only the first one, while there are at most half as many slots as pixels.
+    - ``"dense"``: neither.
+
+    A graph for ``torch.export`` always holds ``"rows"``, which fits all shapes.
+
+    Args:
+        slots: of each sample, N.
+        size: the map's size.
+
+    Example:
+        >>> [cheapest_method(512, (edge, edge)) for edge in (512, 64, 16)]
+        ['rows', 'hybrid', 'dense']
+    """
+    if torch.compiler.is_exporting() or 3 * 3 ** len(size) * slots <= prod(size):
+        return "rows"
+    return "hybrid" if 2 * slots <= prod(size) else "dense"
 
 
 class KeypointDiffusion(nn.Module):
     """Spreads tokens over a feature map: convolution, batch normalisation, ReLU, convolution (section 3.2).
+
+    The network sees a map that is zero but for the keypoints' cells, and is computed only
+    where that makes a difference; see :func:`cheapest_method`, which setting the attribute
+    ``method`` overrides. A ``norm`` that has been replaced, or that keeps no running
+    average, makes the computation dense.
 
     Args:
         in_channels: of a token.
@@ -49,8 +83,10 @@ class KeypointDiffusion(nn.Module):
         super().__init__()
         if spatial_dims not in (2, 3):
             raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims=}")
-        conv, norm = (nn.Conv2d, nn.BatchNorm2d) if spatial_dims == 2 else (nn.Conv3d, nn.BatchNorm3d)
+        conv: Any = nn.Conv2d if spatial_dims == 2 else nn.Conv3d
+        norm: Any = nn.BatchNorm2d if spatial_dims == 2 else nn.BatchNorm3d
         self.reduce: Reduce = reduce
+        self.method: Method | None = None
         self.conv1 = conv(in_channels, hidden_channels, 3, padding=1)
         self.norm = norm(hidden_channels)
         self.conv2 = conv(hidden_channels, out_channels, 3, padding=1)
@@ -62,19 +98,80 @@ class KeypointDiffusion(nn.Module):
         size: Sequence[int],
         *,
         features: Annotated[Tensor, "B F *S"] | None = None,
-    ) -> Annotated[Tensor, "B out *S"]:
+    ) -> Annotated[Tensor, "B F+out *S"]:
         """Tokens to a map of the given size.
 
         Args:
             tokens: one per slot. Slots that are not valid may hold anything.
             keypoints: where the tokens belong.
             size: the map's size in tensor order.
-            features: a map to put before the result's channels, as fusion by concatenation does.
+            features: a map that the result follows, channel after channel, as in fusion by
+                concatenation: sparingly, without a copy of the result.
 
         Raises:
             ValueError: if the shapes do not fit.
         """
         check_tokens(tokens, keypoints, size)
-        sparse_map = scatter_keypoints(tokens, keypoints, size, reduce=self.reduce)
-        diffused: Tensor = self.conv2(F.relu(self.norm(self.conv1(sparse_map))))
-        return diffused if features is None else torch.cat([features, diffused], dim=1)
+        if features is not None and (len(features) != len(tokens) or features.shape[2:] != tuple(size)):
+            raise ValueError(f"features must be (B, F, *size), got {features.shape=}, {tokens.shape=} and {size=}")
+        method = self.method or cheapest_method(tokens.shape[1], size)
+        if method == "dense" or not _has_running_average(self.norm):
+            sparse_map = scatter_keypoints(tokens, keypoints, size, reduce=self.reduce)
+            return _concatenate(features, self.conv2(F.relu(self.norm(self.conv1(sparse_map)))))
+
+        device = tokens.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
+        tables = build_tables(keypoints.cells(size), keypoints.valid, size, every_pixel=method == "hybrid")
+        with torch.autocast(device, enabled=False):
+            merged = merge_cells(tokens, tables.first, keypoints.valid, reduce=self.reduce)
+            rows = convolve_rows(merged.to(dtype), self.conv1.weight.to(dtype), tables)
+            scale, shift = self._normalisation(rows, pixels=len(tokens) * prod(size))
+            weight, bias = self.conv2.weight.to(dtype), self.conv2.bias.to(dtype)
+            if method == "rows":
+                return rows_to_map(rows, scale, shift, weight, bias, features, tables, size)
+            shape = (len(tokens), *size)
+            # Normalisation and ReLU are repeated in the backward pass.
+            diffused = checkpoint(
+                _convolve_map, rows, scale, shift, weight, bias, shape, use_reentrant=False, preserve_rng_state=False
+            )
+            return _concatenate(features, diffused)
+
+    def _normalisation(self, rows: Tensor, *, pixels: int) -> tuple[Tensor, Tensor]:
+        """Batch normalisation as a factor and a summand, for rows that lack the first convolution's bias."""
+        norm, bias = self.norm, self.conv1.bias
+        mean, var = norm.running_mean, norm.running_var
+        if norm.training:
+            mean, var = moments(rows, pixels)
+            mean = mean + bias
+            with torch.no_grad():
+                norm.num_batches_tracked.add_(1)
+                norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
+                norm.running_var.lerp_((var * (pixels / (pixels - 1))).to(norm.running_var.dtype), norm.momentum)
+        scale = norm.weight * torch.rsqrt(var + norm.eps)
+        return scale, norm.bias + (bias - mean) * scale
+
+
+def _has_running_average(norm: Any) -> bool:
+    plain = type(norm) in (nn.BatchNorm2d, nn.BatchNorm3d)
+    return plain and norm.affine and norm.track_running_stats and norm.momentum is not None
+
+
+def _concatenate(
+    features: Annotated[Tensor, "B F *S"] | None, diffused: Annotated[Tensor, "B O *S"]
+) -> Annotated[Tensor, "B F+O *S"]:
+    return diffused if features is None else torch.cat([features, diffused], dim=1)
+
+
+def _convolve_map(
+    rows: Annotated[Tensor, "B*S+1 C"],
+    scale: Annotated[Tensor, "C"],
+    shift: Annotated[Tensor, "C"],
+    weight: Annotated[Tensor, "O C *K"],
+    bias: Annotated[Tensor, "O"],
+    shape: tuple[int, ...],
+) -> Annotated[Tensor, "B O *S"]:
+    """Normalisation, ReLU and convolution, where every pixel has its row."""
+    hidden = torch.addcmul(shift, rows[:-1], scale).relu().to(weight.dtype)
+    hidden = hidden.view(*shape, rows.shape[1]).movedim(-1, 1).contiguous()
+    convolve = F.conv2d if len(shape) == 3 else F.conv3d
+    return convolve(hidden, weight, bias, padding=1)

@@ -75,7 +75,8 @@ def merge_cells(
     rows = tokens.masked_fill(~valid[..., None], 0.0).flatten(0, 1)
     if reduce != "sum":
         rows = rows * _shares(rows.detach(), first, valid.flatten(), reduce=reduce)
-    return torch.zeros_like(rows).index_add(0, first, rows)
+    # Not index_add, which would keep the rows for its gradient.
+    return torch.zeros_like(rows).scatter_add(0, first[:, None].expand_as(rows), rows)
 
 
 def _shares(

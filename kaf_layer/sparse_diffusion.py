@@ -1,0 +1,228 @@
+"""The diffusion network over rows: only pixels that differ from an empty map's are held, as (rows x channels) matrices.
+
+The first convolution changes at most 3^D pixels around a keypoint, the second one 5^D; the others hold a constant.
+A convolution of rows is one matrix product, and a sum over a table that says which rows lie around which; its gradient
+is a lookup in the transposed table, and two matrix products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kaf_layer.sparse_tables import Tables
+
+__all__ = ["convolve_rows", "moments", "rows_to_map"]
+
+
+def convolve_rows(
+    tokens: Annotated[Tensor, "M C"], weight: Annotated[Tensor, "O C *K"], tables: Tables
+) -> Annotated[Tensor, "R+1 O"]:
+    """The first convolution, without bias."""
+    return _ConvolveRows.apply(tokens, weight, tables.rows, tables.rows_t)
+
+
+def moments(rows: Annotated[Tensor, "R+1 C"], pixels: int) -> tuple[Annotated[Tensor, "C"], Annotated[Tensor, "C"]]:
+    """Mean and (biased) variance over so many pixels, of which those without a row are zero."""
+    return _Moments.apply(rows, pixels)
+
+
+def rows_to_map(
+    rows: Annotated[Tensor, "R+1 C"],
+    scale: Annotated[Tensor, "C"],
+    shift: Annotated[Tensor, "C"],
+    weight: Annotated[Tensor, "O C *K"],
+    bias: Annotated[Tensor, "O"],
+    features: Annotated[Tensor, "B F *S"] | None,
+    tables: Tables,
+    size: Sequence[int],
+) -> Annotated[Tensor, "B F+O *S"]:
+    """``relu(rows * scale + shift)`` and the second convolution, written after the features."""
+    return _RowsToMap.apply(
+        rows, scale, shift, weight, bias, features, tables.pixels, tables.pixels_t, tables.addresses, size
+    )
+
+
+class _ConvolveRows(torch.autograd.Function):
+    """A convolution without bias, from tokens to rows."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor, rows: Tensor, rows_t: Tensor) -> Tensor:
+        """Tokens (M, C) and a weight (O, C, 3, 3) to rows (R + 1, O)."""
+        ctx.save_for_backward(tokens, weight, rows_t)
+        return _convolve(tokens, weight, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of the tokens and of the weight."""
+        return *_convolve_backward(grad, *ctx.saved_tensors), None, None
+
+
+class _Moments(torch.autograd.Function):
+    """Mean and variance over all pixels of a map, of which those without a row are zero."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
+        """Rows (R + 1, C) and the number of pixels to (C,), (C,)."""
+        wide = rows.to(_accumulation_dtype(rows))
+        mean = wide.sum(0) / pixels
+        var = ((wide - mean).square_().sum(0) + (pixels - len(rows)) * mean.square()) / pixels
+        ctx.save_for_backward(rows, mean)
+        ctx.pixels = pixels
+        return mean, var
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor, None]:
+        """The gradient of the rows."""
+        rows, mean = ctx.saved_tensors
+        grad = torch.addcmul(grad_mean - 2 * mean * grad_var, rows, 2 * grad_var).div_(ctx.pixels)
+        return grad.to(rows.dtype), None
+
+
+class _RowsToMap(torch.autograd.Function):
+    """Normalisation and ReLU of rows, and a convolution from rows to a map, which may follow ``features`` in it.
+
+    Nothing but the rows is kept for the backward pass: normalisation and ReLU are repeated there.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        features: Tensor | None,
+        pixels: Tensor,
+        pixels_t: Tensor,
+        addresses: Tensor,
+        size: Sequence[int],
+    ) -> Tensor:
+        """Rows (R + 1, C), a weight (O, C, 3, 3) and features (B, F, H, W) to a map (B, F + O, H, W)."""
+        batch, count = addresses.shape
+        hidden = _activate(rows, scale, shift, weight.dtype)
+        values = (_convolve(hidden, weight, pixels) + bias).view(batch, count, -1)
+        fused, diffused = _allocate(values, features, size)
+        _fill(diffused, torch.einsum("oc...,c->o...", weight, hidden[-1]), bias)
+        index = addresses[:, None].expand(-1, len(weight), -1)
+        diffused.view(batch, len(weight), -1).scatter_(2, index, values.mT.to(diffused.dtype))
+        ctx.save_for_backward(rows, scale, shift, weight, pixels_t, addresses)
+        ctx.features = None if features is None else (features.shape[1], features.dtype)
+        return fused
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of the rows, scale, shift, weight, bias and features."""
+        rows, scale, shift, weight, pixels_t, addresses = ctx.saved_tensors
+        grad_features = None
+        if ctx.features is not None:
+            channels, dtype = ctx.features
+            grad_features, grad = grad[:, :channels].to(dtype), grad[:, channels:]
+        hidden = _activate(rows, scale, shift, weight.dtype)
+        background = hidden[-1]
+
+        # Where the map is not the background, ...
+        index = addresses[:, None].expand(-1, len(weight), -1)
+        grad_pixels = grad.flatten(2).gather(2, index).mT.flatten(0, 1).to(weight.dtype)
+        grad_hidden, grad_weight = _convolve_backward(grad_pixels, hidden[:-1] - background, weight, pixels_t)
+        # ... and as if all of it were.
+        sums = _fill_backward(grad)
+        grad_weight += torch.einsum("o...,c->oc...", sums, background)
+        grad_background = torch.einsum("oc...,o...->c", weight, sums) - grad_hidden.sum(0)
+
+        grad_hidden = torch.cat([grad_hidden, grad_background[None]]).masked_fill_(hidden <= 0, 0.0)
+        grad_rows = (grad_hidden * scale).to(rows.dtype)
+        grad_scale, grad_shift = (grad_hidden * rows).sum(0), grad_hidden.sum(0)
+        grad_bias = sums.flatten(1)[:, sums[0].numel() // 2]
+        return grad_rows, grad_scale, grad_shift, grad_weight, grad_bias, grad_features, *[None] * 4
+
+
+def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _kernel(weight: Annotated[Tensor, "O C *S"]) -> Annotated[Tensor, "C K*O"]:
+    return weight.flatten(2).permute(1, 2, 0).flatten(1)
+
+
+def _convolve(
+    rows: Annotated[Tensor, "M C"], weight: Annotated[Tensor, "O C *S"], table: Annotated[Tensor, "R K"]
+) -> Annotated[Tensor, "R O"]:
+    """Multiplies each row by the whole kernel, and sums by table; the index one past the last row stands for zero."""
+    products = F.pad(rows, (0, 0, 0, 1)) @ _kernel(weight)
+    positions = table.shape[1]
+    index = table * positions + torch.arange(positions, dtype=table.dtype, device=table.device)
+    return F.embedding_bag(index, products.view(-1, len(weight)), mode="sum")
+
+
+def _convolve_backward(
+    grad: Annotated[Tensor, "R O"],
+    rows: Annotated[Tensor, "M C"],
+    weight: Annotated[Tensor, "O C *S"],
+    table_t: Annotated[Tensor, "M K"],
+) -> tuple[Annotated[Tensor, "M C"], Annotated[Tensor, "O C *S"]]:
+    """The gradients of the rows and of the weight, from the same gathered rows."""
+    gathered = F.pad(grad, (0, 0, 0, 1)).index_select(0, table_t.flatten()).view(len(rows), -1)
+    grad_kernel = (rows.mT @ gathered).view(rows.shape[1], -1, len(weight))
+    return gathered @ _kernel(weight).mT, grad_kernel.permute(2, 0, 1).reshape(weight.shape)
+
+
+def _activate(rows: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.addcmul(shift, rows, scale).relu_().to(dtype)
+
+
+def _allocate(values: Tensor, features: Tensor | None, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """An uninitialised map, with the features copied into its first channels, and the view of the others."""
+    batch, _, channels = values.shape
+    if features is None:
+        fused = values.new_empty(batch, channels, *size)
+        return fused, fused
+    channels_last = torch.channels_last if len(size) == 2 else torch.channels_last_3d
+    fused = torch.empty(
+        (batch, features.shape[1] + channels, *size),
+        dtype=torch.promote_types(features.dtype, values.dtype),
+        device=values.device,
+        memory_format=channels_last if features.is_contiguous(memory_format=channels_last) else torch.contiguous_format,
+    )
+    fused[:, : features.shape[1]] = features
+    return fused, fused[:, features.shape[1] :]
+
+
+def _sides(dims: int) -> Iterator[tuple[int, tuple[Any, ...]]]:
+    """The whole map, its borders and corners, as slices and with their signs in the inclusion-exclusion formula.
+
+    The slices select, of the map, the pixels that lack neighbours, and of the kernel, the positions of these.
+    """
+    whole, first, last = slice(None), slice(0, 1), slice(-1, None)
+    for sides in product((whole, first, last), repeat=dims):
+        yield (-1) ** (dims - sides.count(whole)), sides
+
+
+def _fill(out: Annotated[Tensor, "B O *S"], products: Annotated[Tensor, "O 3*"], bias: Annotated[Tensor, "O"]) -> None:
+    """Writes the convolution of a constant map, whose products with the kernel's positions are given."""
+    for sign, sides in _sides(out.ndim - 2):
+        total = products[..., *sides].flatten(1).sum(1).view(-1, *[1] * len(sides))
+        if sides.count(slice(None)) == len(sides):
+            out.copy_(total + bias.view_as(total))
+        else:
+            out[..., *sides] += sign * total
+
+
+def _fill_backward(grad: Annotated[Tensor, "B O *S"]) -> Annotated[Tensor, "O 3*"]:
+    """For each of the kernel's positions the gradient summed over the pixels whose neighbour there is in the map."""
+    dims = grad.ndim - 2
+    sums = torch.zeros(grad.shape[1], *[3] * dims, dtype=_accumulation_dtype(grad), device=grad.device)
+    for sign, sides in _sides(dims):
+        side_sum = grad[..., *sides].sum((0, *range(2, grad.ndim)), dtype=sums.dtype)
+        sums[..., *sides] += sign * side_sum.view(-1, *[1] * dims)
+    return sums
