@@ -1,0 +1,198 @@
+"""Augmentation that carries keypoints and labels along with the images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Annotated, NamedTuple, TypeAlias, cast
+
+import kornia.augmentation as K
+import torch
+import torch.nn.functional as F
+from kornia.geometry import transform_points
+from torch import Tensor, nn
+
+from kaf_layer.keypoints import Keypoints
+
+__all__ = ["Augmented", "KeypointAugmentation", "invert_deformation", "move_keypoints"]
+
+Points: TypeAlias = Annotated[Tensor, "B N 2"]
+
+
+class Augmented(NamedTuple):
+    """What belongs together after an augmentation."""
+
+    images: Annotated[Tensor, "B C H W"]
+    keypoints: Keypoints
+    labels: Annotated[Tensor, "B *1 H W"] | None
+
+
+class KeypointAugmentation(nn.Module):
+    """Applies kornia's augmentations to images, keypoints and labels alike (the paper's Appendix B).
+
+    A keypoint moves with the pixels under it, keeps its slot, and becomes invalid when it leaves the frame.
+    Descriptors and scores stay as they are; angles and scales follow. Matches follow by
+    :meth:`~kaf_layer.Matches.among`, which leaves no partner to those whose partner is gone.
+
+    Args:
+        *transforms: kornia's 2-D augmentations, one after the other: geometric ones that have a transform
+            matrix (flips, rotations, ``RandomAffine``, crops, ...), ``RandomElasticTransform``, and those of
+            intensities, which leave labels and keypoints.
+
+    Shape:
+        - images: (B, C, H, W), float.
+        - keypoints: of these images.
+        - labels: (B, H, W) or (B, 1, H, W), of any type, resampled to the nearest; or None. From outside
+          comes 0, unless a transform has another ``padding_mode``.
+        - result: :class:`Augmented`; crops change the images' and the keypoints' ``image_size``.
+
+    Raises:
+        ValueError: for other transforms, or if images, keypoints and labels do not fit.
+
+    Example:
+        >>> import kornia.augmentation as K
+        >>> augment = KeypointAugmentation(K.RandomHorizontalFlip(p=1.0), K.CenterCrop((4, 6)))
+        >>> keypoints = Keypoints(torch.tensor([[[1.0, 2.0], [6.0, 0.0]]]), torch.ones(1, 2, dtype=torch.bool), (4, 8))
+        >>> images, moved, labels = augment(torch.rand(1, 1, 4, 8), keypoints)
+        >>> moved.positions[0, 0].tolist(), moved.valid.tolist(), images.shape
+        ([5.0, 2.0], [[True, True]], torch.Size([1, 1, 4, 6]))
+    """
+
+    def __init__(self, *transforms: nn.Module) -> None:
+        super().__init__()
+        known = K.GeometricAugmentationBase2D, K.IntensityAugmentationBase2D, K.RandomElasticTransform
+        for transform in transforms:
+            if not isinstance(transform, known):
+                raise ValueError(
+                    "transforms must be kornia's 2-D geometric augmentations with a transform matrix, "
+                    f"RandomElasticTransform, or intensity augmentations, got {transform}"
+                )
+        self.transforms = nn.ModuleList(transforms)
+
+    def forward(
+        self,
+        images: Annotated[Tensor, "B C H W"],
+        keypoints: Keypoints,
+        labels: Annotated[Tensor, "B *1 H W"] | None = None,
+    ) -> Augmented:
+        """Draws one augmentation for each image and applies it."""
+        _check(images, keypoints, labels)
+        sources = _pixels(images)
+        for transform in self.transforms:
+            images = transform(images)
+            if isinstance(transform, K.IntensityAugmentationBase2D):
+                continue
+            if isinstance(transform, K.GeometricAugmentationBase2D):
+                matrix = cast("Tensor", transform.transform_matrix)
+                move = partial(transform_points, matrix.to(keypoints.positions.dtype))
+            else:
+                warped = transform(_pixels(images)[:, :2], params=transform._params, padding_mode="border")
+                move = partial(invert_deformation, warped)
+            keypoints = move_keypoints(keypoints, move, (images.shape[2], images.shape[3]))
+            if labels is not None:
+                sources = transform(sources, params=transform._params)
+        return Augmented(images, keypoints, None if labels is None else _resample(labels, sources))
+
+
+def move_keypoints(keypoints: Keypoints, move: Callable[[Points], Points], size: tuple[int, ...]) -> Keypoints:
+    """Moves keypoints by any mapping of the plane.
+
+    Args:
+        keypoints: of 2-D images.
+        move: takes positions (B, N, 2), in (x, y) order, to positions; NaN for those that have no place.
+        size: of the images afterwards, (H, W). What leaves them becomes invalid.
+
+    Example:
+        >>> keypoints = Keypoints(torch.tensor([[[1.0, 2.0], [6.0, 0.0]]]), torch.ones(1, 2, dtype=torch.bool), (4, 8))
+        >>> moved = move_keypoints(keypoints, lambda positions: positions + 2, (4, 8))
+        >>> moved.positions.tolist(), moved.valid.tolist()
+        ([[[3.0, 4.0], [8.0, 2.0]]], [[False, False]])
+    """
+    before = keypoints.positions.masked_fill(~keypoints.valid[..., None], 0.0)
+    positions = move(before)
+    scales, angles = keypoints.scales, keypoints.angles
+    if scales is not None or angles is not None:
+        # The derivative of the mapping, column by column: what a step of one pixel in x, in y, becomes.
+        steps = torch.eye(2, dtype=before.dtype, device=before.device)
+        jacobian = torch.stack([(move(before + step) - move(before - step)) / 2 for step in steps], dim=-1)
+        if scales is not None:
+            scales = scales * jacobian.det().abs().sqrt()
+        if angles is not None:
+            direction = jacobian @ torch.stack([angles.cos(), angles.sin()], dim=-1)[..., None]
+            angles = torch.atan2(direction[..., 1, 0], direction[..., 0, 0])
+    # A NaN compares as outside.
+    edge = positions.new_tensor([size[1], size[0]]) - 0.5
+    valid = keypoints.valid & ((positions >= -0.5) & (positions < edge)).all(dim=-1)
+    return replace(
+        keypoints, positions=positions, valid=valid, image_size=tuple(size), scales=scales, angles=angles, padded=True
+    )
+
+
+def invert_deformation(
+    sources: Annotated[Tensor, "B 2 H W"], positions: Points, *, iterations: int = 100, tolerance: float = 0.1
+) -> Points:
+    """Where positions are after a warp that says, pixel by pixel, where it takes its values from.
+
+    Solves ``sources(p) = position``, between pixels bilinearly, by a damped fixed-point iteration. It converges
+    where the deformation does not fold, and shrinks the image less than 4 times.
+
+    Args:
+        sources: (B, 2, H, W), for each pixel of the result the position in the original, in pixels and (x, y) order.
+        positions: (B, N, 2), in the original.
+        iterations: of the fixed point.
+        tolerance: the error in pixels of the original above which a position counts as having no place.
+
+    Returns:
+        (B, N, 2) positions in the result, NaN for those that have no place in it.
+
+    Example:
+        >>> x, y = torch.meshgrid(torch.arange(8.0), torch.arange(6.0), indexing="xy")
+        >>> sources = torch.stack([x + 1.5, y])[None]  # everything moves 1.5 pixels to the left
+        >>> invert_deformation(sources, torch.tensor([[[4.0, 3.0]]]))
+        tensor([[[2.5000, 3.0000]]])
+    """
+    result = positions
+    for _ in range(iterations):
+        result = result + (positions - _sample(sources, result)) / 2
+    error = (positions - _sample(sources, result)).abs().amax(dim=-1, keepdim=True)
+    return result.masked_fill(~(error <= tolerance), torch.nan)
+
+
+def _sample(sources: Annotated[Tensor, "B 2 H W"], positions: Points) -> Points:
+    size = positions.new_tensor([sources.shape[3] - 1, sources.shape[2] - 1])
+    grid = (2 * positions / size - 1)[:, None].to(sources.dtype)
+    sampled = F.grid_sample(sources, grid, mode="bilinear", padding_mode="border", align_corners=True)
+    return sampled[:, :, 0].mT.to(positions.dtype)
+
+
+def _pixels(images: Annotated[Tensor, "B C H W"]) -> Annotated[Tensor, "B 3 H W"]:
+    """The position of every pixel, in (x, y) order, and 1."""
+    dtype = torch.promote_types(images.dtype, torch.float32)
+    x, y = (torch.arange(size, dtype=dtype, device=images.device) for size in (images.shape[3], images.shape[2]))
+    x, y = torch.meshgrid(x, y, indexing="xy")
+    return torch.stack([x, y, torch.ones_like(x)]).expand(len(images), -1, -1, -1)
+
+
+def _resample(labels: Annotated[Tensor, "B *1 H W"], sources: Annotated[Tensor, "B 3 h w"]) -> Tensor:
+    """The nearest labels at positions (x, y), which are weighted by what is not from outside the frame.
+
+    Labels are taken once, after all transforms: each time to the nearest would add up to half a pixel.
+    """
+    values = labels.reshape(len(labels), 1, *labels.shape[-2:]).to(sources.dtype)
+    weight = sources[:, 2:]
+    size = weight.new_tensor([labels.shape[-1] - 1, labels.shape[-2] - 1])
+    grid = 2 * (sources[:, :2] / weight).movedim(1, 3) / size - 1
+    grid = grid.masked_fill((weight < 0.5).movedim(1, 3), -2.0)
+    result = F.grid_sample(values, grid, mode="nearest", padding_mode="zeros", align_corners=True)
+    return result.reshape(*labels.shape[:-2], *result.shape[2:]).to(labels.dtype)
+
+
+def _check(images: Tensor, keypoints: Keypoints, labels: Tensor | None) -> None:
+    if images.ndim != 4 or images.shape[2:] != keypoints.image_size or len(images) != len(keypoints):
+        raise ValueError(
+            "images must be (B, C, H, W), the ones that the keypoints were detected on, "
+            f"got {images.shape=}, {keypoints.image_size=} and {keypoints.positions.shape=}"
+        )
+    if labels is not None and labels.shape not in (images.shape[:1] + images.shape[2:], images[:, :1].shape):
+        raise ValueError(f"labels must be (B, H, W) or (B, 1, H, W), got {labels.shape=} for {images.shape=}")
