@@ -1,5 +1,6 @@
 """The losses of self-supervised pretraining."""
 
+from kaf_layer.losses.keypoint_match import KeypointMatchLoss, keypoint_match_loss
 from kaf_layer.losses.pcl import PCLLoss, pcl_loss
 
-__all__ = ["PCLLoss", "pcl_loss"]
+__all__ = ["KeypointMatchLoss", "PCLLoss", "keypoint_match_loss", "pcl_loss"]

@@ -1,0 +1,140 @@
+"""Keypoint matching as a self-supervised loss: tokens of one structure in two images find each other."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from torch import Tensor, nn
+
+from kaf_layer.keypoints import Keypoints
+from kaf_layer.losses.checks import refuse
+from kaf_layer.matching import KeypointMatcher, Matches
+
+__all__ = ["KeypointMatchLoss", "keypoint_match_loss"]
+
+
+def keypoint_match_loss(
+    log_assignment: Annotated[Tensor, "B N_a+1 N_b+1"],
+    keypoints_a: Keypoints,
+    keypoints_b: Keypoints,
+    matches: Matches,
+    *,
+    positive_weight: float = 0.45,
+    negative_weight: float = 1.0,
+) -> Annotated[Tensor, ""]:
+    """The negative log-likelihood of matches and of unmatched keypoints; see :class:`KeypointMatchLoss`.
+
+    Args:
+        log_assignment: log-probabilities of all pairs, dustbins last, as :class:`~kaf_layer.KeypointMatcher` gives.
+        keypoints_a: of the rows.
+        keypoints_b: of the columns.
+        matches: between these keypoints.
+        positive_weight: of the matched pairs.
+        negative_weight: of the keypoints without a partner.
+    """
+    _check(log_assignment, keypoints_a, keypoints_b, matches)
+    alone = matches.indices < 0
+    # The authors' bounds: a probability below exp(-100) counts as that, and one above 1, before convergence, as 1.
+    cost = -log_assignment.clamp(-100.0, 0.0)
+    dustbin = log_assignment.shape[2] - 1
+    of_a = cost[:, :-1].gather(2, matches.indices.masked_fill(alone, dustbin)[..., None]).squeeze(-1)
+    of_b = cost[:, -1, :-1]
+    matched, alone_a = keypoints_a.valid & ~alone, keypoints_a.valid & alone
+    alone_b = keypoints_b.valid & (matches.inverse < 0)
+    positive = _total(of_a, matched) / matched.sum(dim=1).clamp(min=1)
+    unmatched = alone_a.sum(dim=1) + alone_b.sum(dim=1)
+    negative = (_total(of_a, alone_a) + _total(of_b, alone_b)) / unmatched.clamp(min=1)
+    return (positive_weight * positive + negative_weight * negative).mean()
+
+
+def _total(cost: Annotated[Tensor, "B N"], mask: Annotated[Tensor, "B N"]) -> Annotated[Tensor, "B"]:
+    return cost.where(mask, 0.0).sum(dim=1)
+
+
+class KeypointMatchLoss(nn.Module):
+    r"""The loss of matching keypoints by their tokens (Yang et al., NeurIPS 2023, Eq. 2).
+
+    With the assignment P of a :class:`~kaf_layer.KeypointMatcher`, for the matches M and the keypoints I of a
+    and J of b without a partner, the mean over samples of
+
+    .. math:: -\frac{w_+}{|M|} \sum_{(i, j) \in M} \log P_{ij}
+        - \frac{w_-}{|I| + |J|} \left(\sum_{i \in I} \log P_{i, N_b + 1} + \sum_{j \in J} \log P_{N_a + 1, j}\right)
+
+    where a sum over nothing is zero. It is computed in float32, or float64 for float64 tokens.
+
+    Args:
+        embed_dim: E, the channels of a token.
+        depth: the matcher's number of blocks; every other one attends across.
+        num_heads: the number of attention heads; divides ``embed_dim``.
+        iterations: of Sinkhorn's algorithm.
+        positive_weight: of the matched pairs; the default is the authors'.
+        negative_weight: of the keypoints without a partner.
+        spatial_dims: the number of coordinates of a position.
+
+    Shape:
+        - tokens_a: (B, N_a, E), one for each slot of keypoints_a.
+        - tokens_b: (B, N_b, E), one for each slot of keypoints_b.
+        - matches: between these keypoints, as :func:`~kaf_layer.match_keypoints` gives.
+        - result: a scalar.
+
+    Raises:
+        ValueError: if a shape does not fit, or matches name slots that do not exist or are not valid.
+
+    Example:
+        >>> a = Keypoints(torch.rand(1, 3, 2) * 8, torch.ones(1, 3, dtype=torch.bool), (8, 12))
+        >>> matches = Matches(torch.tensor([[1, -1, 0]]), torch.tensor([[2, 0, -1]]))
+        >>> KeypointMatchLoss(32)(torch.rand(1, 3, 32), a, torch.rand(1, 3, 32), a, matches).shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        embed_dim: int = 256,
+        *,
+        depth: int = 4,
+        num_heads: int = 4,
+        iterations: int = 100,
+        positive_weight: float = 0.45,
+        negative_weight: float = 1.0,
+        spatial_dims: int = 2,
+    ) -> None:
+        super().__init__()
+        self.matcher = KeypointMatcher(
+            embed_dim, depth=depth, num_heads=num_heads, iterations=iterations, spatial_dims=spatial_dims
+        )
+        self.positive_weight = positive_weight
+        self.negative_weight = negative_weight
+
+    def forward(
+        self,
+        tokens_a: Annotated[Tensor, "B N_a E"],
+        keypoints_a: Keypoints,
+        tokens_b: Annotated[Tensor, "B N_b E"],
+        keypoints_b: Keypoints,
+        matches: Matches,
+    ) -> Annotated[Tensor, ""]:
+        """Returns the loss."""
+        return keypoint_match_loss(
+            self.matcher(tokens_a, keypoints_a, tokens_b, keypoints_b),
+            keypoints_a,
+            keypoints_b,
+            matches,
+            positive_weight=self.positive_weight,
+            negative_weight=self.negative_weight,
+        )
+
+
+def _check(log_assignment: Tensor, keypoints_a: Keypoints, keypoints_b: Keypoints, matches: Matches) -> None:
+    slots_a, slots_b = keypoints_a.valid.shape[-1], keypoints_b.valid.shape[-1]
+    if log_assignment.shape != (len(keypoints_a), slots_a + 1, slots_b + 1):
+        raise ValueError(
+            "log_assignment must be (B, N_a + 1, N_b + 1), "
+            f"got {log_assignment.shape=} for {keypoints_a.valid.shape=} and {keypoints_b.valid.shape=}"
+        )
+    for indices, slots, name in ((matches.indices, slots_b, "b"), (matches.inverse, slots_a, "a")):
+        refuse((indices < -1) | (indices >= slots), f"matches must be slots of {name}, 0 to {slots - 1}, or -1")
+    among = matches.among(keypoints_a, keypoints_b)
+    refuse(
+        (among.indices != matches.indices).any(dim=1) | (among.inverse != matches.inverse).any(dim=1),
+        "matches must be between valid keypoints (call matches.among(keypoints_a, keypoints_b))",
+    )

@@ -1,0 +1,98 @@
+"""KeypointMatcher: a learned, soft assignment between the keypoints of two images."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from torch import Tensor, nn
+
+from kaf_layer.attention import PositionEncoder, PropagationBlock, key_mask
+from kaf_layer.keypoints import Keypoints
+from kaf_layer.matching.sinkhorn import log_sinkhorn
+
+__all__ = ["KeypointMatcher"]
+
+
+class KeypointMatcher(nn.Module):
+    """SuperGlue's matching network (Sarlin et al., CVPR 2020, Sections 3.1 and 3.2).
+
+    Blocks of attention, in turn within each image and across to the other, then the scaled products of
+    all pairs, then optimal transport with a learned dustbin for keypoints without a partner.
+
+    Args:
+        embed_dim: E, the channels of a token.
+        depth: the number of blocks; every other one attends across.
+        num_heads: the number of attention heads; divides ``embed_dim``.
+        iterations: of Sinkhorn's algorithm.
+        spatial_dims: the number of coordinates of a position.
+
+    Shape:
+        - tokens_a: (B, N_a, E), one for each slot of keypoints_a.
+        - tokens_b: (B, N_b, E), one for each slot of keypoints_b.
+        - result: (B, N_a + 1, N_b + 1) log-probabilities, see :func:`~kaf_layer.matching.log_sinkhorn`; the last
+          column and row are the dustbins, and slots that are not valid have -inf.
+
+    Raises:
+        ValueError: if tokens do not fit their keypoints, or the batch sizes differ.
+
+    Example:
+        >>> a = Keypoints(torch.rand(2, 5, 2) * 8, torch.ones(2, 5, dtype=torch.bool), (8, 12))
+        >>> b = Keypoints(torch.rand(2, 7, 2) * 8, torch.ones(2, 7, dtype=torch.bool), (8, 12))
+        >>> KeypointMatcher(32)(torch.rand(2, 5, 32), a, torch.rand(2, 7, 32), b).shape
+        torch.Size([2, 6, 8])
+    """
+
+    def __init__(
+        self,
+        embed_dim: int = 256,
+        *,
+        depth: int = 4,
+        num_heads: int = 4,
+        iterations: int = 100,
+        spatial_dims: int = 2,
+    ) -> None:
+        super().__init__()
+        self.iterations = iterations
+        self.position_encoder = PositionEncoder(embed_dim, block="propagation", spatial_dims=spatial_dims)
+        self.blocks = nn.ModuleList(PropagationBlock(embed_dim, num_heads=num_heads) for _ in range(depth))
+        self.out = nn.Linear(embed_dim, embed_dim)
+        self.dustbin = nn.Parameter(torch.tensor(1.0))
+
+    def forward(
+        self,
+        tokens_a: Annotated[Tensor, "B N_a E"],
+        keypoints_a: Keypoints,
+        tokens_b: Annotated[Tensor, "B N_b E"],
+        keypoints_b: Keypoints,
+    ) -> Annotated[Tensor, "B N_a+1 N_b+1"]:
+        """Log-probabilities of every pair, and of having no partner."""
+        _check(tokens_a, keypoints_a, tokens_b, keypoints_b)
+        (a, valid_a, mask_a), (b, valid_b, mask_b) = (
+            (self._encode(tokens, keypoints), keypoints.valid, key_mask(keypoints))
+            for tokens, keypoints in ((tokens_a, keypoints_a), (tokens_b, keypoints_b))
+        )
+        for i, block in enumerate(self.blocks):
+            if i % 2 == 0:
+                a, b = block(a, valid_a, mask_a), block(b, valid_b, mask_b)
+            else:
+                a, b = block(a, valid_a, mask_b, b), block(b, valid_b, mask_a, a)
+        a, b = self.out(a), self.out(b)
+        with torch.autocast(a.device.type, enabled=False):
+            dtype = torch.promote_types(a.dtype, torch.float32)
+            scores = a.to(dtype) @ b.to(dtype).mT / a.shape[-1] ** 0.5
+            return log_sinkhorn(scores, self.dustbin, iterations=self.iterations, valid_a=valid_a, valid_b=valid_b)
+
+    def _encode(self, tokens: Annotated[Tensor, "B N E"], keypoints: Keypoints) -> Annotated[Tensor, "B N E"]:
+        encoded: Tensor = self.position_encoder(keypoints)
+        return tokens.masked_fill(~keypoints.valid[..., None], 0.0) + encoded
+
+
+def _check(tokens_a: Tensor, keypoints_a: Keypoints, tokens_b: Tensor, keypoints_b: Keypoints) -> None:
+    for tokens, keypoints in ((tokens_a, keypoints_a), (tokens_b, keypoints_b)):
+        if tokens.ndim != 3 or tokens.shape[:2] != keypoints.valid.shape:
+            raise ValueError(
+                f"tokens must be (B, N, E), one for each keypoint, got {tokens.shape=} and {keypoints.valid.shape=}"
+            )
+    if len(tokens_a) != len(tokens_b):
+        raise ValueError(f"both sides must have the same batch size, got {tokens_a.shape=} and {tokens_b.shape=}")
