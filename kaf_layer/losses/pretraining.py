@@ -1,0 +1,173 @@
+"""KAFPretrainingLoss: what the paper pretrains with, from an encoder's maps and tokens to one number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kaf_layer.keypoints import Keypoints
+from kaf_layer.losses.keypoint_match import KeypointMatchLoss
+from kaf_layer.losses.pcl import PCLLoss
+from kaf_layer.matching import Matches
+
+__all__ = ["KAFPretrainingLoss", "PretrainingLosses"]
+
+
+class PretrainingLosses(NamedTuple):
+    """The weighted total, to train with, and its parts before weighting, for logs; zero for those left out."""
+
+    total: Annotated[Tensor, ""]
+    bottleneck: Annotated[Tensor, ""]
+    keypoints: Annotated[Tensor, ""]
+    matching: Annotated[Tensor, ""]
+
+
+class KAFPretrainingLoss(nn.Module):
+    """The pretraining loss (Yang et al., NeurIPS 2023, Eq. 3), with the heads that it needs.
+
+    The sum, by weight, of three parts:
+
+    1. bottleneck: :class:`PCLLoss` of the encoder's last map, averaged over its pixels and projected.
+    2. keypoints: :class:`PCLLoss` of the tokens, those of all scales side by side, through an MLP, averaged over the
+       valid keypoints. An image without keypoints has a zero embedding, which is similar to nothing.
+    3. matching: :class:`KeypointMatchLoss` of the same tokens after the MLP, before they are averaged.
+
+    The images come in pairs, image i of the first half of the batch with image i of the second half:
+    slices at similar positions, commonly neighbours in one volume, each augmented in its own way.
+
+    Args:
+        bottleneck_channels: C, of the encoder's last map.
+        token_channels: the channels of the tokens of all scales together; 0 for an encoder without KAF layers.
+        embed_dim: E, the channels of embeddings and of the matcher's tokens.
+        weights: of the three parts. A part of weight zero has no parameters, and is not computed.
+        temperature: of the contrasts, > 0.
+        threshold: the difference of positions below which slices are positives, > 0.
+        gather_distributed: contrasts with the embeddings of all processes.
+        matcher_depth: the matcher's number of attention blocks.
+        num_heads: the number of attention heads; divides ``embed_dim``.
+        iterations: of the matcher's Sinkhorn algorithm.
+        spatial_dims: the number of coordinates of a position of a keypoint.
+
+    Shape:
+        - bottleneck: (2 B, C, *S).
+        - positions: (2 B,), the slices' relative positions in their volumes.
+        - tokens: of each scale (2 B, N, E_i), as :class:`~kaf_layer.KAFEncoder` gives.
+        - keypoints: of all 2 B images.
+        - matches: from the first half's keypoints to the second half's, B samples.
+        - result: :class:`PretrainingLosses`.
+
+    Raises:
+        ValueError: if an input that a part needs is missing or does not fit, or weights make no sense.
+
+    Example:
+        >>> keypoints = Keypoints(torch.rand(4, 5, 2) * 8, torch.ones(4, 5, dtype=torch.bool), (8, 12))
+        >>> tokens = [torch.rand(4, 5, 32), torch.rand(4, 5, 32)]
+        >>> matches = Matches(torch.tensor([[1, -1, 0, -1, -1]] * 2), torch.tensor([[2, 0, -1, -1, -1]] * 2))
+        >>> loss = KAFPretrainingLoss(16, 64, embed_dim=32)
+        >>> losses = loss(torch.rand(4, 16, 2, 3), torch.rand(4), tokens, keypoints, matches)
+        >>> losses.total.shape, losses._fields
+        (torch.Size([]), ('total', 'bottleneck', 'keypoints', 'matching'))
+    """
+
+    def __init__(
+        self,
+        bottleneck_channels: int,
+        token_channels: int = 0,
+        *,
+        embed_dim: int = 256,
+        weights: tuple[float, float, float] = (1.0, 1.0, 0.01),
+        temperature: float = 0.1,
+        threshold: float = 0.1,
+        gather_distributed: bool = False,
+        matcher_depth: int = 4,
+        num_heads: int = 4,
+        iterations: int = 100,
+        spatial_dims: int = 2,
+    ) -> None:
+        super().__init__()
+        if len(weights) != 3 or min(weights) < 0 or not any(weights):
+            raise ValueError(f"weights must be three numbers, none negative and not all zero, got {weights=}")
+        if any(weights[1:]) and token_channels < 1:
+            raise ValueError(
+                f"the parts on keypoints need token_channels (else weigh them 0), got {token_channels=} and {weights=}"
+            )
+        self.weights = weights
+        self.contrast = PCLLoss(temperature=temperature, threshold=threshold, gather_distributed=gather_distributed)
+        self.projector = _mlp(bottleneck_channels, embed_dim) if weights[0] else None
+        self.token_mlp = _mlp(token_channels, embed_dim) if any(weights[1:]) else None
+        self.match = (
+            KeypointMatchLoss(
+                embed_dim, depth=matcher_depth, num_heads=num_heads, iterations=iterations, spatial_dims=spatial_dims
+            )
+            if weights[2]
+            else None
+        )
+
+    def forward(
+        self,
+        bottleneck: Annotated[Tensor, "2B C *S"],
+        positions: Annotated[Tensor, "2B"],
+        tokens: Sequence[Annotated[Tensor, "2B N E_i"]] = (),
+        keypoints: Keypoints | None = None,
+        matches: Matches | None = None,
+    ) -> PretrainingLosses:
+        """Returns the total and its parts; what a part of weight zero would take may be left out."""
+        parts = [torch.zeros((), device=bottleneck.device)] * 3
+        if self.projector is not None:
+            embeddings = self.projector(_pooled(bottleneck, self.projector))
+            parts[0] = self.contrast(embeddings[:, None], positions)
+        if self.token_mlp is not None:
+            if keypoints is None or not tokens:
+                raise ValueError("the parts on keypoints need tokens and keypoints (else weigh them 0), got none")
+            features = self.token_mlp(_merged(tokens, keypoints, self.token_mlp))
+            if self.weights[1]:
+                parts[1] = self.contrast(_masked_mean(features, keypoints)[:, None], positions)
+            if self.match is not None:
+                parts[2] = self.match(*_halves(features, keypoints, matches))
+        total = torch.stack([weight * part for weight, part in zip(self.weights, parts, strict=True) if weight]).sum()
+        return PretrainingLosses(total, *(part.detach() for part in parts))
+
+
+def _mlp(in_channels: int, embed_dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(in_channels, embed_dim), nn.ReLU(), nn.Linear(embed_dim, embed_dim))
+
+
+def _pooled(bottleneck: Annotated[Tensor, "2B C *S"], projector: nn.Sequential) -> Annotated[Tensor, "2B C"]:
+    channels = projector[0].in_features
+    if bottleneck.ndim < 3 or bottleneck.shape[1] != channels:
+        raise ValueError(f"bottleneck must be (2 B, C, *S) with {channels} channels, got {bottleneck.shape=}")
+    return bottleneck.flatten(2).mean(dim=2)
+
+
+def _merged(
+    tokens: Sequence[Annotated[Tensor, "2B N E_i"]], keypoints: Keypoints, token_mlp: nn.Sequential
+) -> Annotated[Tensor, "2B N E"]:
+    """The tokens of all scales side by side, zero where not valid."""
+    shapes, channels = [tuple(scale.shape) for scale in tokens], token_mlp[0].in_features
+    if any(shape[:-1] != keypoints.valid.shape for shape in shapes) or sum(shape[-1] for shape in shapes) != channels:
+        raise ValueError(
+            f"tokens must be (2 B, N, E_i), one for each keypoint, with {channels} channels together, "
+            f"got {shapes} for {keypoints.valid.shape=}"
+        )
+    return torch.cat(list(tokens), dim=-1).masked_fill(~keypoints.valid[..., None], 0.0)
+
+
+def _masked_mean(tokens: Annotated[Tensor, "B N E"], keypoints: Keypoints) -> Annotated[Tensor, "B E"]:
+    valid = keypoints.valid[..., None]
+    return tokens.masked_fill(~valid, 0.0).sum(dim=1) / valid.sum(dim=1).clamp(min=1)
+
+
+def _halves(
+    features: Annotated[Tensor, "2B N E"], keypoints: Keypoints, matches: Matches | None
+) -> tuple[Tensor, Keypoints, Tensor, Keypoints, Matches]:
+    if matches is None or len(features) != 2 * len(matches.indices):
+        samples = None if matches is None else len(matches.indices)
+        raise ValueError(
+            "matching needs matches (else weigh it 0), of half as many samples as there are images, "
+            f"got {samples} for {features.shape=}"
+        )
+    half = len(features) // 2
+    return features[:half], keypoints[:half], features[half:], keypoints[half:], matches
