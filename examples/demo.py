@@ -97,16 +97,18 @@ def draw(volumes: list[Slices], predictions: dict[str, list[Tensor]], path: Path
     )
     for row, volume in enumerate(volumes[:rows]):
         z = int((volume.labels > 0).sum((1, 2, 3)).argmax())
+        image, keypoints = volume.images[z, 0].numpy(), volume.keypoints[z]
         maps = [None, volume.labels, *(of_model[row] for of_model in predictions.values())]
         for axis, title, labels in zip(axes[row], panels, maps, strict=True):
-            axis.imshow(volume.images[z, 0], cmap="gray", vmax=np.percentile(volume.images[z, 0], 99.5))
+            axis.imshow(image, cmap="gray", vmax=np.percentile(image, 99.5))
             axis.set_axis_off()
             axis.set_title(title if row == 0 else "")
             if labels is None:
-                axis.scatter(*volume.keypoints.positions[z, volume.keypoints.valid[z]].T, s=6, c="yellow", linewidths=0)
-            for label in range(1, 1 + int(volume.labels.max()) if labels is not None else 0):
-                if (mask := labels[z, 0] == label).any():
-                    axis.contour(mask, levels=[0.5], colors=[COLOURS[label - 1]], linewidths=1.2)
+                axis.scatter(*keypoints.positions[keypoints.valid].T.numpy(), s=6, c="yellow", linewidths=0)
+                continue
+            for label in labels[z].unique()[1:].tolist():
+                mask = (labels[z, 0] == label).numpy()
+                axis.contour(mask, levels=[0.5], colors=[COLOURS[label - 1]], linewidths=1.2)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -1,0 +1,80 @@
+"""The examples: the paper's networks, the demo from data to pictures, and the README's code."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from common import random_keypoints
+from fcn import FCN, KAFFCN
+from torch import nn
+from unet import KAFUNet, Repeat, UNet, UNetC2
+
+ROOT = Path(__file__).parents[1]
+SMALL = {"embed_dim": 16, "depth": 1}
+KEYPOINTS = random_keypoints((32, 48), (9, 0), dtype=torch.float32)
+NETWORKS = {
+    "unet": lambda: UNet(1, 3, width=4),
+    "unet-c2": lambda: UNetC2(1, 3, width=4),
+    "kaf-unet": lambda: KAFUNet(1, 3, width=4, **SMALL),
+    "one-layer": lambda: UNet(1, 3, width=4, layers=[None, Repeat(8), None, None]),
+    "fcn": lambda: FCN(1, 3, width=4),
+    "kaf-fcn": lambda: KAFFCN(1, 3, width=4, **SMALL),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_learn_in_every_parameter(name: str) -> None:
+    network = NETWORKS[name]()
+    logits = network(torch.rand(2, 1, 32, 48), KEYPOINTS)
+    assert logits.shape == (2, 3, 32, 48)
+    logits.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+
+
+@pytest.mark.parametrize(("build", "plain"), [(KAFUNet, UNet), (KAFFCN, FCN)])
+def test_keypoints_reach_the_logits(build: type[nn.Module], plain: type[nn.Module]) -> None:
+    images = torch.rand(2, 1, 32, 48)
+    network = build(width=4, **SMALL).eval()
+    assert not torch.allclose(network(images, KEYPOINTS)[0], network(images, KEYPOINTS.resize((32, 48))[[1, 0]])[0])
+    with pytest.raises(ValueError, match="keypoints=None"):
+        network(images)
+    assert plain(width=4)(images).shape == (2, 4, 32, 48)
+
+
+def test_unet_refuses_sizes_that_do_not_divide() -> None:
+    with pytest.raises(ValueError, match=r"divisible by 16, got images.shape=torch.Size\(\[1, 1, 32, 40\]\)"):
+        UNet()(torch.rand(1, 1, 32, 40))
+
+
+@pytest.mark.parametrize("script", ["unet", "fcn"])
+def test_scripts_run_by_themselves(script: str, capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(ROOT / "examples" / f"{script}.py"), run_name="__main__")
+    assert "parameters, logits (2, 4," in capsys.readouterr().out
+
+
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    demo = pytest.importorskip("demo", reason="the demo needs the extras train and plot")
+    picture = tmp_path / "new" / "demo.png"
+    demo.main(["--subjects", "3", "--seconds", "0.1", "--batch", "2", "--width", "4", "--output", str(picture)])
+    table = capsys.readouterr().out
+    assert picture.stat().st_size > 10_000
+    for model in ("UNet", "KAF-UNet"):
+        (row,) = re.findall(rf"^\| {model} \|.*$", table, flags=re.MULTILINE)
+        *scores, mean = map(float, row.split("|")[4:-1])
+        assert mean == pytest.approx(sum(scores) / 3, abs=2e-3)
+        assert all(0 <= score <= 1 for score in scores)
+
+
+def test_demo_needs_three_subjects(capsys: pytest.CaptureFixture[str]) -> None:
+    demo = pytest.importorskip("demo", reason="the demo needs the extras train and plot")
+    with pytest.raises(SystemExit):
+        demo.main(["--subjects", "2"])
+    assert "two subjects to train on and one to test on" in capsys.readouterr().err
+
+
+def test_readme_runs_as_pasted() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert blocks
+    exec("\n".join(blocks), {})
