@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from kaf_layer.keypoints import Keypoints
 from kaf_layer.scattering import Reduce, check_tokens, merge_cells, scatter_keypoints
 from kaf_layer.sparse_diffusion import convolve_rows, moments, rows_to_map
-from kaf_layer.sparse_tables import build_tables
+from kaf_layer.sparse_tables import build_pixel_tables, build_row_tables
 
 __all__ = ["KeypointDiffusion", "cheapest_method"]
 
@@ -112,7 +112,7 @@ class KeypointDiffusion(nn.Module):
             ValueError: if the shapes do not fit.
         """
         check_tokens(tokens, keypoints, size)
-        if features is not None and (len(features) != len(tokens) or features.shape[2:] != tuple(size)):
+        if features is not None and (features.shape[0] != tokens.shape[0] or features.shape[2:] != tuple(size)):
             raise ValueError(f"features must be (B, F, *size), got {features.shape=}, {tokens.shape=} and {size=}")
         method = self.method or cheapest_method(tokens.shape[1], size)
         if method == "dense" or not _has_running_average(self.norm):
@@ -121,15 +121,17 @@ class KeypointDiffusion(nn.Module):
 
         device = tokens.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
-        tables = build_tables(keypoints.cells(size), keypoints.valid, size, every_pixel=method == "hybrid")
+        cells = keypoints.cells(size)
+        tables = build_row_tables(cells, keypoints.valid, size, every_pixel=method == "hybrid")
         with torch.autocast(device, enabled=False):
-            merged = merge_cells(tokens, tables.first, keypoints.valid, reduce=self.reduce)
+            merged = merge_cells(tokens, tables.last, keypoints.valid, reduce=self.reduce)
             rows = convolve_rows(merged.to(dtype), self.conv1.weight.to(dtype), tables)
-            scale, shift = self._normalisation(rows, pixels=len(tokens) * prod(size))
+            scale, shift = self._normalisation(rows, pixels=tokens.shape[0] * prod(size))
             weight, bias = self.conv2.weight.to(dtype), self.conv2.bias.to(dtype)
             if method == "rows":
-                return rows_to_map(rows, scale, shift, weight, bias, features, tables, size)
-            shape = (len(tokens), *size)
+                pixels = build_pixel_tables(cells, size, tables)
+                return rows_to_map(rows, scale, shift, weight, bias, features, pixels, size)
+            shape = (tokens.shape[0], *size)
             # Normalisation and ReLU are repeated in the backward pass.
             diffused = checkpoint(
                 _convolve_map, rows, scale, shift, weight, bias, shape, use_reentrant=False, preserve_rng_state=False
@@ -143,10 +145,10 @@ class KeypointDiffusion(nn.Module):
         if norm.training:
             mean, var = moments(rows, pixels)
             mean = mean + bias
-            with torch.no_grad():
-                norm.num_batches_tracked.add_(1)
-                norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
-                norm.running_var.lerp_((var * (pixels / (pixels - 1))).to(norm.running_var.dtype), norm.momentum)
+            unbiased = var * (pixels / (pixels - 1))
+            norm.running_mean.lerp_(mean.detach().to(norm.running_mean.dtype), norm.momentum)
+            norm.running_var.lerp_(unbiased.detach().to(norm.running_var.dtype), norm.momentum)
+            norm.num_batches_tracked.add_(1)
         scale = norm.weight * torch.rsqrt(var + norm.eps)
         return scale, norm.bias + (bias - mean) * scale
 
@@ -171,7 +173,7 @@ def _convolve_map(
     shape: tuple[int, ...],
 ) -> Annotated[Tensor, "B O *S"]:
     """Normalisation, ReLU and convolution, where every pixel has its row."""
-    hidden = torch.addcmul(shift, rows[:-1], scale).relu().to(weight.dtype)
+    hidden = torch.addcmul(shift, rows[1:], scale).relu().to(weight.dtype)
     hidden = hidden.view(*shape, rows.shape[1]).movedim(-1, 1).contiguous()
     convolve = F.conv2d if len(shape) == 3 else F.conv3d
     return convolve(hidden, weight, bias, padding=1)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kaf_layer.keypoints import Keypoints
 
-__all__ = ["KeypointScatter", "Reduce", "check_tokens", "first_in_cell", "merge_cells", "scatter_keypoints"]
+__all__ = ["KeypointScatter", "Reduce", "check_tokens", "last_in_cell", "merge_cells", "scatter_keypoints"]
 
 Reduce = Literal["mean", "sum", "amax"]
 
@@ -41,24 +41,24 @@ def scatter_keypoints(
     batch, _, channels = tokens.shape
     total = batch * prod(size)
     cells = keypoints.cells(size) + prod(size) * torch.arange(batch, device=tokens.device)[:, None]
-    first = first_in_cell(cells.flatten(), keypoints.valid.flatten(), total=total)
-    rows = merge_cells(tokens, first, keypoints.valid, reduce=reduce)
+    last = last_in_cell(cells.flatten(), keypoints.valid.flatten(), total=total)
+    rows = merge_cells(tokens, last, keypoints.valid, reduce=reduce)
     sparse_map = rows.new_zeros(total, channels).index_add(0, cells.flatten(), rows)
     return sparse_map.view(batch, prod(size), channels).mT.reshape(batch, channels, *size)
 
 
 def merge_cells(
     tokens: Annotated[Tensor, "B N C"],
-    first: Annotated[Tensor, "M"],
+    last: Annotated[Tensor, "M"],
     valid: Annotated[Tensor, "B N"],
     *,
     reduce: Reduce,
 ) -> Annotated[Tensor, "M C"]:
-    """Rows of which the first of each cell holds the reduction of the cell's tokens; the others are 0.
+    """Rows of which the last of each cell holds the reduction of the cell's tokens; the others are 0.
 
     Args:
         tokens: one for each of the M = B * N slots.
-        first: for each slot the first one in the same cell, see :func:`first_in_cell`.
+        last: for each slot the last one in the same cell, see :func:`last_in_cell`.
         valid: which slots are keypoints.
         reduce: ``"mean"``, ``"sum"`` or ``"amax"``.
 
@@ -66,34 +66,32 @@ def merge_cells(
         ValueError: if ``reduce`` is unknown.
 
     Example:
-        >>> tokens, first = torch.tensor([[[1.0], [3.0], [7.0]]]), torch.tensor([0, 0, 2])
-        >>> merge_cells(tokens, first, torch.ones(1, 3).bool(), reduce="mean").flatten().tolist()
-        [2.0, 0.0, 7.0]
+        >>> tokens, last = torch.tensor([[[1.0], [3.0], [7.0]]]), torch.tensor([1, 1, 2])
+        >>> merge_cells(tokens, last, torch.ones(1, 3).bool(), reduce="mean").flatten().tolist()
+        [0.0, 2.0, 7.0]
     """
     if reduce not in ("mean", "sum", "amax"):
         raise ValueError(f'reduce must be "mean", "sum" or "amax", got {reduce=}')
     rows = tokens.masked_fill(~valid[..., None], 0.0).flatten(0, 1)
     if reduce != "sum":
-        rows = rows * _shares(rows.detach(), first, valid.flatten(), reduce=reduce)
+        rows = rows * _shares(rows.detach(), last, valid.flatten(), reduce=reduce)
     # Not index_add, which would keep the rows for its gradient.
-    return torch.zeros_like(rows).scatter_add(0, first[:, None].expand_as(rows), rows)
+    return torch.zeros_like(rows).scatter_add(0, last[:, None].expand_as(rows), rows)
 
 
 def _shares(
-    rows: Annotated[Tensor, "M C"], first: Annotated[Tensor, "M"], valid: Annotated[Tensor, "M"], *, reduce: Reduce
+    rows: Annotated[Tensor, "M C"], last: Annotated[Tensor, "M"], valid: Annotated[Tensor, "M"], *, reduce: Reduce
 ) -> Annotated[Tensor, "M C"]:
     """The weights under which the sum over a cell is its mean or maximum; C is 1 for the mean."""
     chosen = valid[:, None].to(rows.dtype)
     if reduce == "amax":
-        largest = rows.scatter_reduce(0, first[:, None].expand_as(rows), rows, "amax")
-        chosen = (rows == largest[first]).to(rows.dtype)
-    return chosen / torch.zeros_like(chosen).index_add(0, first, chosen)[first].clamp(min=1)
+        largest = rows.scatter_reduce(0, last[:, None].expand_as(rows), rows, "amax")
+        chosen = (rows == largest[last]).to(rows.dtype)
+    return chosen / torch.zeros_like(chosen).index_add(0, last, chosen)[last].clamp(min=1)
 
 
-def first_in_cell(
-    cells: Annotated[Tensor, "M"], valid: Annotated[Tensor, "M"], *, total: int
-) -> Annotated[Tensor, "M"]:
-    """The index of the first valid slot that is in the same cell; a slot that is not valid keeps to itself.
+def last_in_cell(cells: Annotated[Tensor, "M"], valid: Annotated[Tensor, "M"], *, total: int) -> Annotated[Tensor, "M"]:
+    """The index of the last valid slot that is in the same cell; a slot that is not valid keeps to itself.
 
     Args:
         cells: indices below ``total``, which tell cells of different samples apart too.
@@ -102,14 +100,12 @@ def first_in_cell(
 
     Example:
         >>> valid = torch.tensor([False, True, True, True])
-        >>> first_in_cell(torch.tensor([4, 4, 2, 4]), valid, total=5).tolist()
-        [0, 1, 2, 1]
+        >>> last_in_cell(torch.tensor([4, 4, 2, 4]), valid, total=5).tolist()
+        [0, 3, 2, 3]
     """
-    slots = torch.arange(len(cells), device=cells.device)
+    slots = torch.arange(cells.shape[0], device=cells.device)
     # Only the cells that are written are read, so the table need not be initialised.
-    table = cells.new_empty(total).scatter_reduce(
-        0, cells, slots.masked_fill(~valid, len(cells)), "amin", include_self=False
-    )
+    table = cells.new_empty(total).scatter_reduce(0, cells, slots.masked_fill(~valid, -1), "amax", include_self=False)
     return torch.where(valid, table[cells], slots)
 
 

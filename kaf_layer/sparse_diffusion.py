@@ -16,16 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kaf_layer.sparse_tables import Tables
+from kaf_layer.sparse_tables import PixelTables, RowTables
 
 __all__ = ["convolve_rows", "moments", "rows_to_map"]
 
 
 def convolve_rows(
-    tokens: Annotated[Tensor, "M C"], weight: Annotated[Tensor, "O C *K"], tables: Tables
+    tokens: Annotated[Tensor, "M C"], weight: Annotated[Tensor, "O C *K"], tables: RowTables
 ) -> Annotated[Tensor, "R+1 O"]:
     """The first convolution, without bias."""
-    return _ConvolveRows.apply(tokens, weight, tables.rows, tables.rows_t)
+    return _ConvolveRows.apply(tokens, weight, tables.tokens, tables.rows)
 
 
 def moments(rows: Annotated[Tensor, "R+1 C"], pixels: int) -> tuple[Annotated[Tensor, "C"], Annotated[Tensor, "C"]]:
@@ -40,23 +40,21 @@ def rows_to_map(
     weight: Annotated[Tensor, "O C *K"],
     bias: Annotated[Tensor, "O"],
     features: Annotated[Tensor, "B F *S"] | None,
-    tables: Tables,
+    tables: PixelTables,
     size: Sequence[int],
 ) -> Annotated[Tensor, "B F+O *S"]:
     """``relu(rows * scale + shift)`` and the second convolution, written after the features."""
-    return _RowsToMap.apply(
-        rows, scale, shift, weight, bias, features, tables.pixels, tables.pixels_t, tables.addresses, size
-    )
+    return _RowsToMap.apply(rows, scale, shift, weight, bias, features, tables.rows, tables.pixels, tables.cells, size)
 
 
 class _ConvolveRows(torch.autograd.Function):
     """A convolution without bias, from tokens to rows."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, weight: Tensor, rows: Tensor, rows_t: Tensor) -> Tensor:
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor, table: Tensor, transposed: Tensor) -> Tensor:
         """Tokens (M, C) and a weight (O, C, 3, 3) to rows (R + 1, O)."""
-        ctx.save_for_backward(tokens, weight, rows_t)
-        return _convolve(tokens, weight, rows)
+        ctx.save_for_backward(tokens, weight, transposed)
+        return _convolve(tokens, weight, table)
 
     @staticmethod
     @once_differentiable
@@ -73,7 +71,7 @@ class _Moments(torch.autograd.Function):
         """Rows (R + 1, C) and the number of pixels to (C,), (C,)."""
         wide = rows.to(_accumulation_dtype(rows))
         mean = wide.sum(0) / pixels
-        var = ((wide - mean).square_().sum(0) + (pixels - len(rows)) * mean.square()) / pixels
+        var = ((wide - mean).square_().sum(0) + (pixels - rows.shape[0]) * mean.square()) / pixels
         ctx.save_for_backward(rows, mean)
         ctx.pixels = pixels
         return mean, var
@@ -102,20 +100,20 @@ class _RowsToMap(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor,
         features: Tensor | None,
-        pixels: Tensor,
-        pixels_t: Tensor,
-        addresses: Tensor,
+        table: Tensor,
+        transposed: Tensor,
+        cells: Tensor,
         size: Sequence[int],
     ) -> Tensor:
         """Rows (R + 1, C), a weight (O, C, 3, 3) and features (B, F, H, W) to a map (B, F + O, H, W)."""
-        batch, count = addresses.shape
+        batch, count = cells.shape
         hidden = _activate(rows, scale, shift, weight.dtype)
-        values = (_convolve(hidden, weight, pixels) + bias).view(batch, count, -1)
+        values = (_convolve(hidden, weight, table) + bias).view(batch, count, -1)
         fused, diffused = _allocate(values, features, size)
-        _fill(diffused, torch.einsum("oc...,c->o...", weight, hidden[-1]), bias)
-        index = addresses[:, None].expand(-1, len(weight), -1)
-        diffused.view(batch, len(weight), -1).scatter_(2, index, values.mT.to(diffused.dtype))
-        ctx.save_for_backward(rows, scale, shift, weight, pixels_t, addresses)
+        _fill(diffused, torch.einsum("oc...,c->o...", weight, hidden[0]), bias)
+        index = cells[:, None].expand(-1, weight.shape[0], -1)
+        diffused.view(batch, weight.shape[0], -1).scatter_(2, index, values.mT.to(diffused.dtype))
+        ctx.save_for_backward(rows, scale, shift, weight, transposed, cells)
         ctx.features = None if features is None else (features.shape[1], features.dtype)
         return fused
 
@@ -123,24 +121,24 @@ class _RowsToMap(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of the rows, scale, shift, weight, bias and features."""
-        rows, scale, shift, weight, pixels_t, addresses = ctx.saved_tensors
+        rows, scale, shift, weight, transposed, cells = ctx.saved_tensors
         grad_features = None
         if ctx.features is not None:
             channels, dtype = ctx.features
             grad_features, grad = grad[:, :channels].to(dtype), grad[:, channels:]
         hidden = _activate(rows, scale, shift, weight.dtype)
-        background = hidden[-1]
+        background = hidden[0]
 
         # Where the map is not the background, ...
-        index = addresses[:, None].expand(-1, len(weight), -1)
+        index = cells[:, None].expand(-1, weight.shape[0], -1)
         grad_pixels = grad.flatten(2).gather(2, index).mT.flatten(0, 1).to(weight.dtype)
-        grad_hidden, grad_weight = _convolve_backward(grad_pixels, hidden[:-1] - background, weight, pixels_t)
+        grad_hidden, grad_weight = _convolve_backward(grad_pixels, hidden[1:] - background, weight, transposed)
         # ... and as if all of it were.
         sums = _fill_backward(grad)
         grad_weight += torch.einsum("o...,c->oc...", sums, background)
         grad_background = torch.einsum("oc...,o...->c", weight, sums) - grad_hidden.sum(0)
 
-        grad_hidden = torch.cat([grad_hidden, grad_background[None]]).masked_fill_(hidden <= 0, 0.0)
+        grad_hidden = torch.cat([grad_background[None], grad_hidden]).masked_fill_(hidden <= 0, 0.0)
         grad_rows = (grad_hidden * scale).to(rows.dtype)
         grad_scale, grad_shift = (grad_hidden * rows).sum(0), grad_hidden.sum(0)
         grad_bias = sums.flatten(1)[:, sums[0].numel() // 2]
@@ -158,11 +156,11 @@ def _kernel(weight: Annotated[Tensor, "O C *S"]) -> Annotated[Tensor, "C K*O"]:
 def _convolve(
     rows: Annotated[Tensor, "M C"], weight: Annotated[Tensor, "O C *S"], table: Annotated[Tensor, "R K"]
 ) -> Annotated[Tensor, "R O"]:
-    """Multiplies each row by the whole kernel, and sums by table; the index one past the last row stands for zero."""
-    products = F.pad(rows, (0, 0, 0, 1)) @ _kernel(weight)
+    """Multiplies each row by the whole kernel, and sums by table; 0 stands for none, 1 for the first row."""
+    products = F.pad(rows, (0, 0, 1, 0)) @ _kernel(weight)
     positions = table.shape[1]
     index = table * positions + torch.arange(positions, dtype=table.dtype, device=table.device)
-    return F.embedding_bag(index, products.view(-1, len(weight)), mode="sum")
+    return F.embedding_bag(index, products.view(-1, weight.shape[0]), mode="sum")
 
 
 def _convolve_backward(
@@ -172,8 +170,8 @@ def _convolve_backward(
     table_t: Annotated[Tensor, "M K"],
 ) -> tuple[Annotated[Tensor, "M C"], Annotated[Tensor, "O C *S"]]:
     """The gradients of the rows and of the weight, from the same gathered rows."""
-    gathered = F.pad(grad, (0, 0, 0, 1)).index_select(0, table_t.flatten()).view(len(rows), -1)
-    grad_kernel = (rows.mT @ gathered).view(rows.shape[1], -1, len(weight))
+    gathered = F.pad(grad, (0, 0, 1, 0)).index_select(0, table_t.flatten()).view(rows.shape[0], -1)
+    grad_kernel = (rows.mT @ gathered).view(rows.shape[1], -1, weight.shape[0])
     return gathered @ _kernel(weight).mT, grad_kernel.permute(2, 0, 1).reshape(weight.shape)
 
 

@@ -1,9 +1,12 @@
-"""Where the keypoints are: integer tables of the rows that meet in the diffusion network's two convolutions."""
+"""Which keypoints, rows and pixels are neighbours: the integer tables of the sparse diffusion network.
+
+All shapes follow from those of the inputs. Where keypoints are close, several rows stand for one pixel; all but the
+last of them stay empty. Keypoints on the border have fewer neighbours; the missing ones are repetitions of others.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from math import prod
 from typing import Annotated, NamedTuple
 
@@ -11,56 +14,80 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Tables", "build_tables"]
+__all__ = ["PixelTables", "RowTables", "build_pixel_tables", "build_row_tables"]
+
+_OUTSIDE, _EMPTY = 0, 1
 
 
-class Tables(NamedTuple):
-    """Which rows meet in the two convolutions, for M = B * N tokens, R rows, P pixels per sample, K = 3^D positions."""
+class RowTables(NamedTuple):
+    """The first convolution, from M = B * N tokens to R rows, with K = 3^D kernel positions.
 
-    first: Annotated[Tensor, "M"]  # the first slot in the same cell
-    rows: Annotated[Tensor, "R+1 K"]  # the tokens around a row; M where there is none
-    rows_t: Annotated[Tensor, "M K"]  # the rows around a token; R + 1 outside the map
-    pixels: Annotated[Tensor, "B*P K"]  # the rows around a pixel; R where there is none, R + 1 outside the map
-    pixels_t: Annotated[Tensor, "R K"]  # the pixels around a row; B*P outside the map
-    addresses: Annotated[Tensor, "B P"]  # the pixels' row-major indices
+    Before the R rows comes one that stands for all pixels without a row.
+    """
+
+    tokens: Annotated[Tensor, "R+1 K"]  #: 1 + the token next to a row, 0 for none
+    rows: Annotated[Tensor, "M K"]  #: transposed: 2 + the row next to a token, 0 outside the map
+    last: Annotated[Tensor, "M"]  #: the last slot in the same cell as a slot
+    row_at: Annotated[Tensor, "A"]  #: 2 + the row at an address, 1 for none, 0 outside the map
+    addresses: Annotated[Tensor, "R"]  #: of the rows
 
 
-def build_tables(
+class PixelTables(NamedTuple):
+    """The second convolution, from R rows to P pixels of each sample, of which some are the same."""
+
+    rows: Annotated[Tensor, "B*P K"]  #: 2 + the row next to a pixel, 1 for none, 0 outside the map
+    pixels: Annotated[Tensor, "R K"]  #: transposed: 1 + the pixel next to a row, 0 outside the map
+    cells: Annotated[Tensor, "B P"]  #: the pixels' row-major indices in their map
+
+
+def build_row_tables(
     cells: Annotated[Tensor, "B N"], valid: Annotated[Tensor, "B N"], size: Sequence[int], *, every_pixel: bool = False
-) -> Tables:
-    """Builds the tables for keypoints in these cells.
-
-    Row R, the last, stands for all pixels without a row. A pixel may appear several times among those of the
-    second convolution: it is given the same value each time.
+) -> RowTables:
+    """Finds the rows: the pixels at most one away from a keypoint, or every pixel.
 
     Args:
         cells: the row-major index of each slot's cell.
         valid: which slots are keypoints.
         size: the map's size.
-        every_pixel: makes every pixel of the map a row, in row-major order.
+        every_pixel: makes all pixels rows, in row-major order.
     """
-    whole_map = torch.arange(prod(size), device=cells.device).expand(len(cells), -1)
-    at_tokens = _address(cells, size, radius=0)
-    at_rows = _address(whole_map, size, radius=0) if every_pixel else _address(cells, size, radius=1)
-    at_pixels = _address(cells, size, radius=2)
+    slots, valid = torch.arange(valid.numel(), device=cells.device), valid.flatten()
+    at_tokens = _addresses(cells, size, radius=0)
+    token_at = _occupants(at_tokens, torch.where(valid, slots + 1, 0), cells, size, empty=0)
+    if every_pixel:
+        everywhere = torch.arange(prod(size), device=cells.device).expand(cells.shape[0], -1)
+        at_rows = _addresses(everywhere, size, radius=0)
+    else:
+        at_rows = _addresses(cells, size, radius=1)
+    rows = torch.arange(2, 2 + at_rows.shape[0], device=cells.device)
+    row_at = _occupants(at_rows, rows, cells, size, empty=_EMPTY)
     offsets = _offsets(size, cells.device)
-    M, R, P = len(at_tokens), len(at_rows), len(at_pixels)
+    tokens = _lookup(token_at, at_rows, offsets).masked_fill((row_at[at_rows] != rows)[:, None], 0)
+    return RowTables(
+        tokens=F.pad(tokens, (0, 0, 1, 0)),
+        rows=_lookup(row_at, at_tokens, -offsets),
+        last=torch.where(valid, token_at[at_tokens] - 1, slots),
+        row_at=row_at,
+        addresses=at_rows,
+    )
 
-    occupants = partial(_occupants, size=size, batch=len(cells))
-    token_at = occupants(at_tokens, none=M, outside=M, skip=~valid.flatten())
-    row_at = occupants(at_rows, none=R, outside=R + 1)
-    pixel_at = occupants(at_pixels, none=P, outside=P)
 
-    slots = torch.arange(M, device=cells.device)
-    is_first = row_at[at_rows] == torch.arange(R, device=cells.device)
-    rows = _lookup(token_at, at_rows, offsets).masked_fill(~is_first[:, None], M)
-    return Tables(
-        first=torch.where(valid.flatten(), token_at[at_tokens], slots),
-        rows=F.pad(rows, (0, 0, 0, 1), value=M),
-        rows_t=_lookup(row_at, at_tokens, -offsets),
-        pixels=_lookup(row_at, at_pixels, offsets),
-        pixels_t=_lookup(pixel_at, at_rows, -offsets),
-        addresses=_around(cells, size, radius=2),
+def build_pixel_tables(cells: Annotated[Tensor, "B N"], size: Sequence[int], tables: RowTables) -> PixelTables:
+    """Finds the pixels at most two away from a keypoint, and the rows next to them.
+
+    Args:
+        cells: the row-major index of each slot's cell.
+        size: the map's size.
+        tables: those of the first convolution.
+    """
+    at_pixels = _addresses(cells, size, radius=2)
+    pixels = torch.arange(1, 1 + at_pixels.shape[0], device=cells.device)
+    pixel_at = _occupants(at_pixels, pixels, cells, size, empty=0)
+    offsets = _offsets(size, cells.device)
+    return PixelTables(
+        rows=_lookup(tables.row_at, at_pixels, offsets),
+        pixels=_lookup(pixel_at, tables.addresses, -offsets),
+        cells=_around(cells, size, radius=2),
     )
 
 
@@ -77,14 +104,14 @@ def _around(
     return index.flatten(1)
 
 
-def _address(cells: Annotated[Tensor, "B N"], size: Sequence[int], *, radius: int) -> Annotated[Tensor, "B*N*K"]:
+def _addresses(cells: Annotated[Tensor, "B N"], size: Sequence[int], *, radius: int) -> Annotated[Tensor, "B*N*K"]:
     """As :func:`_around`, in a batch of maps with a margin of one pixel: a neighbour is then a constant away."""
-    sample = torch.arange(len(cells), device=cells.device)[:, None]
+    sample = torch.arange(cells.shape[0], device=cells.device)[:, None]
     return (_around(cells, size, radius=radius, margin=1) + sample * prod([s + 2 for s in size])).flatten()
 
 
 def _offsets(size: Sequence[int], device: torch.device) -> Annotated[Tensor, "K"]:
-    """From an address to those at the kernel's positions."""
+    """The constants, from an address to those at the kernel's positions."""
     offsets = torch.zeros(1, dtype=torch.long, device=device)
     for length in size:
         offsets = (offsets[:, None] * (length + 2) + torch.arange(-1, 2, device=device)).flatten()
@@ -93,24 +120,20 @@ def _offsets(size: Sequence[int], device: torch.device) -> Annotated[Tensor, "K"
 
 def _occupants(
     addresses: Annotated[Tensor, "M"],
-    *,
+    entries: Annotated[Tensor, "M"],
+    cells: Annotated[Tensor, "B N"],
     size: Sequence[int],
-    batch: int,
-    none: int,
-    outside: int,
-    skip: Annotated[Tensor, "M"] | None = None,
-) -> Annotated[Tensor, "B*S"]:
-    """The index of the first entry at each address, ``none`` where there is none, ``outside`` in the margin."""
-    entries = torch.arange(len(addresses), device=addresses.device, dtype=torch.int32)
-    if skip is not None:
-        entries = entries.masked_fill(skip, none)
-    interior = torch.full((batch, *size), none, dtype=torch.int32, device=addresses.device)
-    table = F.pad(interior, (1, 1) * len(size), value=outside).flatten()
-    return table.scatter_reduce(0, addresses, entries, "amin")
+    *,
+    empty: int,
+) -> Annotated[Tensor, "A"]:
+    """A table of the largest entry at each address, ``empty`` where there is none."""
+    interior = torch.full((cells.shape[0], *size), empty, dtype=torch.int32, device=cells.device)
+    table = F.pad(interior, (1, 1) * len(size), value=_OUTSIDE).flatten()
+    return table.scatter_reduce(0, addresses, entries.int(), "amax")
 
 
 def _lookup(
-    table: Annotated[Tensor, "B*S"], addresses: Annotated[Tensor, "M"], offsets: Annotated[Tensor, "K"]
+    table: Annotated[Tensor, "A"], addresses: Annotated[Tensor, "M"], offsets: Annotated[Tensor, "K"]
 ) -> Annotated[Tensor, "M K"]:
     """What the table holds at each offset from each address."""
-    return table.index_select(0, (addresses[:, None] + offsets).flatten()).view(len(addresses), len(offsets))
+    return table.index_select(0, (addresses[:, None] + offsets).flatten()).view(addresses.shape[0], offsets.shape[0])
