@@ -1,0 +1,258 @@
+"""attach: KAF layers in a network that someone else wrote, with its code, names and weights as they were."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from kaf_layer.detection import KeypointDetector, SIFTDetector
+from kaf_layer.keypoints import Keypoints
+from kaf_layer.layer import KAFLayer
+
+__all__ = ["KAFBackbone", "attach"]
+
+
+def attach(
+    backbone: nn.Module,
+    submodules: Mapping[str, int | None] | Iterable[str],
+    *,
+    detector: KeypointDetector | None = None,
+    example: Tensor | tuple[Any, ...] | None = None,
+    image: str | None = None,
+    **options: Any,
+) -> KAFBackbone:
+    """Puts a KAF layer behind submodules of any network.
+
+    Each layer fuses the map that its submodule returns, by addition. It starts as the exact identity, so
+    until it is trained the network's output is what it was. See :class:`KAFBackbone` for what one gets.
+
+    Args:
+        backbone: the network. It gets forward hooks, which do nothing when it is called by itself.
+        submodules: names, as in ``backbone.named_modules()``, and the channels of their maps. Channels that are None,
+            or names alone, need an ``example``. Where a submodule returns a tuple, a list or a dictionary,
+            the first tensor in it is its map, and the others stay as they are.
+        detector: finds keypoints in the image; ``SIFTDetector(descriptors=False)`` if None.
+        example: the backbone's input, or a tuple of its inputs: it is run once, in evaluation mode without
+            gradients, to see the channels and the number of spatial axes.
+        image: the name of the argument of ``backbone.forward`` in which to detect; the first tensor if None.
+        options: of each :class:`~kaf_layer.KAFLayer`.
+
+    Raises:
+        ValueError: if there is no such submodule (the message names the closest), one is named
+            twice, channels are neither given nor to be seen, or the backbone has an argument ``keypoints``.
+
+    Example:
+        >>> from kaf_layer import GridDetector
+        >>> backbone = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3, padding=1), torch.nn.Conv2d(8, 2, 3, stride=2))
+        >>> images = torch.rand(1, 1, 24, 32)
+        >>> model = attach(backbone, {"0": 8}, detector=GridDetector(8), depth=1)
+        >>> torch.equal(model(images), backbone(images))
+        True
+        >>> model.detach() is backbone
+        True
+    """
+    wanted = dict(submodules) if isinstance(submodules, Mapping) else dict.fromkeys(submodules)
+    modules = _find(backbone, list(wanted))
+    shapes = {} if example is None else _dry_run(backbone, modules, example)
+    like = next((p for p in backbone.parameters() if p.is_floating_point()), torch.empty(0))
+    layers = {}
+    for name, channels in wanted.items():
+        if name in shapes:
+            channels, spatial_dims = shapes[name][1], len(shapes[name]) - 2
+            layers[name] = KAFLayer(channels, fusion="add", **{"spatial_dims": spatial_dims, **options}).to(like)
+        elif channels is not None:
+            layers[name] = KAFLayer(channels, fusion="add", **options).to(like)
+        else:
+            raise ValueError(f"give the channels of {name!r}, or an example to see them in, got {channels=}")
+    return KAFBackbone(backbone, layers, detector=detector or SIFTDetector(descriptors=False), image=image)
+
+
+class KAFBackbone(nn.Module):
+    """A network with KAF layers behind some of its submodules; :func:`attach` makes it.
+
+    It is called as the network is, and returns what the network returns. The keyword ``keypoints`` spares it
+    the detection. Its state dict holds the network's under ``backbone.`` and the layers' under ``layers.``, with dots
+    in the submodules' names as underscores. A checkpoint of the network loads into ``model.backbone``, which called
+    by itself is the network without layers. To train the layers alone, freeze ``model.backbone``.
+
+    ``torch.utils.checkpoint`` may hold the whole, or parts of the network that contain no submodule with a layer:
+    it could not know the keypoints. For the layers' own activations there is ``recompute=True``.
+
+    Args:
+        backbone: the network.
+        layers: by the names of the submodules, each with ``fusion="add"``.
+        detector: finds keypoints in the image.
+        image: the name of the argument of ``backbone.forward`` that is the image; the first tensor if None.
+
+    Raises:
+        ValueError: in :func:`attach`'s cases; when called, if a submodule returns no map of the
+            image, or does not run exactly once, or there is no image.
+
+    Example:
+        >>> from kaf_layer import GridDetector, Keypoints
+        >>> backbone = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3, padding=1), torch.nn.Conv2d(8, 2, 3, stride=2))
+        >>> model = KAFBackbone(backbone, {"0": KAFLayer(8, fusion="add")}, detector=GridDetector(8))
+        >>> keypoints = Keypoints(torch.rand(1, 5, 2) * 24, torch.ones(1, 5, dtype=torch.bool), (24, 32))
+        >>> model(torch.rand(1, 1, 24, 32), keypoints=keypoints).shape
+        torch.Size([1, 2, 11, 15])
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        layers: Mapping[str, KAFLayer],
+        *,
+        detector: KeypointDetector,
+        image: str | None = None,
+    ) -> None:
+        super().__init__()
+        arguments = list(inspect.signature(backbone.forward).parameters)
+        if "keypoints" in arguments:
+            raise ValueError(f"the backbone's own argument would be hidden by keypoints=, got {arguments=}")
+        if image is not None and image not in arguments:
+            raise ValueError(f"image must name an argument of the backbone, got {image=} and {arguments=}")
+        modules = _find(backbone, list(layers))
+        self.backbone = backbone
+        self.layers = nn.ModuleDict({_key(name): layer for name, layer in layers.items()}).train(backbone.training)
+        self.detector = detector
+        self.image = image
+        self.training = backbone.training
+        self._position = 0 if image is None else arguments.index(image)
+        self._pass = _Pass()
+        self._handles = [
+            module.register_forward_hook(_Fusion(name, self.layers, self._pass)) for name, module in modules.items()
+        ]
+
+    def forward(self, *args: Any, keypoints: Keypoints | None = None, **kwargs: Any) -> Any:
+        """The backbone's output for the backbone's arguments.
+
+        Args:
+            args: the backbone's.
+            keypoints: of the image; None detects them.
+            kwargs: the backbone's.
+        """
+        if self._pass.keypoints is not None:
+            raise RuntimeError("another forward pass is under way, in another thread or around this one: use copies")
+        if keypoints is None:
+            keypoints = self.detector(self._find_image(args, kwargs))
+        self._pass.keypoints, self._pass.fused = keypoints, []
+        try:
+            output = self.backbone(*args, **kwargs)
+            if len(self._pass.fused) != len(self.layers):
+                raise ValueError(f"each submodule with a layer must run, but only {self._pass.fused} did")
+        finally:
+            self._pass.keypoints = None
+        return output
+
+    def detach(self) -> nn.Module:
+        """Takes the hooks away and returns the backbone, which is then as it was."""
+        for handle in self._handles:
+            handle.remove()
+        return self.backbone
+
+    def _find_image(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        if self.image is None:
+            found = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
+        else:
+            found = args[self._position] if self._position < len(args) else kwargs.get(self.image)
+        if not isinstance(found, Tensor):
+            raise ValueError(f"there is no image to detect keypoints in: give image= or keypoints=, got {found=}")
+        return found
+
+
+class _Pass:
+    """What hooks share of the forward pass under way: its keypoints, and which submodules have been fused."""
+
+    keypoints: Keypoints | None = None
+    fused: list[str]
+
+
+class _Fusion:
+    """A forward hook that fuses a submodule's map; a class, since closures cannot be pickled."""
+
+    def __init__(self, name: str, layers: nn.ModuleDict, state: _Pass) -> None:
+        self.name, self.layers, self.state = name, layers, state
+
+    def __call__(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        keypoints = self.state.keypoints
+        if keypoints is None:
+            if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0:
+                raise RuntimeError(
+                    f"{self.name!r} is run again in the backward pass, by activation checkpointing around it, where "
+                    "the keypoints are no longer known: checkpoint the whole network, or parts without a KAF layer"
+                )
+            return output
+        if self.name in self.state.fused:
+            raise ValueError(f"{self.name!r} runs more than once in a forward pass: name what runs once")
+        self.state.fused.append(self.name)
+        leaves, spec = tree_flatten(output)
+        index, features = _first_map(self.name, leaves)
+        try:
+            leaves[index] = self.layers[_key(self.name)](features, keypoints).features
+        except ValueError as error:
+            raise ValueError(f"{self.name!r} must return a map of the image (B, C, *S): {error}") from error
+        return tree_unflatten(leaves, spec)
+
+
+def _key(name: str) -> str:
+    """A submodule's name as a key of a ModuleDict."""
+    return name.replace(".", "_")
+
+
+def _first_map(name: str, leaves: list[Any]) -> tuple[int, Tensor]:
+    for index, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor):
+            if leaf.ndim < 4 or not leaf.is_floating_point():
+                raise ValueError(f"{name!r} must return a map (B, C, *S), got {leaf.shape=} and {leaf.dtype=}")
+            return index, leaf
+    raise ValueError(f"{name!r} must return a map (B, C, *S), got no tensor but {[type(leaf) for leaf in leaves]}")
+
+
+def _find(backbone: nn.Module, names: list[str]) -> dict[str, nn.Module]:
+    """The submodules by name."""
+    modules = dict(backbone.named_modules(remove_duplicate=False))
+    for name in names:
+        if not name or name not in modules:
+            closest = difflib.get_close_matches(name, modules, cutoff=0.0)
+            raise ValueError(f"the backbone has no submodule {name!r}; the closest are {closest}")
+    for of, labels in (("submodule", [id(modules[name]) for name in names]), ("key", [_key(name) for name in names])):
+        if len(set(labels)) < len(names):
+            raise ValueError(f"every name must have a {of} of its own, got {names}")
+    if not names:
+        raise ValueError("name a submodule or more, got none")
+    return {name: modules[name] for name in names}
+
+
+def _dry_run(
+    backbone: nn.Module, modules: dict[str, nn.Module], example: Tensor | tuple[Any, ...]
+) -> dict[str, torch.Size]:
+    """The shapes of the submodules' maps."""
+    shapes: dict[str, torch.Size] = {}
+
+    def watch(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        def look(_module: nn.Module, _args: Any, output: Any) -> None:
+            shapes[name] = _first_map(name, tree_leaves(output))[1].shape
+
+        return module.register_forward_hook(look)
+
+    handles = [watch(name, module) for name, module in modules.items()]
+    modes = {module: module.training for module in backbone.modules()}
+    backbone.eval()
+    try:
+        with torch.no_grad():
+            backbone(*(example if isinstance(example, tuple) else (example,)))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    missing = modules.keys() - shapes.keys()
+    if missing:
+        raise ValueError(f"each submodule with a layer must run, but {sorted(missing)} did not")
+    return shapes
