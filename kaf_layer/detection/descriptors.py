@@ -19,7 +19,7 @@ from kaf_layer.detection.scale_space import ScaleSpace
 __all__ = ["describe", "orient"]
 
 TURN = 2 * math.pi
-ANGLE_BINS, ANGLE_SAMPLES = 36, 17
+ANGLE_BINS, ANGLE_SAMPLES = 36, 13
 CELLS, DIRECTIONS, SAMPLES = 4, 8, 16
 CELL = 3.0  # the side of a cell in scales, as in OpenCV
 
@@ -45,10 +45,13 @@ def orient(
     step = 9 / (ANGLE_SAMPLES - 1)
     magnitude, angle = _gradients(space, extrema, centre, scale, torch.zeros_like(scale), ANGLE_SAMPLES, step)
     weight = torch.exp(-(axis[:, None] ** 2 + axis**2) / (2 * 1.5**2)).flatten()
-    bins = (angle * (ANGLE_BINS / TURN)).round().long() % ANGLE_BINS
+    position = angle * (ANGLE_BINS / TURN) % ANGLE_BINS
+    lower = position.floor()
+    share = torch.cat([1 - position + lower, position - lower], dim=-1) * (magnitude * weight).repeat(1, 1, 2)
+    bins = torch.cat([lower, lower + 1], dim=-1).long() % ANGLE_BINS
     # Summed as integers, so that the order of the sum does not matter.
     histogram = torch.zeros_like(bins[..., :ANGLE_BINS])
-    histogram = histogram.scatter_add(-1, bins, (magnitude * weight * 2**32).long()).to(scale.dtype)
+    histogram = histogram.scatter_add(-1, bins, (share * 2**32).long()).to(scale.dtype)
     next_to, beyond = histogram.roll(1, -1) + histogram.roll(-1, -1), histogram.roll(2, -1) + histogram.roll(-2, -1)
     smooth = 6 * histogram + 4 * next_to + beyond
     left, right = smooth.roll(1, -1), smooth.roll(-1, -1)
@@ -88,7 +91,7 @@ def describe(
     values = F.normalize(histogram, dim=-1).clamp(max=0.2)
     if root:
         # A root's gradient at 0 is infinite.
-        return F.normalize(values, p=1, dim=-1).clamp(min=torch.finfo(values.dtype).tiny).sqrt()
+        return F.normalize(values, p=1, dim=-1).clamp(min=1e-8).sqrt()
     return F.normalize(values, dim=-1)
 
 

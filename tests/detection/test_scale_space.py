@@ -1,0 +1,57 @@
+"""The scale space against NumPy loops in float64."""
+
+import numpy as np
+import pytest
+import torch
+
+from kaf_layer.detection.scale_space import blur, double, scale_space
+
+
+def naive_blur(image: np.ndarray, sigma: float) -> np.ndarray:
+    """Correlation with a sampled Gaussian, pixel by pixel along either axis."""
+    radius = (round(8 * sigma + 1) | 1) // 2
+    kernel = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+    kernel /= kernel.sum()
+    for axis in (0, 1):
+        padded = np.pad(image, [(radius, radius) if a == axis else (0, 0) for a in (0, 1)], mode="reflect")
+        image = sum(w * np.take(padded, range(i, i + image.shape[axis]), axis) for i, w in enumerate(kernel))
+    return image
+
+
+@pytest.mark.parametrize("shape", [(11, 12), (31, 33), (64, 65), (97, 161), (130, 225)])
+@pytest.mark.parametrize("sigmas", [(0.5,), (1.2, 1.9), (3.09, 5.0, 1.0)])
+def test_blur_is_a_convolution(shape, sigmas):
+    images = torch.rand(2, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = images.numpy()
+    for blurred, sigma in zip(blur(images, sigmas), sigmas, strict=True):
+        expected = np.stack([naive_blur(image, sigma) for image in expected])
+        np.testing.assert_allclose(blurred.numpy(), expected, rtol=0, atol=1e-12)
+
+
+def test_doubling_interpolates_at_its_positions():
+    height, width = 5, 7
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    ramp = (3.0 * x - 2.0 * y)[None]
+    v, u = torch.meshgrid(torch.arange(2 * height) / 2, torch.arange(2 * width) / 2, indexing="ij")
+    precise = 3 * u.clamp(max=width - 1) - 2 * v.clamp(max=height - 1)
+    opencv = 3 * (u - 0.25).clamp(0, width - 1) - 2 * (v - 0.25).clamp(0, height - 1)
+    torch.testing.assert_close(double(ramp, "precise")[0], precise)
+    torch.testing.assert_close(double(ramp, "opencv")[0], opencv)
+
+
+def test_octaves_and_their_row():
+    images = torch.rand(2, 47, 90, generator=torch.Generator().manual_seed(0))
+    space = scale_space(images, layers=3, sigma=1.6, blurred=1.0)
+    assert [tuple(octave[0].shape[1:]) for octave in space.octaves] == [(47, 90), (23, 45), (11, 22)]
+    assert space.values[1].equal(torch.cat([layer[1].flatten() for octave in space.octaves for layer in octave]))
+    assert space.octaves[1][0].equal(space.octaves[0][3][:, :46:2, ::2])
+
+
+def test_layers_have_their_blur():
+    # The variance of a blurred impulse is the sum of the squared blurs.
+    impulse = torch.zeros(1, 101, 101, dtype=torch.float64)
+    impulse[0, 50, 50] = 1
+    offset = torch.arange(101, dtype=torch.float64) - 50
+    for i, layer in enumerate(scale_space(impulse, layers=3, sigma=1.6, blurred=1.0).octaves[0]):
+        variance = (layer[0].sum(0) * offset**2).sum()
+        assert variance.item() == pytest.approx((1.6 * 2 ** (i / 3)) ** 2 - 1, rel=2e-3)
