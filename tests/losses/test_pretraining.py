@@ -1,6 +1,7 @@
 """The pretraining loss is the weighted sum of its parts, and does no work for a weight of zero."""
 
 import dataclasses
+import warnings
 
 import pytest
 import torch
@@ -85,7 +86,25 @@ def test_compiles() -> None:
     torch.manual_seed(0)
     loss = KAFPretrainingLoss(12, 24, embed_dim=16, num_heads=2, matcher_depth=2).double()
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*inputs()), loss(*inputs()))
+    losses, expected = compiled(*inputs()), loss(*inputs())
+    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(total, loss.parameters()) for total, *_ in (losses, expected)))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_never_waits() -> None:
+    loss = loss_of((1.0, 1.0, 0.01)).cuda()
+    bottleneck, positions, tokens, keypoints, matches = inputs()
+    given = bottleneck.cuda(), positions.cuda(), [t.cuda() for t in tokens], keypoints.to("cuda"), matches.to("cuda")
+    expected = loss_of((1.0, 1.0, 0.01))(*inputs()).total
+    torch.testing.assert_close(loss(*given).total.cpu(), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the mode warns that it is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss(*given).total.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

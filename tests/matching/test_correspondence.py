@@ -1,14 +1,18 @@
 """Correspondences against a brute-force loop."""
 
 import dataclasses
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from common import fill_padding, random_keypoints
 from torch.utils import _pytree as pytree
 
-from kaf_layer import Keypoints
+from kaf_layer import Keypoints, SIFTDetector
 from kaf_layer.matching import Matches, match_keypoints
+
+VOLUME = Path(__file__).parents[3] / "shared/data/sunnybrook/SC-HF-I-01/SC-HF-I-01_ED.nii.gz"
 
 
 def described(counts: tuple[int, ...], *, seed: int, image_size: tuple[int, ...] = (24, 40)) -> Keypoints:
@@ -46,6 +50,22 @@ def test_brute_force(mutual: bool, max_distance: float, image_size: tuple[int, .
             )
         assert matches.indices[s].tolist() == to_b
         assert matches.inverse[s].tolist() == to_a
+
+
+@pytest.mark.skipif(not VOLUME.exists(), reason=f"needs {VOLUME}")
+def test_neighbouring_slices() -> None:
+    nibabel = pytest.importorskip("nibabel")
+    volume = np.asarray(nibabel.load(VOLUME).dataobj, dtype=np.float32)[64:192, 64:192, 2:5]
+    keypoints = SIFTDetector(max_keypoints=32)(torch.from_numpy(volume).permute(2, 1, 0)[:, None])
+    a, b = keypoints[:2], keypoints[1:]
+    found = []
+    for max_distance in (5.0, 10.0, 20.0, 40.0):
+        matches = match_keypoints(a, b, max_distance=max_distance, mutual=False)
+        for s in range(2):
+            assert matches.indices[s].tolist() == [best(a[s], b[s], i, max_distance) for i in range(len(a[s]))]
+        found.append((matches.indices >= 0).sum() / a.valid.sum())
+    assert found == sorted(found)
+    assert found[-1] > 0.5
 
 
 def test_an_image_matches_itself() -> None:
