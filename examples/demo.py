@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from data import load_volumes, num_classes
+from kornia.augmentation import RandomAffine
 from monai.losses import DiceCELoss
 from monai.metrics import DiceMetric
 from phantom import Volume
@@ -24,6 +25,7 @@ from tqdm import tqdm
 from unet import KAFUNet, UNet
 
 from kaf_layer import Keypoints, SIFTDetector
+from kaf_layer.augmentation import KeypointAugmentation
 
 COLOURS = plt.get_cmap("Set1").colors
 
@@ -51,17 +53,20 @@ def prepare(volumes: list[Volume]) -> list[Slices]:
 
 
 def train(model: nn.Module, volumes: list[Slices], *, seconds: float, batch: int, name: str) -> int:
-    """Trains on random batches of slices until the time is over; returns the number of steps."""
+    """Trains on random batches of augmented slices until the time is over; returns the number of steps."""
+    augment = KeypointAugmentation(RandomAffine(15.0, translate=(0.1, 0.1), scale=(0.8, 1.25), p=1.0))
     slices = [(v.images[i], v.labels[i], v.keypoints[i]) for v in volumes for i in range(len(v.images))]
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.Adam(model.parameters())
     loss_function = DiceCELoss(to_onehot_y=True, softmax=True)
     start, steps, bar = time.perf_counter(), 0, tqdm(total=round(seconds), desc=name, unit="s", leave=False)
     model.train()
     while (elapsed := time.perf_counter() - start) < seconds:
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * (1 - elapsed / seconds)
+            group["lr"] = 3e-3 * (1 - elapsed / seconds)
         images, labels, keypoints = zip(*(slices[i] for i in torch.randperm(len(slices))[:batch]), strict=True)
-        loss = loss_function(model(torch.stack(images), Keypoints.stack(keypoints)), torch.stack(labels))
+        batch_of = augment(torch.stack(images), Keypoints.stack(keypoints), torch.stack(labels))
+        contrast = torch.empty(len(images), 1, 1, 1).uniform_(0.6, 1.5)
+        loss = loss_function(model(batch_of.images * contrast, batch_of.keypoints), batch_of.labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -120,7 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--subjects", type=int, default=10, help="in all; two are for training")
     parser.add_argument("--seconds", type=float, default=100, help="training time of each model")
     parser.add_argument("--width", type=int, default=8, help="channels of the first block")
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("outputs/demo.png"))
     options = parser.parse_args(arguments)
