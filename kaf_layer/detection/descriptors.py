@@ -83,12 +83,12 @@ def describe(
     weight = F.relu(1 - (axis[:, None] - cell).abs()) * torch.exp(-(axis[:, None] ** 2) / (CELLS**2 / 2))
     cells = torch.einsum("yi,xj->ijyx", weight, weight).flatten(2).flatten(0, 1)
     # OpenCV counts directions from the x axis against the y axis. Bin 8 is bin 0 again.
-    bins = torch.arange(DIRECTIONS + 1, device=scale.device, dtype=scale.dtype)
+    bins = torch.arange(DIRECTIONS + 1, device=scale.device, dtype=scale.dtype)[:, None]
     position = -direction * (DIRECTIONS / TURN) % DIRECTIONS
-    directions = F.relu(1 - (position[..., None] - bins).abs()) * magnitude[..., None]
-    histogram = cells @ directions
-    histogram = torch.cat([histogram[..., :1] + histogram[..., -1:], histogram[..., 1:-1]], dim=-1).flatten(-2)
-    values = F.normalize(histogram, dim=-1).clamp(max=0.2)
+    directions = F.relu(1 - (position[..., None, :] - bins).abs()) * magnitude[..., None, :]
+    histogram = directions @ cells.T
+    histogram = torch.cat([histogram[..., :1, :] + histogram[..., -1:, :], histogram[..., 1:-1, :]], dim=-2)
+    values = F.normalize(histogram.mT.flatten(-2), dim=-1).clamp(max=0.2)
     if root:
         # A root's gradient at 0 is infinite.
         return F.normalize(values, p=1, dim=-1).clamp(min=1e-8).sqrt()
@@ -125,8 +125,6 @@ def _sample(space: ScaleSpace, extrema: Extrema, x: Tensor, y: Tensor) -> tuple[
     left = x.detach().floor().long().clamp(min=0).minimum(width - 2)
     top = y.detach().floor().long().clamp(min=0).minimum(height - 2)
     index = (extrema.start + extrema.layer * extrema.height * extrema.width)[..., None, None] + top * width + left
-    values = space.values.flatten()
     x, y = x - left, y - top
-    upper = torch.lerp(values[index], values[index + 1], x)
-    lower = torch.lerp(values[index + width], values[index + width + 1], x)
+    upper, lower = (torch.lerp(space.take(row), space.take(row + 1), x) for row in (index, index + width))
     return torch.lerp(upper, lower, y), inside

@@ -43,7 +43,7 @@ class Extrema(NamedTuple):
 
     def take(self, index: Tensor) -> Extrema:
         """The pixels at ``index``, in its shape."""
-        return Extrema(*(value[index] for value in self))
+        return Extrema(*(value.index_select(0, index.flatten()).view_as(index) for value in self))
 
 
 class Fit(NamedTuple):
@@ -200,7 +200,7 @@ def fit(space: ScaleSpace, extrema: Extrema, valid: Tensor) -> Fit:
     index = (
         extrema.position[..., None, None, None] + layers * plane + (columns[:, None] * rows + columns)[..., None, :, :]
     )
-    cube = space.values.flatten()[index].diff(dim=-3).where(valid[..., None, None, None], 0.0)
+    cube = space.take(index).diff(dim=-3).where(valid[..., None, None, None], 0.0)
     centre = cube[..., 1, 1, 1]
     gradient = torch.stack(
         [

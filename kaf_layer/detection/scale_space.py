@@ -33,6 +33,11 @@ class ScaleSpace:
     layers: int
     sigma: float
 
+    def take(self, index: Tensor) -> Tensor:
+        """The values at ``index`` of the rows laid end to end, in its shape."""
+        # Indexing with brackets does the same, eight times slower on CPUs.
+        return self.values.flatten().index_select(0, index.flatten()).view_as(index)
+
 
 def scale_space(images: Annotated[Tensor, "B H W"], *, layers: int, sigma: float, blurred: float) -> ScaleSpace:
     """Blurs images progressively, octave by octave, until an octave would have no pixel within its border.
