@@ -116,11 +116,13 @@ def move_keypoints(keypoints: Keypoints, move: Callable[[Points], Points], size:
         # The derivative of the mapping, column by column: what a step of one pixel in x, in y, becomes.
         steps = torch.eye(2, dtype=before.dtype, device=before.device)
         jacobian = torch.stack([(move(before + step) - move(before - step)) / 2 for step in steps], dim=-1)
+        jacobian = torch.where(jacobian.isnan(), steps, jacobian)  # on the frame's edge a step may lead nowhere
         if scales is not None:
-            scales = scales * jacobian.det().abs().sqrt()
+            scales = scales * jacobian.det().abs().sqrt().to(scales.dtype)
         if angles is not None:
-            direction = jacobian @ torch.stack([angles.cos(), angles.sin()], dim=-1)[..., None]
-            angles = torch.atan2(direction[..., 1, 0], direction[..., 0, 0])
+            direction = torch.stack([angles.cos(), angles.sin()], dim=-1)
+            x, y = (jacobian.to(angles.dtype) @ direction[..., None]).squeeze(-1).unbind(-1)
+            angles = torch.atan2(y, x)
     # A NaN compares as outside.
     edge = positions.new_tensor([size[1], size[0]]) - 0.5
     valid = keypoints.valid & ((positions >= -0.5) & (positions < edge)).all(dim=-1)
@@ -189,7 +191,7 @@ def _resample(labels: Annotated[Tensor, "B *1 H W"], sources: Annotated[Tensor, 
 
 
 def _check(images: Tensor, keypoints: Keypoints, labels: Tensor | None) -> None:
-    if images.ndim != 4 or images.shape[2:] != keypoints.image_size or len(images) != len(keypoints):
+    if images.ndim != 4 or tuple(images.shape[2:]) != tuple(keypoints.image_size) or len(images) != len(keypoints):
         raise ValueError(
             "images must be (B, C, H, W), the ones that the keypoints were detected on, "
             f"got {images.shape=}, {keypoints.image_size=} and {keypoints.positions.shape=}"

@@ -97,7 +97,10 @@ def test_inverted_to_a_tenth_of_a_pixel(name: str) -> None:
     torch.manual_seed(1)
     elastic = K.RandomElasticTransform(**ELASTIC[name])
     image, keypoints = grid(SIZE).expand(2, -1, -1, -1), random_keypoints(SIZE, (40, 0), seed=1)
+    keypoints = dataclasses.replace(keypoints, scales=torch.ones(2, 42), angles=torch.ones(2, 42))
     warped, moved, _ = KeypointAugmentation(elastic)(image, keypoints)
+    assert moved.scales[moved.valid].isfinite().all()
+    assert moved.angles[moved.valid].isfinite().all()
     where, before = moved.positions[moved.valid], keypoints.positions[moved.valid]
     inner = ((where > 1) & (where < torch.tensor(SIZE[::-1]) - 2)).all(1)
     normalised = 2 * where / (torch.tensor(SIZE[::-1]) - 1) - 1

@@ -29,6 +29,8 @@ def pcl_loss(
         unit = F.normalize(embeddings.to(dtype), dim=-1)
         if gather_distributed and dist.is_available() and dist.is_initialized():
             unit, positions = _gather(unit, positions)
+        if unit.shape[0] * unit.shape[1] < 2:
+            raise ValueError(f"a contrast takes two embeddings (B * V) or more, got {embeddings.shape=}")
         similarity = unit.flatten(0, 1) @ unit.flatten(0, 1).T / temperature
         position = positions.detach().repeat_interleave(unit.shape[1])
         itself = torch.eye(len(position), dtype=torch.bool, device=position.device)
@@ -116,8 +118,6 @@ def _check(embeddings: Tensor, positions: Tensor, temperature: float, threshold:
         )
     if positions.shape != embeddings.shape[:1]:
         raise ValueError(f"positions must be (B,), one for each slice, got {positions.shape=} for {embeddings.shape=}")
-    if embeddings.shape[0] * embeddings.shape[1] < 2:
-        raise ValueError(f"a contrast takes two embeddings (B * V) or more, got {embeddings.shape=}")
     refuse(~embeddings.isfinite(), "embeddings must be finite")
     refuse(~positions.isfinite(), "positions must be finite")
 
