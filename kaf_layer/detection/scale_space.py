@@ -86,7 +86,9 @@ def blur(images: Annotated[Tensor, "B H W"], sigmas: Sequence[float]) -> list[An
 
     As OpenCV does, the kernel is cut at 4 sigma and the image reflected about its outermost pixels.
     """
-    rows, columns = (_convolution_blocks(size, sigmas, images) for size in images.shape[1:])
+    height, width = images.shape[1:]
+    rows = _convolution_blocks(height, sigmas, images)
+    columns = rows if width == height else _convolution_blocks(width, sigmas, images)
     blurred = []
     for row_blocks, column_blocks in zip(rows, columns, strict=True):
         images = _blur_and_swap(_blur_and_swap(images, column_blocks), row_blocks)
