@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import time
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("RESULTS", Path(__file__).parent / "results"))  # trials go elsewhere
 Run = Callable[[], object]
 
 
@@ -51,19 +52,19 @@ def saved_bytes(run: Run, *, aside: Iterable[Tensor] = ()) -> int:
 
     ``aside`` holds what is there anyway, such as the inputs.
     """
-    excluded = {tensor.untyped_storage().data_ptr() for tensor in aside}
-    storages: dict[int, torch.UntypedStorage] = {}
+    excluded = {tensor.untyped_storage() for tensor in aside}
+    storages: set[torch.UntypedStorage] = set()  # kept alive, so that no two are taken for one
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if not isinstance(tensor, nn.Parameter) and storage.data_ptr() not in excluded:
-            storages[storage.data_ptr()] = storage  # kept alive, so that no address is used twice
+        owner = tensor if tensor._base is None else tensor._base  # a linear layer saves a view of its weight
+        if not isinstance(owner, nn.Parameter):
+            storages.add(tensor.untyped_storage())
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = run()
     del result
-    return sum(storage.nbytes() for storage in storages.values())
+    return sum(storage.nbytes() for storage in storages - excluded)
 
 
 def count_flops(run: Run) -> int:
@@ -98,24 +99,34 @@ def markdown(rows: list[dict[str, object]]) -> str:
 
 
 def _cell(value: object) -> str:
-    return (
-        f"{value:.3g}"
-        if isinstance(value, float) and abs(value) < 100
-        else (f"{value:.0f}" if isinstance(value, float) else str(value))
-    )
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
 
 
 def report(
-    name: str, rows: list[dict[str, object]], *, notes: str, packages: Iterable[str] = (), save: bool = True
+    name: str,
+    rows: list[dict[str, object]],
+    *,
+    notes: str,
+    packages: Iterable[str] = (),
+    save: bool = True,
+    measured: bool = True,
 ) -> str:
-    """Prints the table with its notes and versions, and saves it as Markdown and JSON under ``benchmarks/results``."""
+    """Prints the table with its notes and versions, and saves it as Markdown and JSON under RESULTS.
+
+    What is ``measured`` bears the device's name; what is counted is the same on every device.
+    """
     where = environment(*packages)
+    if not measured:
+        del where["device"]
     text = f"{markdown(rows)}\n\n{notes}\n\n" + ", ".join(f"{key} {value}" for key, value in where.items()) + "\n"
     print(text)
     if save:
-        RESULTS.mkdir(exist_ok=True)
+        RESULTS.mkdir(parents=True, exist_ok=True)
         device = torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else "cpu"
+        stem = f"{name}-{device}" if measured else name
         content = {"environment": where, "notes": notes, "rows": rows}
-        (RESULTS / f"{name}-{device}.json").write_text(json.dumps(content, indent=1) + "\n")
-        (RESULTS / f"{name}-{device}.md").write_text(text)
+        (RESULTS / f"{stem}.json").write_text(json.dumps(content, indent=1) + "\n")
+        (RESULTS / f"{stem}.md").write_text(text)
     return text

@@ -1,0 +1,41 @@
+"""GFLOPs of attention against the image's edge: keypoints, windows, and all pixels (Figure 5 of the paper).
+
+python benchmarks/flops.py [--edges 128 256 ...] [--attentions 20 100]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import figure
+from harness import count_flops, report
+from networks import Network, backward
+from sweep import parse, sweep
+from torch import Tensor
+
+NOTES = """GFLOPs for one image of edge x edge pixels; a multiply-add counts 2. Counted are matrix products and
+convolutions, those within attention too (torch's counter under the MATH backend), and what is computed again in the
+backward pass. Not counted is what multiplies no matrices, such as gathering, scattering, normalisation and softmax:
+that costs memory traffic.
+
+The KAF layers come on top of the convolutional network that they are put in (the last rows of each part count it too),
+while a Swin is an encoder by itself. Detecting keypoints is not counted; detection.py times it. Blocks are spread evenly over KAF's scales and SwinUNETR's stages; Swin-T grows in
+its third stage, as its authors' larger ones do. A block costs about the same in every stage of a Swin."""
+
+
+def measure(network: Network, inputs: tuple[object, ...]) -> dict[str, float]:
+    features: list[Tensor] = []
+    forward = count_flops(lambda: features.extend(network(*inputs)))
+    both = forward + count_flops(lambda: backward(features))
+    return {"forward": forward / 1e9, "forward+backward": both / 1e9}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(__doc__, arguments)
+    rows = sweep(measure, edges=options.edges, attentions=options.attentions)
+    report("flops", rows, notes=NOTES, packages=("monai",), measured=False)
+    figure.draw()
+
+
+if __name__ == "__main__":
+    main()

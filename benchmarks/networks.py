@@ -1,0 +1,178 @@
+"""The networks that flops.py and memory.py compare, by name; every one is built from its number of self-attentions."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from monai.networks.nets.swin_unetr import SwinTransformer
+from torch import Tensor, nn
+
+from kaf_layer import KAFLayer, Keypoints
+from kaf_layer.attention import BlockType, TransformerBlock
+
+sys.path.append(str(Path(__file__).parent.parent / "examples"))
+from unet import KAFUNet
+
+KEYPOINTS = 500
+WIDTH = 32
+SCALES = 4
+
+
+class Network(nn.Module):
+    """What is compared: ``configuration`` says how it is built; it maps its ``inputs`` to feature maps."""
+
+    configuration: str
+
+    def inputs(self, edge: int) -> tuple[object, ...]:
+        """For one image of edge x edge pixels, on the current default device; by default the image."""
+        return (torch.rand(1, 1, edge, edge),)
+
+
+def keypoints(edge: int) -> Keypoints:
+    return Keypoints(
+        torch.rand(1, KEYPOINTS, 2) * edge, torch.ones(1, KEYPOINTS, dtype=torch.bool), (edge, edge), padded=False
+    )
+
+
+class KAFLayers(Network):
+    """KAF layers on the UNet's four scales, without the UNet: the maps are given, and need gradients."""
+
+    def __init__(self, attentions: int, *, block: BlockType = "transformer", dense: bool = False) -> None:
+        super().__init__()
+        depth = attentions // SCALES
+        self.layers = nn.ModuleList(KAFLayer(WIDTH * 2**i, depth=depth, block=block) for i in range(SCALES))
+        if dense:
+            for layer in self.layers:
+                layer.diffusion.method = "dense"
+        diffusion = "dense diffusion" if dense else "diffusion where the keypoints are"
+        self.configuration = (
+            f"{KEYPOINTS} keypoints, 32 to 256 channels at strides 1 to 8, {depth} {block} blocks on each scale, "
+            f"embedding 256, {diffusion}"
+        )
+
+    def inputs(self, edge: int) -> tuple[object, ...]:
+        sizes = [(1, WIDTH * 2**i, edge // 2**i, edge // 2**i) for i in range(SCALES)]
+        return [torch.rand(size, requires_grad=True) for size in sizes], keypoints(edge)
+
+    def forward(self, maps: list[Tensor], points: Keypoints) -> list[Tensor]:
+        return [layer(features, points).features for layer, features in zip(self.layers, maps, strict=True)]
+
+
+class KAFUNetEncoder(Network):
+    """The whole encoder of the KAF-UNet: its layers, and the convolutions around them."""
+
+    def __init__(self, attentions: int) -> None:
+        super().__init__()
+        self.encoder = KAFUNet(width=WIDTH, depth=attentions // SCALES).encoder
+        self.configuration = f"the KAF layers and all convolutions of the KAF-UNet's encoder, width {WIDTH}"
+
+    def inputs(self, edge: int) -> tuple[object, ...]:
+        return *super().inputs(edge), keypoints(edge)
+
+    def forward(self, image: Tensor, points: Keypoints) -> list[Tensor]:
+        return self.encoder(image, points).features
+
+
+class Swin(Network):
+    """MONAI's SwinTransformer in two dimensions."""
+
+    def __init__(self, *, patch_size: int, embed_dim: int, depths: tuple[int, ...]) -> None:
+        super().__init__()
+        # MONAI takes its (zero) drop path rates from a tensor, and a fake tensor has no values to give.
+        with patch("torch.linspace", np.linspace):
+            self.swin = SwinTransformer(
+                in_chans=1,
+                embed_dim=embed_dim,
+                window_size=(7, 7),
+                patch_size=(patch_size, patch_size),
+                depths=depths,
+                num_heads=(3, 6, 12, 24),
+                spatial_dims=2,
+            )
+        self.configuration = (
+            f"MONAI SwinTransformer, patch {patch_size}, embedding {embed_dim}, window 7, heads (3, 6, 12, 24), "
+            f"depths {depths}"
+        )
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        return self.swin(image)
+
+
+def swin_t(attentions: int) -> Swin:
+    """Grows as from Swin-T (2, 2, 6, 2) to Swin-S (2, 2, 18, 2) (Liu et al., 2021): in the third stage."""
+    return Swin(patch_size=4, embed_dim=96, depths=(2, 2, attentions - 6, 2))
+
+
+def swin_unetr(attentions: int, *, embed_dim: int = 48) -> Swin:
+    """The encoder of SwinUNETR (Hatamizadeh et al., 2022), as deep in every stage."""
+    return Swin(patch_size=2, embed_dim=embed_dim, depths=(attentions // 4,) * 4)
+
+
+class TorchvisionSwin(Network):
+    """torchvision's Swin-T, deepened as :func:`swin_t`; it takes three channels."""
+
+    def __init__(self, attentions: int) -> None:
+        from torchvision.models.swin_transformer import SwinTransformer as TorchvisionTransformer
+
+        super().__init__()
+        depths = [2, 2, attentions - 6, 2]
+        with patch("torch.nn.init.trunc_normal_"):  # looks at the values
+            self.features = TorchvisionTransformer(
+                [4, 4], 96, depths, [3, 6, 12, 24], [7, 7], stochastic_depth_prob=0.0
+            ).features
+        self.configuration = f"torchvision SwinTransformer, patch 4, embedding 96, window 7, depths {tuple(depths)}"
+
+    def inputs(self, edge: int) -> tuple[object, ...]:
+        return (torch.rand(1, 3, edge, edge),)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        return [self.features(image)]
+
+
+class GlobalAttention(Network):
+    """All pixels of the UNet's deepest map attend to each other, in the blocks that our keypoints use."""
+
+    def __init__(self, attentions: int) -> None:
+        super().__init__()
+        channels, embed_dim = WIDTH * 2**SCALES, 256
+        self.embed = nn.Linear(channels, embed_dim)
+        self.blocks = nn.ModuleList(TransformerBlock(embed_dim) for _ in range(attentions))
+        self.out = nn.Linear(embed_dim, channels)
+        self.configuration = (
+            f"every pixel of {channels} channels at stride 16, {attentions} transformer blocks, embedding {embed_dim}"
+        )
+
+    def inputs(self, edge: int) -> tuple[object, ...]:
+        side = edge // 2**SCALES
+        return (torch.rand(1, WIDTH * 2**SCALES, side, side, requires_grad=True),)
+
+    def forward(self, features: Tensor) -> list[Tensor]:
+        tokens = self.embed(features.flatten(2).mT)
+        for block in self.blocks:
+            tokens = block(tokens, None, None)
+        return [self.out(tokens).mT.view_as(features)]
+
+
+NETWORKS: dict[str, Callable[[int], Network]] = {
+    "KAF layers": KAFLayers,
+    "KAF layers, the paper's block": lambda attentions: KAFLayers(attentions, block="propagation"),
+    "KAF layers, dense": lambda attentions: KAFLayers(attentions, block="propagation", dense=True),
+    "Swin-T": swin_t,
+    "SwinUNETR": swin_unetr,
+    "SwinUNETR, embedding 24": lambda attentions: swin_unetr(attentions, embed_dim=24),
+    "global attention": GlobalAttention,
+    "KAF-UNet's encoder": KAFUNetEncoder,
+}
+if find_spec("torchvision"):
+    NETWORKS["Swin-T of torchvision"] = TorchvisionSwin
+
+
+def backward(features: list[Tensor]) -> None:
+    """The backward pass of the sum over all maps."""
+    torch.stack([feature.sum() for feature in features]).sum().backward()

@@ -1,0 +1,207 @@
+"""Every benchmark at its smallest, and what the harness counts against closed forms."""
+
+import json
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+pytest.importorskip("monai")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+import flops
+import harness
+import memory
+from harness import compare, count_flops, markdown, report, saved_bytes
+
+EMBED, POINTS, SCALES = 256, 500, 4
+
+
+@pytest.fixture(autouse=True)
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def run(module, monkeypatch, *arguments):
+    """Runs a script's main, which may change global settings of torch."""
+    monkeypatch.setattr(sys, "argv", [module.__file__, *arguments])
+    grad = torch.is_grad_enabled()
+    try:
+        module.main()
+    finally:
+        torch.set_grad_enabled(grad)
+
+
+def rows_of(results: Path, name: str) -> list[dict]:
+    return json.loads((results / f"{name}.json").read_text())["rows"]
+
+
+@pytest.mark.parametrize("fake", [False, True])
+class TestCounts:
+    @pytest.fixture(autouse=True)
+    def mode(self, fake):
+        with FakeTensorMode() if fake else nullcontext():
+            yield
+
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_attention(self, masked):
+        q, k, v = torch.rand(2, 4, 10, 8, requires_grad=True), torch.rand(2, 4, 30, 8), torch.rand(2, 4, 30, 8)
+        mask = torch.ones(2, 1, 1, 30, dtype=torch.bool) if masked else None
+        assert count_flops(lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)) == 2 * 2 * 2 * 10 * 30 * 32
+
+    def test_attention_backward(self):
+        q, k, v = (torch.rand(2, 4, 10, 8, requires_grad=True) for _ in range(3))
+        # The gradients of two products are four.
+        expected = 3 * 2 * 2 * 2 * 10 * 10 * 32
+        assert count_flops(lambda: F.scaled_dot_product_attention(q, k, v).sum().backward()) == expected
+
+    def test_convolution(self):
+        convolution, image = nn.Conv2d(3, 5, 3, padding=1), torch.rand(2, 3, 8, 12)
+        forward = 2 * 9 * 3 * 5 * 2 * 8 * 12
+        assert count_flops(lambda: convolution(image)) == forward
+        # The image needs no gradient, the weight does.
+        assert count_flops(lambda: convolution(image).sum().backward()) == 2 * forward
+
+    def test_saved(self):
+        linear, x = nn.Linear(8, 16), torch.rand(3, 5, 8)
+        assert saved_bytes(lambda: linear(x)) == 4 * 3 * 5 * 8  # the input, not the weight, of which a view is saved
+        assert saved_bytes(lambda: linear(x), aside=[x]) == 0
+        # The result of the ReLU is saved twice, by it and by the second layer.
+        second = nn.Linear(16, 4)
+        assert saved_bytes(lambda: second(F.relu(linear(x))), aside=[x]) == 4 * 3 * 5 * 16
+
+    def test_saved_scores(self):
+        """Attention written out saves its weights; the fused kernel does not."""
+        q = torch.rand(1, 2, 64, 8, requires_grad=True)
+        plain = saved_bytes(lambda: torch.softmax(q @ q.mT, dim=-1) @ q, aside=[q])
+        assert plain == 4 * 2 * 64 * 64
+        fused = saved_bytes(lambda: F.scaled_dot_product_attention(q, q, q), aside=[q])
+        assert fused == 4 * (2 * 64 * 8 + 2 * 64)  # the result, and a sum for each query
+
+
+def attention_blocks(tokens: int, channels: int, window: int) -> int:
+    """One Transformer block: four projections, an MLP of four times the width, and two products of attention."""
+    return 24 * tokens * channels**2 + 4 * tokens * window * channels
+
+
+def swin(edge: int, *, patch: int, embed: int, depths: tuple[int, ...]) -> int:
+    """Its edge fills windows of 7 pixels in every stage; MONAI merges pixels after the last stage too."""
+    side = edge // patch
+    total = 2 * patch**2 * embed * side**2
+    for depth in depths:
+        total += depth * attention_blocks(side**2, embed, 49)
+        side, embed = (side + 1) // 2, 2 * embed
+        total += 2 * side**2 * (2 * embed) * embed
+    return total
+
+
+def position_encoder(points: int) -> int:
+    return 2 * points * (2 * 32 + 32 * 64 + 64 * 128 + 128 * 256 + 256 * EMBED)
+
+
+def kaf_attention(depth: int, block: str) -> int:
+    """Four scales: projections to tokens, positions, blocks."""
+    embedding = sum(2 * POINTS * 32 * 2**i * EMBED for i in range(SCALES))
+    linear = {"transformer": 24, "propagation": 20}[block] * POINTS * EMBED**2
+    return embedding + SCALES * (position_encoder(POINTS) + depth * (linear + 4 * POINTS**2 * EMBED))
+
+
+def dense_diffusion(edge: int) -> int:
+    return sum(2 * 9 * (edge // 2**i) ** 2 * 64 * (EMBED + 32 * 2**i) for i in range(SCALES))
+
+
+class TestFlops:
+    edge, attentions = 224, 8
+
+    @pytest.fixture
+    def counted(self, results):
+        flops.main(["--edges", str(self.edge), "--attentions", str(self.attentions)])
+        assert (results / "flops.md").read_text().count("\n| ") > 2
+        assert (results / "attention.png").stat().st_size > 0
+        return {(row["network"], row["of"]): row[str(self.edge)] * 1e9 for row in rows_of(results, "flops")}
+
+    def test_table(self, counted):
+        forward = {name: value for (name, of), value in counted.items() if of == "forward"}
+        both = {name: value for (name, of), value in counted.items() if of == "forward+backward"}
+
+        expected = {
+            "KAF layers, dense": kaf_attention(2, "propagation") + dense_diffusion(self.edge),
+            "Swin-T": swin(self.edge, patch=4, embed=96, depths=(2, 2, 2, 2)),
+            "SwinUNETR": swin(self.edge, patch=2, embed=48, depths=(2, 2, 2, 2)),
+            "SwinUNETR, embedding 24": swin(self.edge, patch=2, embed=24, depths=(2, 2, 2, 2)),
+            "global attention": 8 * attention_blocks(14**2, EMBED, 14**2) + 2 * 2 * 14**2 * 512 * EMBED,
+        }
+        assert {name: forward[name] for name in expected} == pytest.approx(expected, rel=1e-12)
+
+        # The backward pass costs twice the forward pass, but inputs without gradient cost no more than their weight.
+        positions = SCALES * 2 * POINTS * 2 * 32
+        assert both["KAF layers, dense"] == pytest.approx(3 * expected["KAF layers, dense"] - positions, rel=1e-12)
+        patches = 2 * self.edge**2 * 96
+        assert both["Swin-T"] == pytest.approx(3 * expected["Swin-T"] - patches, rel=1e-12)
+        assert both["global attention"] == pytest.approx(3 * expected["global attention"], rel=1e-12)
+
+        for name, block in (("KAF layers", "transformer"), ("KAF layers, the paper's block", "propagation")):
+            diffusion = forward[name] - kaf_attention(2, block)
+            assert 0 < diffusion < dense_diffusion(self.edge) / 2
+
+
+def test_memory(results):
+    memory.main(["--edges", "512", "--attentions", "8"])
+    saved = {row["network"]: row["512"] * 1e6 for row in rows_of(results, "memory")}
+    # The map of tokens, the first convolution's result, and that after batch normalisation and ReLU.
+    dense = sum(4 * (512 // 2**i) ** 2 * (EMBED + 64 + 64) for i in range(SCALES))
+    difference = saved["KAF layers, dense"] - saved["KAF layers, the paper's block"]
+    assert 0.95 * dense < difference < dense
+
+
+def test_sinkhorn(results, monkeypatch):
+    import matching
+
+    run(matching, monkeypatch, "--only", "sinkhorn", "--points", "8", "--repeats", "1")
+    unrolled, ours = rows_of(results, "matching-sinkhorn-cpu")
+    assert ours["times faster"] == pytest.approx(
+        unrolled["forward and backward, ms"] / ours["forward and backward, ms"], rel=1e-9
+    )
+    assert ours["times less"] == pytest.approx(unrolled["saved, MB"] / ours["saved, MB"], rel=1e-9)
+
+
+def test_detection(results, monkeypatch):
+    pytest.importorskip("cv2", reason="the detector is compared with OpenCV's")
+    skimage = pytest.importorskip("skimage")
+    import detection
+
+    monkeypatch.setattr(
+        detection, "natural_images", lambda: [np.ascontiguousarray(skimage.data.camera()[:128, 192:320])]
+    )
+    run(detection, monkeypatch, "--only", "agreement", "--data", "nowhere")
+    assert len(rows_of(results, "detection-agreement-cpu")) == 2
+
+
+def test_compare_alternates():
+    calls: list[str] = []
+    medians = compare({name: lambda name=name: calls.append(name) for name in "ab"}, repeats=3, warmup=1)
+    assert calls == ["a", "b"] * 4
+    assert set(medians) == {"a", "b"}
+    assert all(seconds >= 0 for seconds in medians.values())
+
+
+def test_report(results):
+    rows = [{"network": "a", "GFLOPs": 0.12345, "n": 7}, {"network": "b", "GFLOPs": 1234.5, "n": 8}]
+    assert markdown(rows).splitlines() == [
+        "| network | GFLOPs | n |",
+        "| --- | --- | --- |",
+        "| a | 0.123 | 7 |",
+        "| b | 1234 | 8 |",
+    ]
+    text = report("name", rows, notes="Notes.", measured=False)
+    assert "Notes." in text
+    assert (results / "name.md").read_text() == text
+    assert rows_of(results, "name") == rows
