@@ -49,7 +49,7 @@ def sinkhorn(points: int, repeats: int) -> list[dict[str, object]]:
     def both_ways(function: Callable[[], Tensor]) -> None:
         torch.autograd.grad((function() * weights).sum(), (scores, dustbin))
 
-    forward = compare({name: torch.no_grad()(function) for name, function in functions.items()}, repeats=repeats)
+    forward = compare(dict(functions), repeats=repeats)
     both = compare({name: lambda f=function: both_ways(f) for name, function in functions.items()}, repeats=repeats)
     saved = {name: saved_bytes(function, aside=(scores, dustbin)) for name, function in functions.items()}
     return [

@@ -106,10 +106,9 @@ def _sinkhorn_backward(
             a = (log_a[step] - u).exp()
             b, b_before = (log_b[step + 1] - v).exp(), (log_b[step] - v).exp()
             from_v = b * grad_v / mass_b
-            grad_u = grad_u - a * _times(kernel, from_v)
-            from_u = a * grad_u / mass_a
+            from_u = a * (grad_u - a * _times(kernel, from_v)) / mass_a
             grad_v = -b_before * _times(kernel.mT, from_u)
-            grad_u = torch.zeros_like(grad_u)
+            grad_u = torch.zeros_like(grad_u)  # the result holds the last u itself; earlier ones reach it by v alone
             left += [a, from_u]
             right += [from_v, b_before]
         total = torch.addcmul(total, kernel, torch.stack(left, dim=2) @ torch.stack(right, dim=1), value=-1)
