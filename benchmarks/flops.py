@@ -19,8 +19,9 @@ backward pass. Not counted is what multiplies no matrices, such as gathering, sc
 that costs memory traffic.
 
 The KAF layers come on top of the convolutional network that they are put in (the last rows of each part count it too),
-while a Swin is an encoder by itself. Detecting keypoints is not counted; detection.py times it. Blocks are spread evenly over KAF's scales and SwinUNETR's stages; Swin-T grows in
-its third stage, as its authors' larger ones do. A block costs about the same in every stage of a Swin."""
+while a Swin is an encoder by itself. Detecting the keypoints is not counted; detection.py times it. Blocks are spread
+evenly over KAF's scales and SwinUNETR's stages; Swin-T grows in its third stage, as its authors' larger ones do. A
+block costs about the same in every stage of a Swin."""
 
 
 def measure(network: Network, inputs: tuple[object, ...]) -> dict[str, float]:

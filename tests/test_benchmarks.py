@@ -20,6 +20,7 @@ import flops
 import harness
 import memory
 from harness import compare, count_flops, markdown, report, saved_bytes
+from networks import NETWORKS
 
 EMBED, POINTS, SCALES = 256, 500, 4
 
@@ -160,6 +161,18 @@ def test_memory(results):
     dense = sum(4 * (512 // 2**i) ** 2 * (EMBED + 64 + 64) for i in range(SCALES))
     difference = saved["KAF layers, dense"] - saved["KAF layers, the paper's block"]
     assert 0.95 * dense < difference < dense
+
+
+@pytest.mark.parametrize("name", ["KAF layers", "SwinUNETR, embedding 24", "global attention"])
+def test_fake_tensors_count_as_real_ones(name):
+    def counts() -> tuple[dict[str, float], dict[str, float]]:
+        network = NETWORKS[name](8)
+        inputs = network.inputs(32)
+        return flops.measure(network, inputs), memory.measure(network, inputs)
+
+    real = counts()
+    with FakeTensorMode():
+        assert counts() == real
 
 
 def test_sinkhorn(results, monkeypatch):
