@@ -15,6 +15,7 @@ from kaf_layer.detection.scale_space import BORDER, ScaleSpace
 __all__ = ["Extrema", "find_extrema", "locate", "refine", "select"]
 
 STEPS = 5  # an extremum that has not settled by then is given up, as in OpenCV
+STRIP = 128  # rows that a CPU searches at a time: memory that is small enough is reused, not asked for again
 DENSITY = 64  # without a count, room for one extremum in so many pixels: white noise has one in ...
 
 FAR = 1e6  # outside of any image; infinity would not survive the conversion to integers
@@ -65,7 +66,10 @@ def find_extrema(space: ScaleSpace, *, threshold: float, static: bool) -> tuple[
     """
     found, start = [], 0
     for octave, gaussians in enumerate(space.octaves):
-        mask = _is_extremum(gaussians, threshold)
+        rows = gaussians[0].shape[1] - 2 * BORDER
+        strip = rows if static else STRIP
+        strips = ([layer[:, y : y + strip + 2 * BORDER] for layer in gaussians] for y in range(0, rows, strip))
+        mask = torch.cat([_is_extremum(layers, threshold) for layers in strips], dim=2)
         if static:
             room = mask[0].numel() // DENSITY + 1
             mask = mask & (mask.flatten(1).cumsum(1, dtype=torch.int32) <= room).view_as(mask)
@@ -84,13 +88,15 @@ def find_extrema(space: ScaleSpace, *, threshold: float, static: bool) -> tuple[
 
 
 def _is_extremum(gaussians: list[Tensor], threshold: float) -> Annotated[Tensor, "B layers H-10 W-10"]:
-    differences = [b - a for a, b in pairwise(gaussians)]
     masks = []
-    for below, centre, above in zip(differences, differences[1:], differences[2:], strict=False):
+    below, centre = gaussians[1] - gaussians[0], gaussians[2] - gaussians[1]
+    for a, b in pairwise(gaussians[2:]):
+        above = b - a
         inner = centre[:, BORDER:-BORDER, BORDER:-BORDER]
         is_maximum = (inner > threshold) & (inner >= _neighbours(torch.maximum, below, centre, above))
         is_minimum = (inner < -threshold) & (inner <= _neighbours(torch.minimum, below, centre, above))
         masks.append(is_maximum | is_minimum)
+        below, centre = centre, above
     return torch.stack(masks, dim=1)
 
 

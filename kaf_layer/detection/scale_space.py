@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -48,17 +48,43 @@ def scale_space(images: Annotated[Tensor, "B H W"], *, layers: int, sigma: float
         sigma: the blur of the first layer of each octave, in that octave's pixels.
         blurred: the blur that the images have already.
     """
-    first = math.sqrt(max(sigma**2 - blurred**2, 0.01))
-    steps = [sigma * 2 ** (i / layers) * math.sqrt(1 - 2 ** (-2 / layers)) for i in range(1, layers + 3)]
-    (layer,) = blur(images, [first])
-    octaves = []
-    while min(layer.shape[1:]) > 2 * BORDER:
-        octave = [layer, *blur(layer, steps)]
-        octaves.append(octave)
-        height, width = (size // 2 * 2 for size in layer.shape[1:])
-        layer = octave[layers][:, :height:2, :width:2]
-    values = torch.cat([layer.flatten(1) for octave in octaves for layer in octave], dim=1)
+    pyramid = _planes(images, layers, sigma, blurred)
+    if images.requires_grad or torch.compiler.is_compiling():
+        planes = list(pyramid)
+        values = torch.cat([plane.flatten(1) for plane in planes], dim=1)
+    else:
+        # Half the memory, for which allocators are grateful; but its backward pass would be expensive.
+        values, planes = _in_one_row(pyramid, images, layers)
+    octaves = [planes[i : i + layers + 3] for i in range(0, len(planes), layers + 3)]
     return ScaleSpace(values, octaves, layers, sigma)
+
+
+def _planes(
+    images: Annotated[Tensor, "B H W"], layers: int, sigma: float, blurred: float
+) -> Iterator[Annotated[Tensor, "B H W"]]:
+    steps = [sigma * 2 ** (i / layers) * math.sqrt(1 - 2 ** (-2 / layers)) for i in range(1, layers + 3)]
+    (first,) = blur(images, [math.sqrt(max(sigma**2 - blurred**2, 0.01))])
+    while min(first.shape[1:]) > 2 * BORDER:
+        yield first
+        height, width = (size // 2 * 2 for size in first.shape[1:])
+        for i, plane in enumerate(blur(first, steps), start=1):
+            yield plane
+            if i == layers:
+                first = plane[:, :height:2, :width:2]
+
+
+def _in_one_row(planes: Iterable[Tensor], images: Tensor, layers: int) -> tuple[Tensor, list[Tensor]]:
+    height, width = images.shape[1:]
+    octaves = (
+        ((height >> o) * (width >> o)) for o in range(height.bit_length()) if min(height, width) >> o > 2 * BORDER
+    )
+    values = images.new_empty(len(images), (layers + 3) * sum(octaves))
+    placed, start = [], 0
+    for plane in planes:
+        end = start + plane[0].numel()
+        placed.append(values[:, start:end].view_as(plane).copy_(plane))
+        start = end
+    return values, placed
 
 
 def double(images: Annotated[Tensor, "B H W"], upscale: Literal["precise", "opencv"]) -> Annotated[Tensor, "B 2H 2W"]:
@@ -81,7 +107,7 @@ def double(images: Annotated[Tensor, "B H W"], upscale: Literal["precise", "open
     return images
 
 
-def blur(images: Annotated[Tensor, "B H W"], sigmas: Sequence[float]) -> list[Annotated[Tensor, "B H W"]]:
+def blur(images: Annotated[Tensor, "B H W"], sigmas: Sequence[float]) -> Iterator[Annotated[Tensor, "B H W"]]:
     """Gaussian blurs of the images, each of the one before.
 
     As OpenCV does, the kernel is cut at 4 sigma and the image reflected about its outermost pixels.
@@ -89,11 +115,9 @@ def blur(images: Annotated[Tensor, "B H W"], sigmas: Sequence[float]) -> list[An
     height, width = images.shape[1:]
     rows = _convolution_blocks(height, sigmas, images)
     columns = rows if width == height else _convolution_blocks(width, sigmas, images)
-    blurred = []
     for row_blocks, column_blocks in zip(rows, columns, strict=True):
         images = _blur_and_swap(_blur_and_swap(images, column_blocks), row_blocks)
-        blurred.append(images)
-    return blurred
+        yield images
 
 
 def _blur_and_swap(
