@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from math import prod
 from typing import Annotated, Any, Literal
 
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kaf_layer.keypoints import Keypoints
-from kaf_layer.scattering import Reduce, check_tokens, merge_cells, scatter_keypoints
-from kaf_layer.sparse_diffusion import convolve_rows, moments, rows_to_map
+from kaf_layer.scattering import Reduce, check_reduce, check_tokens, merge_cells, scatter_keypoints
+from kaf_layer.sparse_diffusion import convolve_rows, memory_format, moments, rows_to_map
 from kaf_layer.sparse_tables import build_pixel_tables, build_row_tables
 
 __all__ = ["KeypointDiffusion", "cheapest_method"]
@@ -60,7 +61,7 @@ class KeypointDiffusion(nn.Module):
         spatial_dims: 2 or 3.
 
     Raises:
-        ValueError: if ``spatial_dims`` is neither.
+        ValueError: if ``reduce`` or ``spatial_dims`` is none of these.
 
     Example:
         >>> kp = Keypoints(torch.rand(2, 5, 2) * 32, torch.ones(2, 5).bool(), (32, 48))
@@ -83,6 +84,7 @@ class KeypointDiffusion(nn.Module):
         super().__init__()
         if spatial_dims not in (2, 3):
             raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims=}")
+        check_reduce(reduce)
         conv: Any = nn.Conv2d if spatial_dims == 2 else nn.Conv3d
         norm: Any = nn.BatchNorm2d if spatial_dims == 2 else nn.BatchNorm3d
         self.reduce: Reduce = reduce
@@ -116,27 +118,38 @@ class KeypointDiffusion(nn.Module):
             raise ValueError(f"features must be (B, F, *size), got {features.shape=}, {tokens.shape=} and {size=}")
         method = self.method or cheapest_method(tokens.shape[1], size)
         if method == "dense" or not _has_running_average(self.norm):
-            sparse_map = scatter_keypoints(tokens, keypoints, size, reduce=self.reduce)
-            return _concatenate(features, self.conv2(F.relu(self.norm(self.conv1(sparse_map)))))
-
+            return self._dense(tokens, keypoints, size, features)
         device = tokens.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
-        cells = keypoints.cells(size)
-        tables = build_row_tables(cells, keypoints.valid, size, every_pixel=method == "hybrid")
         with torch.autocast(device, enabled=False):
-            merged = merge_cells(tokens, tables.last, keypoints.valid, reduce=self.reduce)
-            rows = convolve_rows(merged.to(dtype), self.conv1.weight.to(dtype), tables)
-            scale, shift = self._normalisation(rows, pixels=tokens.shape[0] * prod(size))
-            weight, bias = self.conv2.weight.to(dtype), self.conv2.bias.to(dtype)
-            if method == "rows":
-                pixels = build_pixel_tables(cells, size, tables)
-                return rows_to_map(rows, scale, shift, weight, bias, features, pixels, size)
-            shape = (tokens.shape[0], *size)
-            # Normalisation and ReLU are repeated in the backward pass.
-            diffused = checkpoint(
-                _convolve_map, rows, scale, shift, weight, bias, shape, use_reentrant=False, preserve_rng_state=False
-            )
-            return _concatenate(features, diffused)
+            return self._sparse(tokens, keypoints, size, features, dtype, every_pixel=method == "hybrid")
+
+    def _dense(self, tokens: Tensor, keypoints: Keypoints, size: Sequence[int], features: Tensor | None) -> Tensor:
+        sparse_map = scatter_keypoints(tokens, keypoints, size, reduce=self.reduce)
+        sparse_map = sparse_map.contiguous(memory_format=memory_format(features))
+        return _concatenate(features, self.conv2(F.relu(self.norm(self.conv1(sparse_map)))))
+
+    def _sparse(
+        self,
+        tokens: Tensor,
+        keypoints: Keypoints,
+        size: Sequence[int],
+        features: Tensor | None,
+        dtype: torch.dtype,
+        *,
+        every_pixel: bool,
+    ) -> Tensor:
+        cells = keypoints.cells(size)
+        tables = build_row_tables(cells, keypoints.valid, size, every_pixel=every_pixel)
+        merged = merge_cells(tokens, tables.last, keypoints.valid, reduce=self.reduce)
+        rows = convolve_rows(merged.to(dtype), self.conv1.weight.to(dtype), tables)
+        scale, shift = self._normalisation(rows, pixels=tokens.shape[0] * prod(size))
+        arguments = (rows, scale, shift, self.conv2.weight.to(dtype), self.conv2.bias.to(dtype))
+        if not every_pixel:
+            return rows_to_map(*arguments, features, build_pixel_tables(cells, size, tables), size)
+        convolve = partial(_convolve_map, shape=(tokens.shape[0], *size), layout=memory_format(features))
+        # Normalisation and ReLU are repeated in the backward pass, rather than kept.
+        return _concatenate(features, checkpoint(convolve, *arguments, use_reentrant=False, preserve_rng_state=False))
 
     def _normalisation(self, rows: Tensor, *, pixels: int) -> tuple[Tensor, Tensor]:
         """Batch normalisation as a factor and a summand, for rows that lack the first convolution's bias."""
@@ -170,10 +183,12 @@ def _convolve_map(
     shift: Annotated[Tensor, "C"],
     weight: Annotated[Tensor, "O C *K"],
     bias: Annotated[Tensor, "O"],
+    *,
     shape: tuple[int, ...],
+    layout: torch.memory_format,
 ) -> Annotated[Tensor, "B O *S"]:
     """Normalisation, ReLU and convolution, where every pixel has its row."""
     hidden = torch.addcmul(shift, rows[1:], scale).relu().to(weight.dtype)
-    hidden = hidden.view(*shape, rows.shape[1]).movedim(-1, 1).contiguous()
+    hidden = hidden.view(*shape, rows.shape[1]).movedim(-1, 1).contiguous(memory_format=layout)
     convolve = F.conv2d if len(shape) == 3 else F.conv3d
     return convolve(hidden, weight, bias, padding=1)

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from kaf_layer.keypoints import Keypoints
 
-__all__ = ["KeypointScatter", "Reduce", "check_tokens", "last_in_cell", "merge_cells", "scatter_keypoints"]
+__all__ = [
+    "KeypointScatter",
+    "Reduce",
+    "check_reduce",
+    "check_tokens",
+    "last_in_cell",
+    "merge_cells",
+    "scatter_keypoints",
+]
 
 Reduce = Literal["mean", "sum", "amax"]
 
@@ -38,13 +46,13 @@ def scatter_keypoints(
                 [0.0000, 0.0000, 4.0000]])
     """
     check_tokens(tokens, keypoints, size)
-    batch, _, channels = tokens.shape
-    total = batch * prod(size)
-    cells = keypoints.cells(size) + prod(size) * torch.arange(batch, device=tokens.device)[:, None]
-    last = last_in_cell(cells.flatten(), keypoints.valid.flatten(), total=total)
-    rows = merge_cells(tokens, last, keypoints.valid, reduce=reduce)
-    sparse_map = rows.new_zeros(total, channels).index_add(0, cells.flatten(), rows)
-    return sparse_map.view(batch, prod(size), channels).mT.reshape(batch, channels, *size)
+    (batch, _, channels), pixels = tokens.shape, prod(size)
+    cells = keypoints.cells(size)
+    addresses = cells + pixels * torch.arange(batch, device=tokens.device)[:, None]
+    last = last_in_cell(addresses.flatten(), keypoints.valid.flatten(), total=batch * pixels)
+    rows = merge_cells(tokens, last, keypoints.valid, reduce=reduce).view_as(tokens)
+    index = cells[:, None].expand(-1, channels, -1)
+    return rows.new_zeros(batch, channels, pixels).scatter_add(2, index, rows.mT).view(batch, channels, *size)
 
 
 def merge_cells(
@@ -70,8 +78,7 @@ def merge_cells(
         >>> merge_cells(tokens, last, torch.ones(1, 3).bool(), reduce="mean").flatten().tolist()
         [0.0, 2.0, 7.0]
     """
-    if reduce not in ("mean", "sum", "amax"):
-        raise ValueError(f'reduce must be "mean", "sum" or "amax", got {reduce=}')
+    check_reduce(reduce)
     rows = tokens.masked_fill(~valid[..., None], 0.0).flatten(0, 1)
     if reduce != "sum":
         rows = rows * _shares(rows.detach(), last, valid.flatten(), reduce=reduce)
@@ -109,6 +116,16 @@ def last_in_cell(cells: Annotated[Tensor, "M"], valid: Annotated[Tensor, "M"], *
     return torch.where(valid, table[cells], slots)
 
 
+def check_reduce(reduce: str) -> None:
+    """Checks that ``reduce`` is known.
+
+    Raises:
+        ValueError: if not.
+    """
+    if reduce not in get_args(Reduce):
+        raise ValueError(f"reduce must be one of {get_args(Reduce)}, got {reduce=}")
+
+
 def check_tokens(tokens: Annotated[Tensor, "B N C"], keypoints: Keypoints, size: Sequence[int]) -> None:
     """Checks that there is a token for every slot, and that the map has the keypoints' axes.
 
@@ -132,6 +149,9 @@ class KeypointScatter(nn.Module):
     Args:
         reduce: what becomes of keypoints in one cell.
 
+    Raises:
+        ValueError: if ``reduce`` is unknown.
+
     Example:
         >>> kp = Keypoints(torch.rand(2, 5, 2), torch.ones(2, 5).bool(), (8, 6))
         >>> KeypointScatter("amax")(torch.randn(2, 5, 16), kp, (4, 3)).shape
@@ -140,6 +160,7 @@ class KeypointScatter(nn.Module):
 
     def __init__(self, reduce: Reduce = "mean") -> None:
         super().__init__()
+        check_reduce(reduce)
         self.reduce: Reduce = reduce
 
     def forward(

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from kaf_layer.sparse_tables import PixelTables, RowTables
 
-__all__ = ["convolve_rows", "moments", "rows_to_map"]
+__all__ = ["convolve_rows", "memory_format", "moments", "rows_to_map"]
 
 
 def convolve_rows(
@@ -45,6 +45,14 @@ def rows_to_map(
 ) -> Annotated[Tensor, "B F+O *S"]:
     """``relu(rows * scale + shift)`` and the second convolution, written after the features."""
     return _RowsToMap.apply(rows, scale, shift, weight, bias, features, tables.rows, tables.pixels, tables.cells, size)
+
+
+def memory_format(features: Annotated[Tensor, "B F *S"] | None) -> torch.memory_format:
+    """Channels last if the features have it, else contiguous."""
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if features is None or not features.is_contiguous(memory_format=channels_last[features.ndim]):
+        return torch.contiguous_format
+    return channels_last[features.ndim]
 
 
 class _ConvolveRows(torch.autograd.Function):
@@ -81,8 +89,7 @@ class _Moments(torch.autograd.Function):
     def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor, None]:
         """The gradient of the rows."""
         rows, mean = ctx.saved_tensors
-        grad = torch.addcmul(grad_mean - 2 * mean * grad_var, rows, 2 * grad_var).div_(ctx.pixels)
-        return grad.to(rows.dtype), None
+        return torch.addcmul(grad_mean - 2 * mean * grad_var, rows, 2 * grad_var).div_(ctx.pixels), None
 
 
 class _RowsToMap(torch.autograd.Function):
@@ -106,15 +113,14 @@ class _RowsToMap(torch.autograd.Function):
         size: Sequence[int],
     ) -> Tensor:
         """Rows (R + 1, C), a weight (O, C, 3, 3) and features (B, F, H, W) to a map (B, F + O, H, W)."""
-        batch, count = cells.shape
         hidden = _activate(rows, scale, shift, weight.dtype)
-        values = (_convolve(hidden, weight, table) + bias).view(batch, count, -1)
+        values = _convolve(hidden, weight, table).add_(bias).view(*cells.shape, weight.shape[0])
         fused, diffused = _allocate(values, features, size)
         _fill(diffused, torch.einsum("oc...,c->o...", weight, hidden[0]), bias)
-        index = cells[:, None].expand(-1, weight.shape[0], -1)
-        diffused.view(batch, weight.shape[0], -1).scatter_(2, index, values.mT.to(diffused.dtype))
+        pixels = diffused.view(*diffused.shape[:2], -1)
+        pixels.scatter_(2, cells[:, None].expand_as(values.mT), values.mT.to(fused.dtype))
         ctx.save_for_backward(rows, scale, shift, weight, transposed, cells)
-        ctx.features = None if features is None else (features.shape[1], features.dtype)
+        ctx.features = 0 if features is None else features.shape[1]
         return fused
 
     @staticmethod
@@ -122,27 +128,26 @@ class _RowsToMap(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of the rows, scale, shift, weight, bias and features."""
         rows, scale, shift, weight, transposed, cells = ctx.saved_tensors
-        grad_features = None
-        if ctx.features is not None:
-            channels, dtype = ctx.features
-            grad_features, grad = grad[:, :channels].to(dtype), grad[:, channels:]
+        grad_features = grad[:, : ctx.features] if ctx.features else None
+        grad = grad[:, ctx.features :]
         hidden = _activate(rows, scale, shift, weight.dtype)
         background = hidden[0]
 
-        # Where the map is not the background, ...
-        index = cells[:, None].expand(-1, weight.shape[0], -1)
-        grad_pixels = grad.flatten(2).gather(2, index).mT.flatten(0, 1).to(weight.dtype)
-        grad_hidden, grad_weight = _convolve_backward(grad_pixels, hidden[1:] - background, weight, transposed)
-        # ... and as if all of it were.
+        # What the rows add to the background, ...
+        grad_pixels = grad.flatten(2).gather(2, cells[:, None].expand(-1, grad.shape[1], -1)).mT.flatten(0, 1)
+        grad_hidden, grad_weight = _convolve_backward(
+            grad_pixels.to(weight.dtype), hidden[1:] - background, weight, transposed
+        )
+        # ... and the background, everywhere.
         sums = _fill_backward(grad)
-        grad_weight += torch.einsum("o...,c->oc...", sums, background)
-        grad_background = torch.einsum("oc...,o...->c", weight, sums) - grad_hidden.sum(0)
+        grad_hidden = grad_hidden.to(sums.dtype)
+        grad_weight = grad_weight + torch.einsum("o...,c->oc...", sums, background.to(sums.dtype))
+        grad_background = torch.einsum("oc...,o...->c", weight.to(sums.dtype), sums) - grad_hidden.sum(0)
 
         grad_hidden = torch.cat([grad_background[None], grad_hidden]).masked_fill_(hidden <= 0, 0.0)
-        grad_rows = (grad_hidden * scale).to(rows.dtype)
         grad_scale, grad_shift = (grad_hidden * rows).sum(0), grad_hidden.sum(0)
         grad_bias = sums.flatten(1)[:, sums[0].numel() // 2]
-        return grad_rows, grad_scale, grad_shift, grad_weight, grad_bias, grad_features, *[None] * 4
+        return grad_hidden * scale, grad_scale, grad_shift, grad_weight, grad_bias, grad_features, *[None] * 4
 
 
 def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
@@ -170,7 +175,11 @@ def _convolve_backward(
     table_t: Annotated[Tensor, "M K"],
 ) -> tuple[Annotated[Tensor, "M C"], Annotated[Tensor, "O C *S"]]:
     """The gradients of the rows and of the weight, from the same gathered rows."""
-    gathered = F.pad(grad, (0, 0, 1, 0)).index_select(0, table_t.flatten()).view(rows.shape[0], -1)
+    gathered = (
+        F.pad(grad, (0, 0, 1, 0))
+        .index_select(0, table_t.flatten())
+        .view(rows.shape[0], table_t.shape[1] * weight.shape[0])
+    )
     grad_kernel = (rows.mT @ gathered).view(rows.shape[1], -1, weight.shape[0])
     return gathered @ _kernel(weight).mT, grad_kernel.permute(2, 0, 1).reshape(weight.shape)
 
@@ -185,12 +194,11 @@ def _allocate(values: Tensor, features: Tensor | None, size: Sequence[int]) -> t
     if features is None:
         fused = values.new_empty(batch, channels, *size)
         return fused, fused
-    channels_last = torch.channels_last if len(size) == 2 else torch.channels_last_3d
     fused = torch.empty(
         (batch, features.shape[1] + channels, *size),
         dtype=torch.promote_types(features.dtype, values.dtype),
         device=values.device,
-        memory_format=channels_last if features.is_contiguous(memory_format=channels_last) else torch.contiguous_format,
+        memory_format=memory_format(features),
     )
     fused[:, : features.shape[1]] = features
     return fused, fused[:, features.shape[1] :]
