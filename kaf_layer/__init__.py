@@ -8,6 +8,9 @@ from kaf_layer.scattering import KeypointScatter, scatter_keypoints
 from kaf_layer.diffusion import KeypointDiffusion
 from kaf_layer.layer import KAFLayer, KAFOutput
 from kaf_layer.encoder import KAFEncoder, KAFEncoderOutput
+from kaf_layer.matching import KeypointMatcher, Matches, match_keypoints
+from kaf_layer.losses import KAFPretrainingLoss, KeypointMatchLoss, PCLLoss, PretrainingLosses
+from kaf_layer.augmentation import Augmented, KeypointAugmentation
 
 __all__ = [
     "Keypoints",
@@ -24,5 +27,14 @@ __all__ = [
     "KAFOutput",
     "KAFEncoder",
     "KAFEncoderOutput",
+    "Matches",
+    "match_keypoints",
+    "KeypointMatcher",
+    "PCLLoss",
+    "KeypointMatchLoss",
+    "KAFPretrainingLoss",
+    "PretrainingLosses",
+    "KeypointAugmentation",
+    "Augmented",
 ]
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Loading checkpoints of the paper's authors into our layer, and into the UNets of ``examples/unet.py``."""
+"""Loading checkpoints of the paper's authors into our layer and matcher, and into the UNets of ``examples/unet.py``."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _BLOCK = {
 # Each rule takes a part of an authors' name to a part of ours.
 _RULES: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
     (r"feature_mlp(?=\.)", lambda _: "embed"),
-    (r"superglue\.kenc\.encoder\.(\d+)", lambda m: f"transformer.position_encoder.{_POSITION_ENCODER[int(m[1])]}"),
-    (
-        r"superglue\.gnn\.layers\.(\d+)\.(attn\.\w+(?:\.\d)?|mlp\.\d)",
-        lambda m: f"transformer.blocks.{m[1]}.{_BLOCK[m[2]]}",
-    ),
+    (r"superglue(?=\.)", lambda _: "transformer"),
+    (r"kenc\.encoder\.(\d+)", lambda m: f"position_encoder.{_POSITION_ENCODER[int(m[1])]}"),
+    (r"gnn\.layers\.(\d+)\.(attn\.\w+(?:\.\d)?|mlp\.\d)", lambda m: f"blocks.{m[1]}.{_BLOCK[m[2]]}"),
+    (r"final_proj(?=\.)", lambda _: "out"),
+    (r"bin_score$", lambda _: "dustbin"),
     (r"diffusion_cnn\.(\d)", lambda m: f"diffusion.{_DIFFUSION[m[1]]}"),
     (r"contr_(\d)_(\d)", lambda m: f"stages.{int(m[1]) - 1}.{m[2]}"),
     (r"graph_(\d)", lambda m: f"layers.{int(m[1]) - 1}"),
@@ -57,8 +57,8 @@ def load_authors_state_dict(module: nn.Module, state_dict: Mapping[str, Tensor])
 
     Args:
         module: a :class:`~kaf_layer.KAFLayer` with ``block="propagation", sampling="nearest"``
-            and twice the authors' ``num_layers`` as depth (their layers are pairs of blocks), or
-            a UNet of ``examples/unet.py`` with such layers.
+            and twice the authors' ``num_layers`` as depth (their layers are pairs of blocks), a
+            UNet of ``examples/unet.py`` with such layers, or a :class:`~kaf_layer.KeypointMatcher`.
         state_dict: the authors' tensors by name.
 
     Returns:

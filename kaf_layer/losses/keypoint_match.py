@@ -125,8 +125,8 @@ class KeypointMatchLoss(nn.Module):
 
 
 def _check(log_assignment: Tensor, keypoints_a: Keypoints, keypoints_b: Keypoints, matches: Matches) -> None:
-    slots_a, slots_b = keypoints_a.valid.shape[-1], keypoints_b.valid.shape[-1]
-    if log_assignment.shape != (len(keypoints_a), slots_a + 1, slots_b + 1):
+    (batch, slots_a), slots_b = keypoints_a.valid.shape, keypoints_b.valid.shape[-1]
+    if log_assignment.shape != (batch, slots_a + 1, slots_b + 1):
         raise ValueError(
             "log_assignment must be (B, N_a + 1, N_b + 1), "
             f"got {log_assignment.shape=} for {keypoints_a.valid.shape=} and {keypoints_b.valid.shape=}"

@@ -139,7 +139,9 @@ def _descriptors(a: Keypoints, b: Keypoints) -> tuple[Tensor, Tensor]:
     if a.descriptors is None or b.descriptors is None:
         missing = [name for name, keypoints in (("a", a), ("b", b)) if keypoints.descriptors is None]
         raise ValueError(f"matching needs descriptors (detect with descriptors=True), got none in {missing}")
-    if a.positions.ndim != 3 or b.positions.ndim != 3 or len(a) != len(b) or tuple(a.image_size) != tuple(b.image_size):
+    # len(a) would make the batch size a constant under a compiler.
+    same_batch = a.positions.ndim == b.positions.ndim == 3 and a.positions.shape[0] == b.positions.shape[0]
+    if not same_batch or tuple(a.image_size) != tuple(b.image_size):
         raise ValueError(
             "a and b must be batches of the same number of images of the same size, "
             f"got {a.positions.shape=}, {a.image_size=}, {b.positions.shape=}, {b.image_size=}"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from common import fill_padding, random_keypoints
 from reference import needs_reference, numbers, state_dict
-from torch import Tensor, nn
+from torch import Tensor
 
 from kaf_layer import Keypoints
 from kaf_layer.interop import load_authors_state_dict
@@ -14,16 +14,8 @@ SIZE = (24, 40)
 
 
 def authors_matcher() -> KeypointMatcher:
-    matcher, weights = KeypointMatcher(), state_dict("matcher")
-    # The authors' names, as those of the attention within their layer.
-    layer = nn.Module()
-    layer.transformer = nn.Module()
-    layer.transformer.position_encoder, layer.transformer.blocks = matcher.position_encoder, matcher.blocks
-    load_authors_state_dict(layer, {f"superglue.{name}": value for name, value in weights.items()})
-    with torch.no_grad():
-        matcher.out.weight.copy_(weights["final_proj.weight"].squeeze(-1))
-        matcher.out.bias.copy_(weights["final_proj.bias"])
-        matcher.dustbin.copy_(weights["bin_score"])
+    matcher = KeypointMatcher()
+    load_authors_state_dict(matcher, state_dict("matcher"))
     return matcher.eval()
 
 
