@@ -1,11 +1,12 @@
 """SIFTDetector beside OpenCV and Kornia: agreement, matching under known homographies, and speed.
 
-python benchmarks/detection.py [--data ../shared/data] [--only agreement matching speed gpu]
+python benchmarks/detection.py [--data ../shared/data] [--only agreement matching speed gpu] [--compile]
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -86,6 +87,13 @@ def best_positions(points: Points, limit: int) -> np.ndarray:
     return points.positions[order][np.sort(first)][:limit]
 
 
+def first_orientations(image: np.ndarray, limit: int) -> Points:
+    """OpenCV's keypoints, each position once."""
+    points = detect_opencv(image, limit)
+    _, first = np.unique(points.positions, axis=0, return_index=True)
+    return Points(*(value[np.sort(first)] for value in points))
+
+
 def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.linalg.norm(a[:, None] - b[None], axis=-1)
 
@@ -105,7 +113,7 @@ def agreement(sets: dict[str, list[np.ndarray]]) -> None:
             row["keypoints"] = sum(len(best_positions(ours, EVERYTHING)) for _, ours in pairs)
             rows.append(row)
     notes = "Within 0.5 px, distinct positions, the same thresholds and doubling."
-    report("detection-agreement", rows, notes=notes, packages=PACKAGES)
+    report("detection-agreement", rows, notes=f"{notes} OpenCV {cv2.__version__}.", packages=PACKAGES)
 
 
 def homographies(shape: tuple[int, ...], count: int, seed: int) -> Iterator[np.ndarray]:
@@ -154,6 +162,7 @@ def matching(sets: dict[str, list[np.ndarray]]) -> None:
     for name, images in sets.items():
         methods = {
             "OpenCV": detect_opencv,
+            "OpenCV, one orientation": first_orientations,
             "ours": detect_ours,
             "ours, all orientations": partial(detect_ours, orientations="all"),
         }
@@ -172,7 +181,7 @@ def matching(sets: dict[str, list[np.ndarray]]) -> None:
         "The 512 best, 3 px, RootSIFT, mutual nearest neighbours; matches count once per position. 4 homographies per "
         "image: rotation up to 180 degrees, scale 0.7 to 1.3, contrast 0.7 to 1.3, noise of 4 grey levels."
     )
-    report("detection-matching", rows, notes=notes, packages=PACKAGES)
+    report("detection-matching", rows, notes=f"{notes} OpenCV {cv2.__version__}.", packages=PACKAGES)
 
 
 def batches(images: list[np.ndarray], sides: tuple[int, ...], counts: tuple[int, ...]) -> Iterator[np.ndarray]:
@@ -209,18 +218,20 @@ def speed(images: list[np.ndarray], repeats: int) -> None:
         row |= {f"{name} / ours": seconds[name] / seconds["ours"] for name in list(seconds)[2:]}
         rows.append(row)
     notes = "512 keypoints with descriptors, one CPU thread, alternating medians."
-    report("detection-speed", rows, notes=notes, packages=PACKAGES)
+    report("detection-speed", rows, notes=f"{notes} OpenCV {cv2.__version__}.", packages=PACKAGES)
 
 
-def gpu(images: list[np.ndarray], repeats: int) -> None:
+def gpu(images: list[np.ndarray], repeats: int, compiled: bool) -> None:
     if not torch.cuda.is_available():
         print("gpu: skipped, no CUDA device")
         return
     (batch,) = batches(images, (512,), (32,))
     tensor = torch.from_numpy(batch)[:, None].cuda()
     detector = SIFTDetector(512)
-    compiled = torch.compile(SIFTDetector(512), fullgraph=True)
-    runs = {"ours": lambda: detector(tensor), "ours, compiled": lambda: compiled(tensor)}
+    runs = {"ours": lambda: detector(tensor)}
+    if compiled:
+        faster = torch.compile(SIFTDetector(512), fullgraph=True)
+        runs["ours, compiled"] = lambda: faster(tensor)
     memory = {}
     for name, run in runs.items():
         run()
@@ -230,7 +241,7 @@ def gpu(images: list[np.ndarray], repeats: int) -> None:
     torch.cuda.set_sync_debug_mode("error")
     detector(tensor)
     torch.cuda.set_sync_debug_mode("default")
-    theirs, cores = opencv(512), cv2.getNumberOfCPUs()
+    theirs, cores = opencv(512), len(os.sched_getaffinity(0))
 
     def on_cpu(threads: int) -> None:
         cv2.setNumThreads(threads)
@@ -252,7 +263,7 @@ def gpu(images: list[np.ndarray], repeats: int) -> None:
     notes = (
         "32 images of 512x512, 512 keypoints with descriptors. No synchronisation with the GPU on the way (checked)."
     )
-    report("detection-gpu", rows, notes=notes, packages=PACKAGES)
+    report("detection-gpu", rows, notes=f"{notes} OpenCV {cv2.__version__}.", packages=PACKAGES)
 
 
 PACKAGES = ("kornia", "scikit-image")
@@ -263,6 +274,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path(__file__).parents[1] / ".." / "shared" / "data")
     parser.add_argument("--only", nargs="+", default=["agreement", "matching", "speed", "gpu"])
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--compile", action="store_true", help="compile for the GPU as well, which takes minutes")
     arguments = parser.parse_args()
     natural = natural_images()
     sets = {"of scikit-image": natural}
@@ -276,7 +288,7 @@ def main() -> None:
     if "speed" in arguments.only:
         speed(natural, arguments.repeats)
     if "gpu" in arguments.only:
-        gpu(natural, arguments.repeats)
+        gpu(natural, arguments.repeats, arguments.compile)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ __all__ = ["Extrema", "find_extrema", "locate", "refine", "select"]
 
 STEPS = 5  # an extremum that has not settled by then is given up, as in OpenCV
 STRIP = 128  # rows that a CPU searches at a time: memory that is small enough is reused, not asked for again
-DENSITY = 64  # without a count, room for one extremum in so many pixels: white noise has one in ...
+DENSITY = 64  # without a count, room for one extremum in so many pixels: white noise has one in 1500
 
 FAR = 1e6  # outside of any image; infinity would not survive the conversion to integers
 

@@ -35,9 +35,9 @@ class SIFTDetector(nn.Module):
 
     There are two paths to one result. On a CPU images are searched one by one, for as many candidates as
     there are. On other devices, and under ``torch.compile`` and ``torch.export``, all shapes are
-    static and nothing waits for the device; there is room for as many extrema as one pixel in 64 per layer
-    (white noise has one in 1500; only synthetic stripes have more), and the last ones of an
-    image that has more are lost.
+    static and nothing waits for the device; there is room for one extremum in 64 pixels of a layer
+    (white noise has one in 1500; only patterns such as stripes, all of whose pixels are extrema, have more), and
+    the last ones of an image that has more are lost.
 
     Blurring uses matrix products. Leave ``torch.set_float32_matmul_precision`` at its default, "highest",
     for positions of full precision.
@@ -189,10 +189,11 @@ class SIFTDetector(nn.Module):
         angles = angles.gather(-1, peaks) % math.tau
         is_peak = strength > 0
         is_peak[..., 0] = True  # every keypoint keeps its strongest
-        valid, order = (valid[..., None] & is_peak).flatten(1).sort(descending=True, stable=True)
-        valid, order = valid[:, : self.max_keypoints], order[:, : self.max_keypoints]
+        kept = (valid[..., None] & is_peak).flatten(1)
+        order = kept.byte().argsort(dim=1, descending=True, stable=True)[:, : self.max_keypoints]
         owner = order // peaks.shape[-1]
-        return Extrema(*(value.gather(1, owner) for value in extrema)), valid, angles.flatten(1).gather(1, order)
+        extrema = Extrema(*(value.gather(1, owner) for value in extrema))
+        return extrema, kept.gather(1, order), angles.flatten(1).gather(1, order)
 
     def _pad(self, value: Tensor) -> Tensor:
         return F.pad(value, (0, 0) * (value.ndim - 2) + (0, self.max_keypoints - value.shape[1]))
