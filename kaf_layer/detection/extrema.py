@@ -62,7 +62,7 @@ def find_extrema(space: ScaleSpace, *, threshold: float, static: bool) -> tuple[
         space: the scale space.
         threshold: the least magnitude, in units of the image.
         static: do not ask how many there are, which would wait for the device, but make room for
-            one in 64 pixels.
+            one in 64 pixels of each octave.
     """
     found, start = [], 0
     for octave, gaussians in enumerate(space.octaves):
@@ -73,10 +73,10 @@ def find_extrema(space: ScaleSpace, *, threshold: float, static: bool) -> tuple[
         if static:
             room = mask[0].numel() // DENSITY + 1
             mask = mask & (mask.flatten(1).cumsum(1, dtype=torch.int32) <= room).view_as(mask)
-            found_here = torch.nonzero_static(mask, size=len(mask) * room, fill_value=-1)
+            slots = torch.nonzero_static(mask, size=len(mask) * room, fill_value=-1)
         else:
-            found_here = F.pad(mask.nonzero(), (0, 0, 0, 1), value=-1)
-        image, layer, y, x = found_here.unbind(1)
+            slots = F.pad(mask.nonzero(), (0, 0, 0, 1), value=-1)
+        image, layer, y, x = slots.unbind(1)
         height, width = gaussians[0].shape[1:]
         constants = [torch.full_like(x, value) for value in (octave, height, width)]
         first = image.clamp(min=0) * space.values.shape[1] + start
@@ -88,15 +88,13 @@ def find_extrema(space: ScaleSpace, *, threshold: float, static: bool) -> tuple[
 
 
 def _is_extremum(gaussians: list[Tensor], threshold: float) -> Annotated[Tensor, "B layers H-10 W-10"]:
+    differences = [b - a for a, b in pairwise(gaussians)]
     masks = []
-    below, centre = gaussians[1] - gaussians[0], gaussians[2] - gaussians[1]
-    for a, b in pairwise(gaussians[2:]):
-        above = b - a
+    for below, centre, above in zip(differences, differences[1:], differences[2:], strict=False):
         inner = centre[:, BORDER:-BORDER, BORDER:-BORDER]
         is_maximum = (inner > threshold) & (inner >= _neighbours(torch.maximum, below, centre, above))
         is_minimum = (inner < -threshold) & (inner <= _neighbours(torch.minimum, below, centre, above))
         masks.append(is_maximum | is_minimum)
-        below, centre = centre, above
     return torch.stack(masks, dim=1)
 
 

@@ -28,10 +28,11 @@ class SIFTDetector(nn.Module):
     result always has ``max_keypoints`` slots, by descending score; those that an image does not
     fill are not ``valid`` and hold zeros. A batch gives each image what it gets alone.
 
-    Which pixels are keypoints, their order and the angles are piecewise constant in the image; everything else is
-    differentiable. Positions, scores and scales have the gradient of the quadratic that is fitted to
-    the differences of Gaussians (for ``normalize``, through the minimum and maximum as well), descriptors that of the
-    samples, where keypoints lie and how large they are included; angles have none.
+    Which pixels are keypoints, and in which order, is piecewise constant in the image. The rest is differentiable:
+    positions, scores and scales have the gradient of the quadratic that is fitted to the differences of
+    Gaussians (for ``normalize``, through the minimum and maximum as well), descriptors that of the samples, where
+    keypoints lie and how large they are included; angles carry none. On CUDA gradients are summed in any
+    order, unless ``torch.use_deterministic_algorithms`` is on.
 
     There are two paths to one result. On a CPU images are searched one by one, for as many candidates as
     there are. On other devices, and under ``torch.compile`` and ``torch.export``, all shapes are
@@ -39,8 +40,8 @@ class SIFTDetector(nn.Module):
     (white noise has one in 1500; only patterns such as stripes, all of whose pixels are extrema, have more), and
     the last ones of an image that has more are lost.
 
-    Blurring uses matrix products. Leave ``torch.set_float32_matmul_precision`` at its default, "highest",
-    for positions of full precision.
+    Blurring uses matrix products. Where ``torch.set_float32_matmul_precision`` is not at its default, "highest", a GPU
+    may round them to TF32: about one keypoint in fifteen is then another, the rest lie some 0.02 pixels off.
 
     Args:
         max_keypoints: how many slots the result has; an image with more keypoints keeps the strongest.
