@@ -21,7 +21,8 @@ that costs memory traffic.
 The KAF layers come on top of the convolutional network that they are put in (the last rows of each part count it too),
 while a Swin is an encoder by itself. Detecting the keypoints is not counted; detection.py times it. Blocks are spread
 evenly over KAF's scales and SwinUNETR's stages; Swin-T grows in its third stage, as its authors' larger ones do. A
-block costs about the same in every stage of a Swin."""
+block costs about the same in every stage of a Swin. Windows of 7 pixels need padding in most stages at these edges, but
+not at multiples of 224."""
 
 
 def measure(network: Network, inputs: tuple[object, ...]) -> dict[str, float]:
