@@ -169,6 +169,21 @@ def test_exported_gives_the_same_and_cannot_look_at_values():
     assert exported(images).descriptors.isfinite().all()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_without_waiting_for_it():
+    images = torch.stack([texture(70, 93, seed) for seed in range(3)])[:, None]
+    detector = SIFTDetector(64)
+    expected, on_device = detector(images), images.cuda()
+    detector(on_device)  # the first call loads kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        keypoints = detector(on_device)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for name in FIELDS:
+        torch.testing.assert_close(getattr(keypoints, name).cpu(), getattr(expected, name), rtol=1e-3, atol=1e-3)
+
+
 def test_every_slot_is_a_keypoint_or_padding():
     few, many = SIFTDetector(7)(texture(60, 80)[None, None]), SIFTDetector(900)(texture(60, 80)[None, None])
     count = int(many.valid.sum())
