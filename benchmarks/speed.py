@@ -1,0 +1,224 @@
+"""How much faster the KAF layer is than the paper's layer written plainly, and how much less it saves and computes.
+
+python benchmarks/speed.py [--parts diffusion stack network] [--edges 512 256 ...] [--repeats 11]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import torch
+from harness import compare, count_flops, report, saved_bytes
+from plain import PlainDiffusion, PlainKAFLayer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kaf_layer import KAFLayer, KeypointDiffusion, Keypoints
+from kaf_layer.diffusion import cheapest_method
+
+sys.path.append(str(Path(__file__).parent.parent / "examples"))
+from unet import KAFUNet, UNetC2
+
+WIDTH, SCALES = 32, 4
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+Row = dict[str, object]
+
+# Of a map with so many pixels of edge, at 512 keypoints: forward, forward+backward, saved, FLOPs.
+TARGETS = {512: (30, 50, 180, 250), 256: (10, 15, 40, 45), 128: (2.3, 3, 10, 9), 64: (1.3, 1.3, 3, 1)}
+
+DIFFUSION_NOTES = """The diffusion network in training mode, ours against the paper's written plainly (into a zero map,
+Conv2d, BatchNorm2d, ReLU, Conv2d). From "forward" on the columns are ratios, plain to ours: of times (medians of
+alternating runs), of what is saved for the backward pass, of FLOPs (forward), and on a GPU of peak memory. Every
+keypoint has a cell of its own, at random: the worst case for us. "missed" names what is short of the targets that
+speed.py lists; with 2048 keypoints they are 0.95 for times and 1 for the rest."""
+
+STACK_NOTES = """KAF layers on a UNet's four scales (32 to 256 channels at strides 1 to 8), in training mode: ours with
+propagation blocks, without and with recomputation in the backward pass, against the authors' design written plainly
+(attention on two copies of the tokens by einsum, dense diffusion). By default a 512x512 image, 512 keypoints, 16 blocks
+in each layer, batch 1."""
+
+FLOPS_NOTES = """GFLOPs (forward) of KAF layers on four scales, 512 keypoints, 6 transformer blocks each, and of their
+attention alone."""
+
+NETWORK_NOTES = """Seconds of a training step (forward, cross-entropy, backward, SGD) of the KAF-UNet (32 channels, 6
+transformer blocks, 512 keypoints, batch 2) and of UNet (c2), which has the same convolutions and no KAF layers."""
+
+
+def random_keypoints(batch: int, slots: int, edge: int) -> Keypoints:
+    """In cells of their own."""
+    cells = torch.stack([torch.randperm(edge**2, device=DEVICE)[:slots] for _ in range(batch)])
+    positions = torch.stack([cells % edge, cells // edge], dim=-1).float()
+    valid = torch.ones(batch, slots, dtype=torch.bool, device=DEVICE)
+    return Keypoints(positions, valid, (edge, edge), padded=False)
+
+
+def precision(dtype: torch.dtype) -> AbstractContextManager[object]:
+    return nullcontext() if dtype == torch.float32 else torch.autocast(DEVICE, dtype)
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def measure(
+    forwards: dict[str, Callable[[], Tensor]], inputs: Sequence[Tensor], *, dtype: torch.dtype, repeats: int
+) -> dict[str, dict[str, float]]:
+    """Of each quantity (seconds, bytes, FLOPs) its value for each run."""
+
+    def forward(run: Callable[[], Tensor]) -> Tensor:
+        with precision(dtype):
+            return run()
+
+    def both(run: Callable[[], Tensor]) -> None:
+        forward(run).sum().backward()
+        for tensor in inputs:
+            tensor.grad = None
+
+    def each(value: Callable[[Callable[[], object]], float], step: Callable[..., object]) -> dict[str, float]:
+        return {name: value(partial(step, run)) for name, run in forwards.items()}
+
+    quantities = {
+        "forward": compare({name: partial(forward, run) for name, run in forwards.items()}, repeats=repeats),
+        "forward+backward": compare({name: partial(both, run) for name, run in forwards.items()}, repeats=repeats),
+        "saved": each(partial(saved_bytes, aside=inputs), forward),
+        "FLOPs": each(count_flops, forward),
+    }
+    return quantities | ({"peak": each(peak_bytes, both)} if CUDA else {})
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def diffusion(dtype: torch.dtype, slots: int, batch: int, edge: int, *, repeats: int) -> Row:
+    """One line of the targets' table: ours against the plain diffusion network."""
+    torch.manual_seed(0)
+    channels, size = WIDTH * 512 // edge, (edge, edge)
+    plain = PlainDiffusion(256, channels).to(DEVICE)
+    ours = KeypointDiffusion(256, channels).to(DEVICE)
+    ours.load_state_dict(plain.state_dict())
+    keypoints = random_keypoints(batch, slots, edge)
+    tokens = torch.randn(batch, slots, 256, device=DEVICE, requires_grad=True)
+    quantities = measure(
+        {"plain": lambda: plain(tokens, keypoints, size), "ours": lambda: ours(tokens, keypoints, size)},
+        [tokens, *plain.parameters(), *ours.parameters()],
+        dtype=dtype,
+        repeats=repeats,
+    )
+    row: Row = {
+        "map": f"{edge}x{edge}, {channels}",
+        "keypoints": slots,
+        "batch": batch,
+        "dtype": name_of(dtype),
+        "method": cheapest_method(slots, size),
+        "ours, forward, ms": 1e3 * quantities["forward"]["ours"],
+    }
+    row |= {name: values["plain"] / values["ours"] for name, values in quantities.items()}
+    targets = TARGETS.get(edge, (0.0,) * 4) if slots == 512 else (0.95, 0.95, 1.0, 1.0)
+    short = [name for name, target in zip(quantities, targets, strict=False) if row[name] < target]
+    return row | {"missed": ", ".join(short) or "-"}
+
+
+def maps(edge: int) -> list[Tensor]:
+    sizes = [(1, WIDTH * 2**i, edge // 2**i, edge // 2**i) for i in range(SCALES)]
+    return [torch.randn(size, device=DEVICE, requires_grad=True) for size in sizes]
+
+
+def stack(dtype: torch.dtype, edge: int, *, depth: int, repeats: int) -> list[Row]:
+    """The KAF layers of all scales, against the authors' design."""
+    features, keypoints = maps(edge), random_keypoints(1, min(512, edge**2 // 64), edge)
+    widths = [feature.shape[1] for feature in features]
+
+    def ours(*, recompute: bool) -> nn.ModuleList:
+        options = {"block": "propagation", "sampling": "nearest", "depth": depth, "recompute": recompute}
+        return nn.ModuleList(KAFLayer(width, **options) for width in widths).to(DEVICE)
+
+    def run(layers: nn.ModuleList) -> Tensor:
+        outputs = [layer(x, keypoints) for layer, x in zip(layers, features, strict=True)]
+        return torch.stack([(x if isinstance(x, Tensor) else x.features).float().mean() for x in outputs])
+
+    stacks = {
+        "plain": nn.ModuleList(PlainKAFLayer(width, depth=depth) for width in widths).to(DEVICE),
+        "ours": ours(recompute=False),
+        "ours, recomputing": ours(recompute=True),
+    }
+    inputs = [*features, *(parameter for layers in stacks.values() for parameter in layers.parameters())]
+    forwards = {name: partial(run, layers) for name, layers in stacks.items()}
+    quantities = measure(forwards, inputs, dtype=dtype, repeats=repeats)
+    seconds = quantities["forward+backward"]
+    return [
+        {"stack": name, "dtype": name_of(dtype)}
+        | {quantity: values["plain"] / values[name] for quantity, values in quantities.items()}
+        | {"time, of ours": seconds[name] / seconds["ours"]}
+        for name in ("ours", "ours, recomputing")
+    ]
+
+
+def stack_flops(edge: int) -> Row:
+    """What all of a stack of KAF layers computes, and what its attention does."""
+    layers = nn.ModuleList(KAFLayer(WIDTH * 2**i) for i in range(SCALES)).to(DEVICE)
+    features, keypoints = maps(edge), random_keypoints(1, 512, edge)
+    tokens = torch.randn(1, 512, 256, device=DEVICE)
+    whole = count_flops(lambda: [layer(x, keypoints) for layer, x in zip(layers, features, strict=True)])
+    attention = count_flops(lambda: [layer.transformer(tokens, keypoints) for layer in layers])
+    return {"image": f"{edge}x{edge}", "all": whole / 1e9, "attention": attention / 1e9, "ratio": whole / attention}
+
+
+def network(dtype: torch.dtype, edge: int, *, repeats: int) -> Row:
+    """A training step of the KAF-UNet, against that of UNet (c2)."""
+    images = torch.randn(2, 1, edge, edge, device=DEVICE)
+    labels = torch.randint(4, (2, edge, edge), device=DEVICE)
+    keypoints = random_keypoints(2, 512, edge)
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        with precision(dtype):
+            logits = model(images, keypoints)
+        F.cross_entropy(logits.float(), labels).backward()
+        optimizer.step()
+
+    models = {"KAF-UNet": KAFUNet(width=WIDTH).to(DEVICE), "UNet (c2)": UNetC2(width=WIDTH).to(DEVICE)}
+    steps = {name: partial(step, model, torch.optim.SGD(model.parameters(), lr=1e-3)) for name, model in models.items()}
+    seconds = compare(steps, repeats=repeats)
+    flops = {name: count_flops(run) for name, run in steps.items()}
+    row: Row = {"image": f"{edge}x{edge}", "dtype": name_of(dtype)}
+    row |= {f"{name}, s": value for name, value in seconds.items()}
+    return row | {
+        name: values["KAF-UNet"] / values["UNet (c2)"] for name, values in (("time", seconds), ("FLOPs", flops))
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", default=["diffusion", "stack", "flops", "network"])
+    parser.add_argument("--edges", type=int, nargs="+", default=[512, 256, 128, 64], help="of the diffusion's maps")
+    parser.add_argument("--depth", type=int, default=16, help="blocks of a layer in the stack")
+    parser.add_argument("--repeats", type=int, default=11, help="of each run; the median counts")
+    options = parser.parse_args(arguments)
+    dtypes = (torch.float32, torch.bfloat16) if CUDA else (torch.float32,)
+    edge, repeats = max(options.edges), options.repeats
+    if "diffusion" in options.parts:
+        cases = product(dtypes, (512, 2048), (1, 4), options.edges)
+        report("diffusion", [diffusion(*case, repeats=repeats) for case in cases], notes=DIFFUSION_NOTES)
+    if "stack" in options.parts:
+        rows = [row for dtype in dtypes for row in stack(dtype, edge, depth=options.depth, repeats=repeats)]
+        report("stack", rows, notes=STACK_NOTES)
+    if "flops" in options.parts:
+        report("stack-flops", [stack_flops(edge), stack_flops(2 * edge)], notes=FLOPS_NOTES, measured=False)
+    if "network" in options.parts:
+        cases = product(dtypes, (edge // 2, edge))
+        report("network", [network(*case, repeats=repeats) for case in cases], notes=NETWORK_NOTES)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""benchmarks/speed.py at its smallest: the baseline computes what the package does, and the tables add up."""
+
+import json
+
+import harness
+import pytest
+import speed
+import torch
+from plain import PlainDiffusion
+
+from kaf_layer import KeypointDiffusion
+
+
+@pytest.fixture(autouse=True)
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def rows_of(results, name: str) -> list[dict]:
+    (path,) = results.glob(f"{name}*.json")
+    return json.loads(path.read_text())["rows"]
+
+
+def test_the_baseline_computes_the_same():
+    plain, ours = PlainDiffusion(256, 4).double(), KeypointDiffusion(256, 4).double()
+    ours.load_state_dict(plain.state_dict())
+    keypoints, tokens = speed.random_keypoints(2, 9, 16), torch.randn(2, 9, 256, dtype=torch.float64)
+    assert keypoints.cells((16, 16)).sort().values.diff().gt(0).all()
+    torch.testing.assert_close(
+        ours(tokens, keypoints, (16, 16)), plain(tokens, keypoints, (16, 16)), rtol=1e-10, atol=1e-10
+    )
+
+
+def test_the_diffusion_table(monkeypatch):
+    monkeypatch.setattr(speed, "compare", lambda runs, repeats: dict(zip(runs, (3.0 * repeats, 2.0), strict=True)))
+    row = speed.diffusion(torch.float32, 512, 1, 64, repeats=1)
+    assert row["map"] == "64x64, 256"
+    assert row["forward"] == row["forward+backward"] == 1.5
+    dense = 2 * 64**2 * 9 * 64 * (256 + 256)
+    hybrid = 2 * 9 * 64 * (513 * 256 + 64**2 * 256)
+    assert row["FLOPs"] == pytest.approx(dense / hybrid)
+    # A map of 256 channels and two of 64, against tokens and one of 64; tables and vectors aside.
+    assert row["saved"] == pytest.approx((64**2 * (256 + 2 * 64)) / (512 * 256 + 64**2 * 64), rel=0.03)
+    assert row["missed"] == "-"
+    monkeypatch.setitem(speed.TARGETS, 64, (1.6, 1.0, 9.0, 1.0))
+    assert speed.diffusion(torch.float32, 512, 1, 64, repeats=1)["missed"] == "forward, saved"
+
+
+def test_the_other_tables(results, monkeypatch):
+    monkeypatch.setattr(
+        speed, "compare", lambda runs, repeats: {name: (run(), 1.0 * repeats)[1] for name, run in runs.items()}
+    )
+    speed.main(["--parts", "stack", "network", "--edges", "64", "--depth", "2", "--repeats", "1"])
+    ours, recomputing = rows_of(results, "stack")
+    assert recomputing["saved"] > ours["saved"] > 1
+    assert ours["FLOPs"] > 1
+    small, large = rows_of(results, "network")
+    assert small["FLOPs"] > large["FLOPs"] > 1
+
+
+def test_attention_dominates():
+    row = speed.stack_flops(512)
+    assert row["ratio"] < 1.15
+    assert speed.stack_flops(1024)["all"] < 1.02 * row["all"]
