@@ -1,37 +1,55 @@
-"""Volumes to train and test on: the phantoms, or NIfTI files from a folder.
+"""Volumes to train and test on, the phantoms or NIfTI files from a folder, and their slices with keypoints.
 
 python examples/data.py ../shared/data/sunnybrook  # what is in it
 """
 
 import argparse
 import csv
+import re
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from phantom import Volume, phantom
 from torch import Tensor
 from tqdm import tqdm
 
+from kaf_layer import KeypointDetector, Keypoints, Matches, match_keypoints
+from kaf_layer.augmentation import move_keypoints
+
 PHANTOMS = 12  # subjects, unless a limit says otherwise
+# Subject, image and label by file name: ACDC's patient001_frame01[_gt].nii.gz, CHD's ct_1001_{image,label}.nii.gz.
+LAYOUTS = (
+    (re.compile(r"(patient\d+)_frame\d+(?P<mark>)(?P<end>\.nii(\.gz)?)"), "_gt"),
+    (re.compile(r"([^.].*)(?P<mark>_image)(?P<end>\.nii(\.gz)?)"), "_label"),
+)
 
 
-def load_volumes(path: Path | str | None = None, *, limit: int | None = None) -> list[Volume]:
+def load_volumes(
+    path: Path | str | None = None, *, limit: int | None = None, classes: int | None = None, labelled: bool = True
+) -> list[Volume]:
     """All volumes of a data set, each normalised by itself.
 
     Args:
         path: a folder with a ``manifest.csv`` (columns subject, image, label; the files relative to
-            the folder; a subject may have several rows), or with the folders ``images`` and ``labels``,
+            the folder; a subject may have several rows); or with the folders ``images`` and ``labels``,
             or ``imagesTr`` and ``labelsTr``, that hold files of the same names, one for each subject,
-            as in the Medical Segmentation Decathlon. NIfTI axes (x, y, z) become (Z, H, W). None gives
-            phantoms.
+            as in the Medical Segmentation Decathlon; or with files anywhere below it that are named as ACDC's,
+            ``patient001_frame01.nii.gz`` and ``patient001_frame01_gt.nii.gz``, or as CHD's,
+            ``ct_1001_image.nii.gz`` and ``ct_1001_label.nii.gz``. NIfTI axes (x, y, z) become (Z, H, W).
+            None gives phantoms.
         limit: how many subjects to take, all of them by default.
+        classes: how many there are, the background included; by default whatever the labels say.
+        labelled: False looks for no labels, and gives background.
 
     Raises:
         FileNotFoundError: if the folder, its lists or one of its files is not there.
-        ValueError: if a file cannot be read, is not a finite volume, or a label is not of its image.
+        ValueError: if a file cannot be read, is not a finite volume, or a label is not of its image or not of the
+            classes.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least one subject, got {limit=}")
@@ -42,7 +60,10 @@ def load_volumes(path: Path | str | None = None, *, limit: int | None = None) ->
         rows = list_files(Path(path))
         chosen = list(dict.fromkeys(subject for subject, _, _ in rows))[:limit]
         rows = [row for row in rows if row[0] in chosen]
-        volumes = [load_volume(*row) for row in tqdm(rows, desc=f"volumes of {path}", leave=False)]
+        volumes = [
+            load_volume(subject, image, label if labelled else None, classes=classes)
+            for subject, image, label in tqdm(rows, desc=f"volumes of {path}", leave=False)
+        ]
     return [Volume(normalise(volume.image), volume.label, volume.subject) for volume in volumes]
 
 
@@ -51,49 +72,65 @@ def list_files(path: Path) -> list[tuple[str, Path, Path]]:
     if not path.is_dir():
         raise FileNotFoundError(f"there is no folder {path}")
     manifest = path / "manifest.csv"
+    folder = next((path / name for name in ("images", "imagesTr") if (path / name).is_dir()), None)
     if manifest.is_file():
         with manifest.open(newline="") as file:
             lines = list(csv.DictReader(file))
         if lines and not {"subject", "image", "label"} <= lines[0].keys():
             raise ValueError(f"{manifest} must have the columns subject, image and label, got {[*lines[0]]}")
         rows = [(line["subject"], path / line["image"], path / line["label"]) for line in lines]
-    else:
-        folder = next((path / name for name in ("images", "imagesTr") if (path / name).is_dir()), None)
-        if folder is None:
-            raise FileNotFoundError(f"{path} must hold a manifest.csv, or images and labels (or imagesTr, labelsTr)")
+    elif folder:
         labels = path / folder.name.replace("images", "labels")
         # The Decathlon's archives hold hidden files beside the images.
         images = sorted(folder.glob("[!.]*.nii*"))
         rows = [(image.name.removesuffix(".gz").removesuffix(".nii"), image, labels / image.name) for image in images]
+    else:
+        rows = [
+            (match[1], file, file.with_name(file.name[: match.start("mark")] + mark + match["end"]))
+            for pattern, mark in LAYOUTS
+            for file in sorted(path.rglob("*.nii*"))
+            if (match := pattern.fullmatch(file.name))
+        ]
+        if not rows:
+            raise FileNotFoundError(
+                f"{path} must hold a manifest.csv, or images and labels (or imagesTr, labelsTr), "
+                "or files named patient001_frame01.nii.gz or ct_1001_image.nii.gz"
+            )
     if not rows:
         raise FileNotFoundError(f"{path} lists no volumes")
     return rows
 
 
-def load_volume(subject: str, image_path: Path, label_path: Path) -> Volume:
+def load_volume(subject: str, image_path: Path, label_path: Path | None, *, classes: int | None = None) -> Volume:
     """One volume as it is stored, its axes in the order (Z, H, W)."""
-    image, label = read_nifti(image_path), read_nifti(label_path)
+    image = read_nifti(image_path)
+    label = np.zeros_like(image) if label_path is None else read_nifti(label_path)
     if image.shape != label.shape:
         raise ValueError(f"{label_path} has the shape {label.shape}, but its image {image_path} has {image.shape}")
-    classes = label.astype(np.int64)
-    if classes.min() < 0 or (classes != label).any():
+    values = label.astype(np.int64)
+    if values.min() < 0 or (values != label).any():
         raise ValueError(f"{label_path} must hold whole numbers from 0, got values {np.unique(label)[:5]}")
-    return Volume(torch.from_numpy(image), torch.from_numpy(classes), subject)
+    if classes is not None and values.max() >= classes:
+        raise ValueError(f"{label_path} must hold the labels 0 to {classes - 1} of {classes=}, got {values.max()}")
+    return Volume(torch.from_numpy(image), torch.from_numpy(values), subject)
 
 
 def read_nifti(path: Path) -> np.ndarray:
     """The (x, y, z) array of a file as (z, y, x) float32."""
-    import nibabel  # the phantoms do without
+    # The phantoms do without.
+    from monai.data import NibabelReader
+    from nibabel.filebasedimages import ImageFileError
 
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:
-        array = nibabel.load(path).get_fdata(dtype=np.float32)
-    except (OSError, EOFError, zlib.error, nibabel.filebasedimages.ImageFileError) as error:
+        reader = NibabelReader()
+        array, _ = reader.get_data(reader.read(path))
+    except (OSError, EOFError, ValueError, zlib.error, ImageFileError) as error:
         raise ValueError(f"{path} cannot be read, it may be truncated: {error}") from error
     if array.ndim != 3 or not np.isfinite(array).all():
         raise ValueError(f"{path} must be a volume of three axes and finite values, got {array.shape=}")
-    return np.ascontiguousarray(array.T)
+    return np.ascontiguousarray(array.T, dtype=np.float32)
 
 
 def normalise(image: Tensor) -> Tensor:
@@ -104,6 +141,69 @@ def normalise(image: Tensor) -> Tensor:
 def num_classes(volumes: Sequence[Volume]) -> int:
     """The number of classes in the labels, the background included."""
     return 1 + max(int(volume.label.max()) for volume in volumes)
+
+
+@dataclass
+class Stack:
+    """A volume's slices, padded and cropped about the centre to a patch (H, W), each with its keypoints.
+
+    ``positions`` (Z,) are relative, from 0 to below 1; ``margins`` were added on the left, right, above and below.
+    """
+
+    volume: Volume
+    images: Tensor  # Z 1 H W
+    labels: Tensor  # Z H W
+    keypoints: list[Keypoints]
+    positions: Tensor
+    margins: tuple[int, int, int, int]
+
+    def restore(self, labels: Tensor) -> Tensor:
+        """Labels (Z, H, W) of the patches, in the volume's size; background outside the patch."""
+        return F.pad(labels, [-margin for margin in self.margins])
+
+
+def prepare(volumes: Sequence[Volume], detector: KeypointDetector, *, patch: tuple[int, int]) -> list[Stack]:
+    """Detects the keypoints of each original slice, once, and brings everything to the patch's size."""
+    stacks = []
+    for volume in tqdm(volumes, desc="keypoints", leave=False):
+        rows, columns = (
+            (-(-(after - before) // 2), (after - before) // 2)
+            for before, after in zip(volume.image.shape[1:], patch, strict=True)
+        )
+        margins, shift = (*columns, *rows), torch.tensor([columns[0], rows[0]])
+        images = volume.image[:, None]
+        keypoints = move_keypoints(detector(images), lambda positions, shift=shift: positions + shift, patch)
+        depth = len(images)
+        stacks.append(
+            Stack(
+                volume,
+                F.pad(images, margins, value=float(images.min())),
+                F.pad(volume.label, margins),
+                [compact(keypoints[z]) for z in range(depth)],
+                torch.arange(depth) / depth,
+                margins,
+            )
+        )
+    return stacks
+
+
+def compact(keypoints: Keypoints) -> Keypoints:
+    """One sample without its empty slots, save one if it has no keypoint at all."""
+    keep = keypoints.valid.clone()
+    keep[0] |= not keep.any()
+    return keypoints[keep]
+
+
+def match_slices(a: Keypoints, b: Keypoints, *, max_distance: float = 30.0) -> Matches:
+    """Matches of two slices; keypoints without descriptors, such as a grid's, match the nearest."""
+    pair = [replace(k, descriptors=k.positions) if k.descriptors is None else k for k in (a.stack([a]), b.stack([b]))]
+    return match_keypoints(*pair, max_distance=max_distance)
+
+
+def stack_matches(matches: Sequence[Matches], slots: int) -> Matches:
+    """Joins the matches of single pairs into a batch of so many slots on either side."""
+    padded = [[F.pad(side, (0, slots - side.shape[1]), value=-1) for side in (m.indices, m.inverse)] for m in matches]
+    return Matches(*(torch.cat(sides) for sides in zip(*padded, strict=True)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,162 @@
+"""The paper's table: Dice on unseen subjects, of networks trained on M labelled ones, over folds.
+
+    python examples/cross_validate.py --output outputs/table --methods unet kaf-unet --labelled 1 2    # phantoms
+    python examples/cross_validate.py --output outputs/acdc --preset acdc --data ACDC/training --labelled 1 2 6 \
+        --methods unet unet-c2 swin-unetr kaf-unet unet+pcl kaf-unet+kaf
+
+A method is a network of finetune.py --model, trained from random weights; behind a "+" is what its encoder is
+pretrained by on all training subjects of the fold: "pcl", the positional contrast alone, or "kaf", all of Eq. 3.
+Other options go to pretrain.py and finetune.py, those in --pretrain "..." and --finetune "..." to one of them. What was
+killed goes on where it was, by the same command. Writes table.md, results.json and split.json to --output.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import finetune
+import pretrain
+import torch
+from recipes import MODELS, load_split, load_stacks, parse, parser_of
+from splits import write_split
+
+PRETRAINING = {
+    "": [],
+    "pcl": ["--weights", "1", "0", "0"],
+    "kaf": ["--weights", "1", "1", "0.01"],
+}
+Result = dict[str, Any]  # what finetune.py writes, with the method, fold and labels
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--output", type=Path, required=True, help="a folder")
+    parser.add_argument("--methods", nargs="+", type=method, default=["unet", "kaf-unet"])
+    parser.add_argument("--labelled", nargs="+", type=int, default=[1, 2, 6], metavar="M")
+    parser.add_argument("--test-folds", nargs="+", type=int, metavar="FOLD", help="only these of --folds")
+    parser.add_argument("--pretrain", type=shlex.split, default=[], metavar="OPTIONS", help="for pretrain.py alone")
+    parser.add_argument("--finetune", type=shlex.split, default=[], metavar="OPTIONS", help="for finetune.py alone")
+    parser.add_argument("--jobs", type=int, default=1, help="folds at a time")
+    return parser
+
+
+def method(name: str) -> str:
+    model, _, pretraining = name.partition("+")
+    if model not in MODELS or pretraining not in PRETRAINING:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(MODELS)}, with or without +pcl or +kaf")
+    return name
+
+
+def run_fold(fold: int, own: argparse.Namespace, shared: list[str]) -> list[Result]:
+    """All methods and numbers of labels on one fold."""
+    torch.set_num_threads(max(1, torch.get_num_threads() // own.jobs))
+    stacks = load_stacks(parse(parser_of(None), [*shared, "--output", str(own.output)]))
+    results = []
+    for name in own.methods:
+        model, _, pretraining = name.partition("+")
+        folder = own.output / f"fold{fold}" / name
+        common = [*shared, "--model", model, "--fold", str(fold), "--split", str(own.output / "split.json"), "--resume"]
+        start: list[str] = []
+        if pretraining:
+            output = folder / "pretrain"
+            arguments = [*common, *PRETRAINING[pretraining], *own.pretrain, "--output", str(output)]
+            pretrain.main(arguments, stacks=stacks)
+            start = ["--pretrained", str(output / "weights.pt")]
+        for labelled in own.labelled:
+            arguments = [*common, *own.finetune, *start, "--labelled", str(labelled)]
+            result = finetune.main([*arguments, "--output", str(folder / f"M{labelled}")], stacks=stacks)
+            results.append(result | {"method": name, "fold": fold, "M": labelled})
+    return results
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and, of several values, their standard deviation."""
+    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def title(name: str) -> str:
+    model, _, pretraining = name.partition("+")
+    return MODELS[model] + (f", pretrained by {pretraining.upper()}" if pretraining else "")
+
+
+def table(results: Sequence[Result]) -> str:
+    """Dice of each method for each M: the mean over classes, then each class, over the folds."""
+    methods, counts = (list(dict.fromkeys(result[key] for result in results)) for key in ("method", "M"))
+    classes = len(results[0]["scores"][0]) - 1
+    lines = []
+    for chosen in [None, *(range(classes) if classes > 1 else ())]:
+        lines += ["", f"Dice of class {chosen + 1}" if chosen is not None else "Dice, mean over classes", ""]
+        lines.append(f"| method | parameters | {' | '.join(f'M = {m}' for m in counts)} | training |")
+        lines.append("|---" * (len(counts) + 3) + "|")
+        for name in methods:
+            cells = []
+            for count in counts:
+                rows = [r["scores"] for r in results if (r["method"], r["M"]) == (name, count)]
+                picked = [[s[1:] if chosen is None else s[1 + chosen : 2 + chosen] for s in row] for row in rows]
+                cells.append(spread([finetune.mean_dice(row) for row in picked]))
+            own = [result for result in results if result["method"] == name]
+            seconds = mean(result["training_seconds"] for result in own)
+            parameters = f"{own[0]['parameters'] / 1e6:.2f} M"
+            lines.append(f"| {title(name)} | {parameters} | {' | '.join(cells)} | {seconds:.0f} s |")
+    return "\n".join(lines)
+
+
+def report(results: Sequence[Result], command: str, data: str, own: argparse.Namespace) -> str:
+    """The table, and what one needs to know to read it and to make it again."""
+    first = results[0]
+    chosen, versions = first["settings"], first["versions"]
+    folds = sorted({result["fold"] for result in results})
+    steps = "one pass over the slices" if chosen["steps_per_epoch"] == "None" else f"{chosen['steps_per_epoch']} steps"
+    facts = {
+        "command": f"`{command}`",
+        "data": data,
+        "folds": f"{len(folds)} ({', '.join(map(str, folds))}) of {chosen['folds']}; mean ± deviation over them",
+        "seed": chosen["seed"],
+        "fine-tuning": f"{chosen['epochs']} epochs of {steps}, batch {chosen['batch']}, learning rate {chosen['lr']}",
+        "pretraining": f"`{shlex.join(own.pretrain)}`" if own.pretrain else "pretrain.py's defaults",
+        "network": ", ".join(f"{name} {chosen[name]}" for name in ("patch", "width", "embed_dim", "depth", "detector")),
+        "hardware": f"{os.cpu_count()} CPU cores" if not torch.cuda.is_available() else torch.cuda.get_device_name(),
+        "versions": ", ".join(f"{name} {number}" for name, number in versions.items()),
+    }
+    return "\n".join([*(f"- {name}: {fact}" for name, fact in facts.items()), table(results)]) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Result]:
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    own, shared = parser().parse_known_args(arguments)
+    options = parse(parser_of(None), [*shared, "--output", str(own.output)])
+    stacks = load_stacks(options)
+    split = load_split(options, stacks)
+    folds = own.test_folds or range(len(split))
+    if not set(folds) <= set(range(len(split))):
+        raise ValueError(f"--test-folds must be among 0 to {len(split) - 1}, got {own.test_folds}")
+    for fold in folds:
+        split[fold].labelled(max(own.labelled))
+    write_split(split, own.output / "split.json", seed=options.seed)
+    if own.jobs == 1:
+        results = [result for fold in folds for result in run_fold(fold, own, shared)]
+    else:
+        with ProcessPoolExecutor(own.jobs, mp_context=get_context("spawn")) as pool:
+            jobs = [pool.submit(run_fold, fold, own, shared) for fold in folds]
+            results = [result for job in jobs for result in job.result()]
+    subjects = len({stack.volume.subject for stack in stacks})
+    data = f"{options.data.name if options.data else 'phantoms'}, {subjects} subjects, {len(stacks)} volumes"
+    text = report(results, f"python examples/cross_validate.py {shlex.join(arguments)}", data, own)
+    (own.output / "table.md").write_text(text)
+    (own.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(text)
+    return results
+
+
+if __name__ == "__main__":
+    main()

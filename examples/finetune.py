@@ -1,0 +1,155 @@
+"""Trains a network on the slices of few labelled subjects, and tests it on the volumes of unseen ones.
+
+    python examples/finetune.py --output outputs/finetune --labelled 2                     # phantoms
+    python examples/finetune.py --preset acdc --data ACDC/training --fold 0 --labelled 6 \
+        --pretrained outputs/pretrain/weights.pt --output outputs/acdc
+    accelerate launch --num_processes 2 examples/finetune.py --output outputs/finetune     # several processes
+
+The defaults are the paper's: Adam, cross-entropy, batches of 10 slices, learning rate and epochs by --preset.
+Writes weights.pt, a plain state dict; result.json; split.json, to be given to --split; TensorBoard's logs.
+"""
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from data import Stack
+from monai.metrics import DiceMetric
+from recipes import build_model, load_split, load_stacks, parse, parser_of
+from splits import write_split
+from torch import Tensor, nn
+from tqdm import tqdm
+from training import Augmentation, load_pretrained, save, seed_of, settings, train
+
+from kaf_layer import Keypoints
+
+Sample = tuple[Stack, int]  # a slice: the volume, and its number in there
+
+
+class Batch(NamedTuple):
+    images: Tensor  # B 1 H W
+    keypoints: Keypoints
+    labels: Tensor  # B H W
+
+
+def gather(samples: Sequence[Sample], device: torch.device) -> Batch:
+    images = torch.stack([stack.images[z] for stack, z in samples])
+    labels = torch.stack([stack.labels[z] for stack, z in samples])
+    keypoints = Keypoints.stack([stack.keypoints[z] for stack, z in samples])
+    return Batch(images.to(device), keypoints.to(device), labels.to(device))
+
+
+def overlap(logits: Tensor, labels: Tensor) -> Tensor:
+    """Dice of all the foreground of a batch, to watch while training."""
+    predicted = logits.argmax(1)
+    right = (predicted == labels) & (labels > 0)
+    return 2 * right.sum() / ((predicted > 0).sum() + (labels > 0).sum()).clamp(min=1)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, stack: Stack, *, batch: int = 8) -> Tensor:
+    """The most likely class of each pixel, (Z, H, W), in the volume's size."""
+    model.eval()
+    device = next(model.parameters()).device
+    slices = [(stack, z) for z in range(len(stack.images))]
+    batches = [gather(slices[i : i + batch], device) for i in range(0, len(slices), batch)]
+    return stack.restore(torch.cat([model(b.images, b.keypoints).argmax(1).cpu() for b in batches]))
+
+
+def evaluate(model: nn.Module, stacks: Sequence[Stack], *, classes: int) -> list[list[float]]:
+    """Dice of each class but the background over each volume, its slices stacked; NaN for a class it does not have."""
+    metric = DiceMetric(include_background=False, reduction="none", num_classes=classes)
+    for stack in tqdm(stacks, desc="test", leave=False):
+        metric(predict(model, stack)[None, None], stack.volume.label[None, None])
+    return metric.aggregate().tolist()
+
+
+def mean_dice(scores: Sequence[Sequence[float]]) -> float:
+    """The mean over classes of the mean over volumes, without NaN."""
+    return float(torch.tensor(scores).nanmean(0).nanmean())
+
+
+def versions() -> dict[str, str]:
+    names = ("kaf-layer", "torch", "monai", "kornia", "accelerate", "numpy")
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
+
+
+def finished(options: argparse.Namespace) -> dict[str, Any] | None:
+    """The result of a run with these very options, if there is one."""
+    path = options.output / "result.json"
+    result = json.loads(path.read_text()) if path.is_file() else {}
+    return result if result.get("settings") == settings(options) else None
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = parser_of(__doc__)
+    parser.add_argument("--fold", type=int, default=0, help="which of --folds to test on")
+    parser.add_argument("--labelled", type=int, default=2, metavar="M", help="subjects to train on")
+    parser.add_argument("--pretrained", type=Path, help="weights to start from, as pretrain.py writes them")
+    parser.add_argument("--lr", type=float, help="falls to zero along a cosine")
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--batch", type=int, default=10, help="slices, over all processes")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None, *, stacks: list[Stack] | None = None) -> dict[str, Any]:
+    """Returns what result.json holds; ``stacks`` spares the loading of the data."""
+    options = parse(parser(), arguments)
+    if options.resume and (done := finished(options)):
+        return done
+    accelerator = Accelerator(mixed_precision=options.mixed_precision)
+    stacks = load_stacks(options) if stacks is None else stacks
+    split = load_split(options, stacks)
+    if not 0 <= options.fold < len(split):
+        raise ValueError(f"--fold must be 0 to {len(split) - 1}, got {options.fold}")
+    fold = split[options.fold]
+    chosen = fold.labelled(options.labelled)
+    training = [stack for stack in stacks if stack.volume.subject in chosen]
+    unseen = [stack for stack in stacks if stack.volume.subject in fold.test]
+
+    torch.manual_seed(seed_of(options.seed))
+    model = build_model(options)
+    if options.pretrained:
+        accelerator.print(load_pretrained(model, options.pretrained))
+    augment = Augmentation()
+
+    def compute(module: nn.Module, samples: list[Sample]) -> dict[str, Tensor]:
+        images, keypoints, labels = augment(*gather(samples, accelerator.device))
+        logits = module(images, keypoints)
+        return {"loss": F.cross_entropy(logits, labels), "dice": overlap(logits, labels)}
+
+    start = time.perf_counter()
+    slices = [(stack, z) for stack in training for z in range(len(stack.images))]
+    optimizer = torch.optim.Adam(model.parameters(), lr=options.lr)
+    model = train(model, slices, compute, optimizer, accelerator, options)
+    result: dict[str, Any] = {}
+    if accelerator.is_main_process:
+        seconds = time.perf_counter() - start
+        scores = evaluate(model, unseen, classes=options.classes)
+        result = {
+            "dice": mean_dice(scores),
+            "scores": [[stack.volume.subject, *row] for stack, row in zip(unseen, scores, strict=True)],
+            "labelled": chosen,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "training_seconds": round(seconds, 1),
+            "settings": settings(options),
+            "versions": versions(),
+        }
+        save(model.state_dict(), options.output / "weights.pt")
+        write_split(split, options.output / "split.json", seed=options.seed)
+        (options.output / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+        print(f"{options.output}: Dice {result['dice']:.3f} on {len(unseen)} volumes after {seconds:.0f} s of training")
+    accelerator.wait_for_everyone()
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""What the scripts share on the command line: the paper's recipes, the networks, the detectors."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from data import Stack, load_volumes, prepare
+from fcn import FCN
+from splits import Fold, make_split, read_split
+from torch import Tensor, nn
+from unet import UNet, UNetC2
+
+from kaf_layer import GridDetector, KAFLayer, KeypointDetector, Keypoints, SIFTDetector
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What differs between data sets."""
+
+    classes: int
+    patch: tuple[int, int]
+    width: int
+    threshold: float  # of the contrast, between relative positions
+    lr: float  # of fine-tuning
+    epochs: int  # of fine-tuning
+
+
+# Sections 4 and B of the paper; the last two are ours.
+PRESETS = {
+    "acdc": Recipe(classes=4, patch=(352, 352), width=48, threshold=0.35, lr=5e-4, epochs=200),
+    "chd": Recipe(classes=8, patch=(512, 512), width=32, threshold=0.1, lr=5e-5, epochs=100),
+    "sunnybrook": Recipe(classes=2, patch=(160, 160), width=32, threshold=0.35, lr=5e-4, epochs=200),
+    "phantom": Recipe(classes=4, patch=(128, 128), width=8, threshold=0.35, lr=3e-3, epochs=40),
+}
+MODELS = {
+    "unet": "UNet",
+    "unet-c2": "UNet (c2)",
+    "fcn": "FCN",
+    "kaf-fcn": "KAF-FCN",
+    "kaf-unet": "KAF-UNet",
+    "swin-unetr": "SwinUNETR",
+}
+
+
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """The options of every script; those without a default take the preset's."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, default="phantom", help="the paper's settings for a data set (default: phantom)")
+    add("--data", type=Path, help="a folder of NIfTI volumes (default: the phantoms)")
+    add("--limit", type=int, help="use so many subjects")
+    add("--output", type=Path, required=True, help="a folder for weights, checkpoints and logs")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --output, if there is one")
+    add("--save-every", type=int, default=5, metavar="EPOCHS", help="between two checkpoints")
+    add("--seed", type=int, default=0)
+    add("--folds", type=int, default=5)
+    add("--split", type=Path, help="a split to use, instead of one drawn with --seed")
+    add("--mixed-precision", choices=("no", "fp16", "bf16"))
+    add("--model", choices=MODELS, default="kaf-unet")
+    add("--classes", type=int, help="the background included")
+    add("--patch", type=int, nargs=2, metavar=("H", "W"), help="slices are padded and cropped to this size")
+    add("--width", type=int, help="channels of the first block")
+    add("--scales", type=int, nargs="*", default=[0, 1, 2, 3], help="which encoder blocks a KAF layer follows")
+    add("--depth", type=int, default=6, help="attention blocks of each KAF layer")
+    add("--embed-dim", type=int, default=256, help="channels of a token")
+    add("--detector", choices=("sift", "grid", "none"), default="sift")
+    add("--max-keypoints", type=int, default=512, help="SIFT keypoints of an original slice")
+    add("--spacing", type=float, default=12.0, help="of the grid's keypoints, in pixels")
+    add("--steps-per-epoch", type=int, help="default: as many as the slices fill batches")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    known, _ = parser.parse_known_args(arguments)
+    of_preset = asdict(PRESETS[known.preset])
+    parser.set_defaults(**{name: of_preset[name] for name in of_preset if getattr(known, name, 0) is None})
+    return parser.parse_args(arguments)
+
+
+def build_detector(options: argparse.Namespace) -> KeypointDetector:
+    if options.detector == "sift":
+        return SIFTDetector(options.max_keypoints)
+    return GridDetector(options.spacing) if options.detector == "grid" else no_keypoints
+
+
+def no_keypoints(images: Tensor) -> Keypoints:
+    """One empty slot for each image."""
+    positions = images.new_zeros(len(images), 1, 2)
+    return Keypoints(positions, positions[..., 0] > 0, tuple(images.shape[2:]))
+
+
+def load_stacks(options: argparse.Namespace, *, labelled: bool = True) -> list[Stack]:
+    volumes = load_volumes(options.data, limit=options.limit, classes=options.classes, labelled=labelled)
+    return prepare(volumes, build_detector(options), patch=tuple(options.patch))
+
+
+def load_split(options: argparse.Namespace, stacks: Sequence[Stack]) -> list[Fold]:
+    subjects = [stack.volume.subject for stack in stacks]
+    if options.split:
+        return read_split(options.split, subjects)
+    return make_split(subjects, folds=options.folds, seed=options.seed)
+
+
+class WithoutKeypoints(nn.Module):
+    """A network that is given keypoints and takes none."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor, keypoints: Keypoints) -> Tensor:  # noqa: ARG002
+        return self.network(images)
+
+
+def build_model(options: argparse.Namespace) -> nn.Module:
+    """The network of one's choice, from (images, keypoints) to logits."""
+    classes, width = options.classes, options.width
+    if options.model == "swin-unetr":
+        from monai.networks.nets import SwinUNETR
+
+        features = 12 * -(-width // 8)  # a multiple of 12; 48 beside a UNet of width 32
+        return WithoutKeypoints(SwinUNETR(1, classes, feature_size=features, spatial_dims=2))
+    if options.model == "unet-c2":
+        return UNetC2(1, classes, width=width)
+    if not set(options.scales) <= set(range(4)):
+        raise ValueError(f"--scales must be among 0, 1, 2 and 3, got {options.scales}")
+    layers = [
+        KAFLayer(width * 2**i, embed_dim=options.embed_dim, depth=options.depth)
+        if options.model.startswith("kaf") and i in options.scales
+        else None
+        for i in range(4)
+    ]
+    return (FCN if options.model.endswith("fcn") else UNet)(1, classes, width=width, layers=layers)

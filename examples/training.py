@@ -1,0 +1,173 @@
+"""The training loop that pretraining and fine-tuning share: epochs, checkpoints, logs, and what they start from.
+
+Every epoch draws its batches and augmentations from a seed of its own, so that a run that is killed and
+resumed from its last checkpoint gives, on a CPU, bit for bit the weights of one that was not.
+"""
+
+import argparse
+import math
+import os
+import pickle
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from kornia.augmentation import RandomAffine
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from kaf_layer.augmentation import KeypointAugmentation
+
+Sample = TypeVar("Sample")
+PLACES = ("output", "resume", "save_every", "data", "split", "pretrained")  # options a resumed run may change
+
+
+def train(
+    module: nn.Module,
+    samples: Sequence[Sample],
+    compute: Callable[[nn.Module, list[Sample]], dict[str, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    options: argparse.Namespace,
+) -> nn.Module:
+    """Trains on all samples, by a learning rate that falls to zero along a cosine.
+
+    Args:
+        module: what learns.
+        samples: what batches are drawn from.
+        compute: from the module and a batch's samples to its "loss", and whatever else is to be shown, by name.
+        optimizer: of the module's parameters.
+        accelerator: devices, precision and processes.
+        options: of the command line: epochs, batch, steps_per_epoch, lr, seed, output, resume, save_every.
+
+    Returns:
+        the module, as it was given.
+    """
+    if options.batch % accelerator.num_processes:
+        raise ValueError(
+            f"--batch must be a multiple of the processes, {accelerator.num_processes}, got {options.batch}"
+        )
+    checkpoint = options.output / "checkpoint.pt"
+    first = restore(checkpoint, module, optimizer, options) if options.resume and checkpoint.is_file() else 0
+    module, optimizer = accelerator.prepare(module, optimizer)
+    is_main, rank = accelerator.is_main_process, accelerator.process_index
+    steps = options.steps_per_epoch or math.ceil(len(samples) / options.batch)
+    bar = tqdm(total=options.epochs * steps, initial=first * steps, desc=options.output.name, disable=not is_main)
+    writer = SummaryWriter(str(options.output)) if is_main else None
+    for epoch in range(first, options.epochs):
+        module.train()
+        torch.manual_seed(seed_of(options.seed, epoch, rank))
+        batches = draw_batches(len(samples), options.batch, steps, seed=seed_of(options.seed, epoch))
+        totals: dict[str, Tensor] = {}
+        for i, batch in enumerate(batches):
+            for group in optimizer.param_groups:
+                group["lr"] = cosine(options.lr, (epoch * steps + i) / (options.epochs * steps))
+            values = compute(module, [samples[j] for j in batch[rank :: accelerator.num_processes]])
+            accelerator.backward(values["loss"])
+            optimizer.step()
+            optimizer.zero_grad()
+            totals = {name: totals.get(name, 0) + value.detach() / steps for name, value in values.items()}
+            bar.update()
+        means = {name: float(value) for name, value in totals.items()}
+        bar.set_postfix({name: f"{value:.3f}" for name, value in means.items()})
+        if writer:
+            for name, value in means.items():
+                writer.add_scalar(name, value, epoch + 1)
+            if (epoch + 1) % options.save_every == 0 or epoch + 1 == options.epochs:
+                state = accelerator.unwrap_model(module).state_dict()
+                fields = {"epoch": epoch + 1, "module": state, "optimizer": optimizer.state_dict()}
+                save(fields | {"settings": settings(options)}, checkpoint)
+    bar.close()
+    if writer:
+        writer.close()
+    accelerator.wait_for_everyone()
+    return accelerator.unwrap_model(module)
+
+
+def cosine(lr: float, progress: float) -> float:
+    """From the learning rate down to zero as progress goes from 0 to 1."""
+    return lr * (1 + math.cos(math.pi * progress)) / 2
+
+
+def draw_batches(count: int, size: int, steps: int, *, seed: int) -> list[list[int]]:
+    """Full batches of sample numbers: every sample once before any is drawn again."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.cat([torch.randperm(count, generator=generator) for _ in range(math.ceil(steps * size / count))])
+    return order[: steps * size].view(steps, size).tolist()
+
+
+def seed_of(*numbers: int) -> int:
+    """A seed from several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+class Augmentation(nn.Module):
+    """Rotates, shifts and scales images, keypoints and labels, and changes contrast and brightness."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.move = KeypointAugmentation(RandomAffine(15.0, translate=(0.1, 0.1), scale=(0.8, 1.25), p=1.0))
+
+    def forward(self, images: Tensor, keypoints: Any, labels: Tensor | None = None) -> Any:
+        images, keypoints, labels = self.move(images, keypoints, labels)
+        contrast = torch.empty(len(images), 1, 1, 1).uniform_(0.6, 1.5).to(images)
+        brightness = torch.empty(len(images), 1, 1, 1).uniform_(-0.2, 0.2).to(images)
+        return images * contrast + brightness, keypoints, labels
+
+
+def save(content: Any, path: Path) -> None:
+    """Writes a file at once or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    torch.save(content, temporary)
+    os.replace(temporary, path)
+
+
+def load(path: Path) -> Any:
+    """Reads a file of plain tensors, numbers and texts."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} cannot be read, it may be truncated: {error}") from error
+
+
+def settings(options: argparse.Namespace) -> dict[str, str]:
+    """The options that decide what a run computes."""
+    return {name: str(value) for name, value in sorted(vars(options).items()) if name not in PLACES}
+
+
+def restore(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, options: argparse.Namespace) -> int:
+    """Puts a checkpoint's content in place; returns the number of epochs done."""
+    content, now = load(path), settings(options)
+    if different := [name for name, value in content["settings"].items() if now.get(name) != value]:
+        raise ValueError(f"{path} was written with other options than these, differing in {', '.join(different)}")
+    module.load_state_dict(content["module"])
+    optimizer.load_state_dict(content["optimizer"])
+    return content["epoch"]
+
+
+def load_pretrained(module: nn.Module, path: Path) -> str:
+    """Takes what fits from a file of weights; returns a report of what was loaded, skipped and missing."""
+    weights, own = load(path), module.state_dict()
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ValueError(f"{path} must be a plain state dict, such as weights.pt of pretrain.py")
+    fits = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
+    skipped = [name for name in weights if name not in fits]
+    missing = [name for name in own if name not in fits]
+    if not fits:
+        raise ValueError(f"{path} has nothing that fits: it holds {[*weights][:3]}, and the network {[*own][:3]}")
+    module.load_state_dict(fits, strict=False)
+    parts = {"loaded": fits, "skipped": skipped, "missing": missing}
+    return f"{path}: " + ", ".join(f"{word} {len(names)} ({modules(names)})" for word, names in parts.items())
+
+
+def modules(names: Iterable[str]) -> str:
+    """What tensors belong to, two names deep."""
+    return ", ".join(dict.fromkeys(".".join(name.split(".")[:2]) for name in names)) or "nothing"
