@@ -169,8 +169,9 @@ class KAFBackbone(nn.Module):
 class _Pass:
     """What hooks share of the forward pass under way: its keypoints, and which submodules have been fused."""
 
-    keypoints: Keypoints | None = None
-    fused: list[str]
+    def __init__(self) -> None:
+        self.keypoints: Keypoints | None = None
+        self.fused: list[str] = []
 
 
 class _Fusion:
