@@ -11,6 +11,7 @@ from kaf_layer.encoder import KAFEncoder, KAFEncoderOutput
 from kaf_layer.matching import KeypointMatcher, Matches, match_keypoints
 from kaf_layer.losses import KAFPretrainingLoss, KeypointMatchLoss, PCLLoss, PretrainingLosses
 from kaf_layer.augmentation import Augmented, KeypointAugmentation
+from kaf_layer.interop import attach
 
 __all__ = [
     "Keypoints",
@@ -36,5 +37,6 @@ __all__ = [
     "PretrainingLosses",
     "KeypointAugmentation",
     "Augmented",
+    "attach",
 ]
 __version__ = "0.1.0"
