@@ -1,6 +1,7 @@
 """attach: any network, its own output until trained, its own state dict, and every error it can explain."""
 
 import copy
+import importlib
 import io
 import pickle
 import threading
@@ -383,8 +384,12 @@ def test_checkpointing_what_holds_a_layer_is_refused(reentrant: bool) -> None:
         model(IMAGES.clone().requires_grad_()).sum().backward()
 
 
+def one_layer() -> KAFBackbone:
+    return awake(attach(small_network(), {"1.0": 8}, detector=GridDetector(6), **SMALL))
+
+
 def test_compiles_whole_and_once() -> None:
-    model = small_model()
+    model = one_layer()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend=counter)
     for batch, slots in [(2, 5), (3, 9), (4, 12)]:
@@ -406,7 +411,7 @@ def test_compiles_whole_and_once() -> None:
 
 
 def test_exports() -> None:
-    model = small_model().eval()
+    model = one_layer().eval()
     batch, slots = torch.export.Dim("batch"), torch.export.Dim("slots")
     shapes = {"args": ({0: batch},), "keypoints": [{0: batch, 1: slots}] * 2 + [(None, None), None]}
     exported = torch.export.export(model, (IMAGES,), {"keypoints": KEYPOINTS}, dynamic_shapes=shapes).module()
@@ -455,6 +460,22 @@ def test_monai(name: str, dims: int) -> None:
     build, channels = MONAI[name]
     torch.manual_seed(0)
     check_backbone(build(dims), channels, torch.rand(2, 1, *(64, 96) if dims == 2 else (16, 8, 24)))
+
+
+def test_metadata_of_monai() -> None:
+    """Images that know where they are in the scanner give maps that do."""
+    data = pytest.importorskip("monai.data")
+    model = small_model().eval()
+    output = model(data.MetaTensor(IMAGES, affine=2 * torch.eye(4)))
+    assert output.affine[0, 0] == 2
+    assert torch.equal(output.as_tensor(), model(IMAGES))
+
+
+def test_the_example(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("monai")
+    attach_monai = importlib.import_module("attach_monai")
+    attach_monai.main(steps=1)
+    assert capsys.readouterr().out.count("True") == 2
 
 
 @pytest.mark.parametrize(("name", "encoder"), [("Unet", "resnet18"), ("FPN", "mobilenet_v2")])

@@ -1,0 +1,75 @@
+"""KAF layers in a trained MONAI UNet, by three lines; MONAI's loss and sliding window go on as before.
+
+python examples/attach_monai.py --steps 50
+"""
+
+import argparse
+
+import torch
+from monai.inferers import sliding_window_inference
+from monai.losses import DiceCELoss
+from monai.networks.nets import UNet
+from phantom import phantom
+from torch import Tensor, nn
+
+from kaf_layer import SIFTDetector
+from kaf_layer.interop import KAFBackbone, attach
+
+
+def slices(subject: int) -> tuple[Tensor, Tensor]:
+    """The middle slices of a phantom (B, 1, H, W), normalised, and their labels."""
+    volume = phantom(subject, size=(96, 80), slices=6)
+    images = volume.image[1:-1, None]
+    return (images - images.mean()) / images.std(), volume.label[1:-1, None]
+
+
+def train(model: nn.Module, steps: int) -> float:
+    """Trains what requires gradients; the loss of the last step."""
+    images, labels = slices(0)
+    criterion = DiceCELoss(to_onehot_y=True, softmax=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    loss = torch.tensor(torch.nan)
+    for _ in range(steps):
+        loss = criterion(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return loss.item()
+
+
+def insert_layers(unet: UNet) -> KAFBackbone:
+    """The three lines: which submodules (``unet.named_modules()`` lists them), where keypoints come from, attach."""
+    names = {"model.0": 16, "model.1.submodule.0": 32}
+    detector = SIFTDetector(max_keypoints=128, contrast_threshold=0.02, descriptors=False)
+    return attach(unet, names, detector=detector, depth=2, embed_dim=64)
+
+
+def main(steps: int = 50) -> None:
+    torch.manual_seed(0)
+    unet = UNet(spatial_dims=2, in_channels=1, out_channels=4, channels=(16, 32, 64), strides=(2, 2))
+    print(f"UNet: loss {train(unet, steps):.3f} after {steps} steps")
+    checkpoint = {name: value.clone() for name, value in unet.state_dict().items()}
+    images, _ = slices(1)
+    with torch.no_grad():
+        before = unet.eval()(images)
+
+    model = insert_layers(unet)
+    with torch.no_grad():
+        print("as the UNet until trained:", torch.equal(model(images), before))
+
+    model.backbone.requires_grad_(False)
+    print(f"KAF layers behind the frozen UNet: loss {train(model.train(), steps):.3f} after {steps} steps more")
+
+    with torch.no_grad():  # each window has keypoints of its own
+        logits = sliding_window_inference(images, (64, 64), sw_batch_size=4, predictor=model.eval())
+    print("sliding window:", tuple(logits.shape))
+
+    unet.load_state_dict(checkpoint)
+    with torch.no_grad():
+        print("detached, it is the UNet again:", torch.equal(model.detach()(images), before))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=50, help="of each training")
+    main(parser.parse_args().steps)

@@ -1,0 +1,96 @@
+"""What users' code and checkpoints rely on: names, and the keys of state dicts. A change here is a breaking change."""
+
+import importlib
+from collections.abc import Callable
+
+import pytest
+from torch import nn
+from unet import KAFUNet
+
+from kaf_layer import GridDetector, KAFLayer, SIFTDetector
+from kaf_layer.interop import attach
+from kaf_layer.losses import KAFPretrainingLoss, KeypointMatchLoss, PCLLoss
+
+NAMES = {
+    "kaf_layer": """
+        Keypoints KeypointDetector SIFTDetector GridDetector KeypointSampler sample_keypoints KeypointTransformer
+        KeypointScatter scatter_keypoints KeypointDiffusion KAFLayer KAFOutput KAFEncoder KAFEncoderOutput Matches
+        match_keypoints KeypointMatcher PCLLoss KeypointMatchLoss KAFPretrainingLoss PretrainingLosses
+        KeypointAugmentation Augmented attach
+    """,
+    "kaf_layer.detection": "GridDetector KeypointDetector SIFTDetector",
+    "kaf_layer.interop": "AuthorsKeys KAFBackbone attach load_authors_state_dict",
+    "kaf_layer.losses": """
+        KAFPretrainingLoss KeypointMatchLoss PCLLoss PretrainingLosses keypoint_match_loss pcl_loss
+    """,
+    "kaf_layer.matching": "KeypointMatcher Matches log_sinkhorn match_keypoints",
+}
+
+
+@pytest.mark.parametrize("module", NAMES)
+def test_names(module: str) -> None:
+    imported = importlib.import_module(module)
+    assert set(imported.__all__) == set(NAMES[module].split())
+    assert all(hasattr(imported, name) for name in imported.__all__)
+
+
+def keys(names: str, *, of: str = "weight bias", under: str = "") -> set[str]:
+    return {f"{under}{name}.{kind}" for name in names.split() for kind in of.split()}
+
+
+def under(prefix: str, names: set[str]) -> set[str]:
+    return {f"{prefix}.{name}" for name in names}
+
+
+NORM = "weight bias running_mean running_var num_batches_tracked"
+DIFFUSION = keys("conv1 conv2") | keys("norm", of=NORM)
+POSITIONS = keys("linears.0 linears.1 linears.2 linears.3 out")
+POSITION_NORMS = "norms.0 norms.1 norms.2 norms.3"
+TRANSFORMER_BLOCK = keys("attention_norm attention.qkv attention.out mlp_norm mlp.0 mlp.2")
+PROPAGATION_BLOCK = keys("attention.qkv attention.out expand contract") | keys("norm", of=NORM)
+
+LAYER = (
+    keys("embed transformer.norm")
+    | under("transformer.position_encoder", POSITIONS | keys(POSITION_NORMS))
+    | under("transformer.blocks.0", TRANSFORMER_BLOCK)
+    | under("diffusion", DIFFUSION)
+)
+PROPAGATION_LAYER = (
+    keys("embed")
+    | under("transformer.position_encoder", POSITIONS | keys(POSITION_NORMS, of=NORM))
+    | under("transformer.blocks.0", PROPAGATION_BLOCK)
+    | under("diffusion", DIFFUSION)
+)
+MATCHER = (
+    {"dustbin"}
+    | keys("out")
+    | under("position_encoder", POSITIONS | keys(POSITION_NORMS, of=NORM))
+    | under("blocks.0", PROPAGATION_BLOCK)
+)
+STATE_DICTS: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
+    "KAFLayer": (lambda: KAFLayer(4, depth=1), LAYER),
+    "KAFLayer-add-3d": (lambda: KAFLayer(4, depth=1, fusion="add", spatial_dims=3), LAYER),
+    "KAFLayer-propagation": (lambda: KAFLayer(4, depth=1, block="propagation"), PROPAGATION_LAYER),
+    "PCLLoss": (PCLLoss, set()),
+    "KeypointMatchLoss": (lambda: KeypointMatchLoss(16, depth=1), under("matcher", MATCHER)),
+    "KAFPretrainingLoss": (
+        lambda: KAFPretrainingLoss(12, 24, matcher_depth=1),
+        keys("projector.0 projector.2 token_mlp.0 token_mlp.2") | under("match.matcher", MATCHER),
+    ),
+    "SIFTDetector": (SIFTDetector, set()),
+    "GridDetector": (lambda: GridDetector(4), set()),
+    "attach": (
+        lambda: attach(nn.Sequential(nn.Sequential(nn.Conv2d(1, 4, 3))), {"0.0": 4}, depth=1),
+        keys("backbone.0.0") | under("layers.0_0", LAYER),
+    ),
+}
+
+
+@pytest.mark.parametrize(("build", "expected"), STATE_DICTS.values(), ids=STATE_DICTS)
+def test_state_dict_keys(build: Callable[[], nn.Module], expected: set[str]) -> None:
+    assert set(build().state_dict()) == expected
+
+
+def test_encoders_name_layers_by_their_stages() -> None:
+    actual = {key for key in KAFUNet(1, 2, width=4, depth=1).state_dict() if key.startswith("encoder.layers.")}
+    assert actual == set().union(*(under(f"encoder.layers.{i}", LAYER) for i in range(4)))
