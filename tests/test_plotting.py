@@ -1,0 +1,98 @@
+"""What is drawn is where it belongs."""
+
+import pytest
+import torch
+from common import random_keypoints
+
+from kaf_layer import Keypoints, Matches
+from kaf_layer.plotting import (
+    draw_image,
+    draw_keypoints,
+    draw_labels,
+    draw_matches,
+    draw_similarity,
+    self_similarity,
+)
+
+figure = pytest.importorskip("matplotlib.figure", reason="plotting needs the extra plot")
+
+
+@pytest.fixture
+def axes():
+    return figure.Figure().subplots()
+
+
+def keypoints(positions: list[list[float]], valid: list[bool], size: tuple[int, int] = (8, 12)) -> Keypoints:
+    return Keypoints(torch.tensor(positions), torch.tensor(valid), size)
+
+
+def test_keypoints_are_drawn_at_their_pixels_and_padding_is_not(axes) -> None:
+    sample = random_keypoints((9, 14), seed=3)[0]
+    assert draw_keypoints(axes, sample) == 7
+    drawn = torch.tensor(axes.collections[0].get_offsets().data)
+    assert drawn.equal(sample.positions[sample.valid].double().float().to(drawn.dtype))
+
+
+def test_a_sample_without_keypoints(axes) -> None:
+    empty = random_keypoints((9, 14))[1]
+    assert draw_keypoints(axes, empty) == 0
+    matches = Matches(torch.full((1, len(empty)), -1), torch.full((1, len(empty)), -1))
+    assert draw_matches(axes, torch.rand(9, 14), empty, torch.rand(9, 14), empty, matches) == 0
+
+
+def test_matches_join_partners_across_the_gap(axes) -> None:
+    a = keypoints([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], [True, True, False])
+    b = keypoints([[7.0, 1.0], [0.0, 5.0]], [True, True], (8, 10))
+    matches = Matches(torch.tensor([[1, -1, 0]]), torch.tensor([[2, 0]]))  # the last partner is padding
+    assert draw_matches(axes, torch.rand(8, 12), a, torch.rand(8, 10), b, matches, gap=3) == 1
+    (line,) = axes.lines
+    assert line.get_xydata().tolist() == [[1.0, 2.0], [12 + 3 + 0.0, 5.0]]
+    assert axes.get_xlim() == (-0.5, 12 + 3 + 10 - 0.5)
+
+
+@pytest.mark.parametrize("size", [(4, 6), (8, 12), (16, 24)])
+def test_self_similarity_is_the_cosine_with_the_query(size: tuple[int, int]) -> None:
+    features, (row, column) = torch.randn(3, *size), (2, 1)
+    # The centre of a cell, in pixels of the image.
+    x, y = (column + 0.5) * 12 / size[1] - 0.5, (row + 0.5) * 8 / size[0] - 0.5
+    result = self_similarity(features, (x, y), (8, 12))
+    query = features[:, row, column].double()
+    for i in range(size[0]):
+        for j in range(size[1]):
+            other = features[:, i, j].double()
+            expected = (query @ other) / (query.norm() * other.norm())
+            assert result[i, j].item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_self_similarity_in_three_dimensions() -> None:
+    features = torch.randn(3, 4, 5, 6)
+    assert self_similarity(features, (3.0, 2.0, 1.0), (4, 5, 6))[1, 2, 3].item() == pytest.approx(1, abs=1e-6)
+
+
+def test_similarity_covers_the_image(axes) -> None:
+    drawn = draw_similarity(axes, torch.rand(8, 12), torch.rand(2, 3), (4.0, 5.0))
+    assert list(drawn.get_extent()) == [-0.5, 11.5, 7.5, -0.5]
+    assert axes.lines[0].get_xydata().tolist() == [[4.0, 5.0]]
+
+
+def test_labels_and_images_of_any_kind(axes) -> None:
+    labels = torch.zeros(8, 12, dtype=torch.uint8)
+    labels[1:4, 2:5], labels[5:7, 6:9] = 1, 9  # more labels than colours
+    assert draw_image(axes, torch.randint(0, 255, (8, 12), dtype=torch.uint8)).get_size() == (8, 12)
+    assert draw_labels(axes, labels) == [1, 9]
+    assert draw_image(axes, torch.zeros(8, 12, dtype=torch.bfloat16)).get_size() == (8, 12)
+
+
+def test_what_does_not_fit_is_refused(axes) -> None:
+    batch = random_keypoints((8, 12))
+    image, none = torch.rand(8, 12), torch.full((1, len(batch[0])), -1)
+    with pytest.raises(ValueError, match=r"one slice and channel, got image.shape=torch.Size\(\[1, 8, 12\]\)"):
+        draw_image(axes, image[None])
+    with pytest.raises(ValueError, match="of one sample"):
+        draw_keypoints(axes, batch)
+    with pytest.raises(ValueError, match="one height"):
+        draw_matches(axes, image, batch[0], torch.rand(9, 12), batch[0], Matches(none, none))
+    with pytest.raises(ValueError, match="of one pair"):
+        draw_matches(axes, image, batch[0], image, batch[0], Matches(none[:, 1:], none))
+    with pytest.raises(ValueError, match="each axis of the map"):
+        self_similarity(torch.rand(3, 4, 6), (1.0, 2.0, 3.0), (8, 12))
