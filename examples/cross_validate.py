@@ -25,6 +25,7 @@ from typing import Any
 import finetune
 import pretrain
 import torch
+from data import load_volumes
 from recipes import MODELS, load_split, load_stacks, parse, parser_of
 from splits import write_split
 
@@ -116,12 +117,12 @@ def report(results: Sequence[Result], command: str, data: str, own: argparse.Nam
     first = results[0]
     chosen, versions = first["settings"], first["versions"]
     folds = sorted({result["fold"] for result in results})
-    steps = "one pass over the slices" if chosen["steps_per_epoch"] == "None" else f"{chosen['steps_per_epoch']} steps"
+    steps = f"{chosen['steps_per_epoch']} steps" if chosen["steps_per_epoch"] else "one pass over the slices"
     facts = {
         "command": f"`{command}`",
         "data": data,
         "folds": f"{len(folds)} ({', '.join(map(str, folds))}) of {chosen['folds']}; mean ± deviation over them",
-        "seed": chosen["seed"],
+        "seed": str(chosen["seed"]),
         "fine-tuning": f"{chosen['epochs']} epochs of {steps}, batch {chosen['batch']}, learning rate {chosen['lr']}",
         "pretraining": f"`{shlex.join(own.pretrain)}`" if own.pretrain else "pretrain.py's defaults",
         "network": ", ".join(f"{name} {chosen[name]}" for name in ("patch", "width", "embed_dim", "depth", "detector")),
@@ -135,8 +136,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     own, shared = parser().parse_known_args(arguments)
     options = parse(parser_of(None), [*shared, "--output", str(own.output)])
-    stacks = load_stacks(options)
-    split = load_split(options, stacks)
+    volumes = load_volumes(options.data, limit=options.limit, classes=options.classes)
+    split = load_split(options, volumes)
     folds = own.test_folds or range(len(split))
     if not set(folds) <= set(range(len(split))):
         raise ValueError(f"--test-folds must be among 0 to {len(split) - 1}, got {own.test_folds}")
@@ -149,8 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
         with ProcessPoolExecutor(own.jobs, mp_context=get_context("spawn")) as pool:
             jobs = [pool.submit(run_fold, fold, own, shared) for fold in folds]
             results = [result for job in jobs for result in job.result()]
-    subjects = len({stack.volume.subject for stack in stacks})
-    data = f"{options.data.name if options.data else 'phantoms'}, {subjects} subjects, {len(stacks)} volumes"
+    subjects = len({volume.subject for volume in volumes})
+    data = f"{options.data.name if options.data else 'phantoms'}, {subjects} subjects, {len(volumes)} volumes"
     text = report(results, f"python examples/cross_validate.py {shlex.join(arguments)}", data, own)
     (own.output / "table.md").write_text(text)
     (own.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None, *, stacks: list[Stack] | None =
         return done
     accelerator = Accelerator(mixed_precision=options.mixed_precision)
     stacks = load_stacks(options) if stacks is None else stacks
-    split = load_split(options, stacks)
+    split = load_split(options, (stack.volume for stack in stacks))
     if not 0 <= options.fold < len(split):
         raise ValueError(f"--fold must be 0 to {len(split) - 1}, got {options.fold}")
     fold = split[options.fold]

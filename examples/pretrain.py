@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None, *, stacks: list[Stack] | None =
     unused = DistributedDataParallelKwargs(find_unused_parameters=not options.weights[0])
     accelerator = Accelerator(mixed_precision=options.mixed_precision, kwargs_handlers=[unused])
     stacks = load_stacks(options, labelled=False) if stacks is None else stacks
-    split = load_split(options, stacks)
+    split = load_split(options, (stack.volume for stack in stacks))
     if not 0 <= options.fold < len(split):
         raise ValueError(f"--fold must be 0 to {len(split) - 1}, got {options.fold}")
     chosen = split[options.fold].train

@@ -1,12 +1,13 @@
 """What the scripts share on the command line: the paper's recipes, the networks, the detectors."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data import Stack, load_volumes, prepare
 from fcn import FCN
+from phantom import Volume
 from splits import Fold, make_split, read_split
 from torch import Tensor, nn
 from unet import UNet, UNetC2
@@ -95,8 +96,8 @@ def load_stacks(options: argparse.Namespace, *, labelled: bool = True) -> list[S
     return prepare(volumes, build_detector(options), patch=tuple(options.patch))
 
 
-def load_split(options: argparse.Namespace, stacks: Sequence[Stack]) -> list[Fold]:
-    subjects = [stack.volume.subject for stack in stacks]
+def load_split(options: argparse.Namespace, volumes: Iterable[Volume]) -> list[Fold]:
+    subjects = [volume.subject for volume in volumes]
     if options.split:
         return read_split(options.split, subjects)
     return make_split(subjects, folds=options.folds, seed=options.seed)

@@ -138,9 +138,10 @@ def load(path: Path) -> Any:
         raise ValueError(f"{path} cannot be read, it may be truncated: {error}") from error
 
 
-def settings(options: argparse.Namespace) -> dict[str, str]:
-    """The options that decide what a run computes."""
-    return {name: str(value) for name, value in sorted(vars(options).items()) if name not in PLACES}
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The options that decide what a run computes, as JSON would give them back."""
+    chosen = {name: value for name, value in sorted(vars(options).items()) if name not in PLACES}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}
 
 
 def restore(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, options: argparse.Namespace) -> int:
