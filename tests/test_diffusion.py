@@ -244,9 +244,9 @@ def test_the_memory_format_is_kept(method):
 
 
 def test_what_is_kept_and_multiplied_does_not_grow_with_the_map():
-    module = make((64, 64), dtype=torch.float32)
-    keypoints = random_keypoints((64, 64), (6, 3), dtype=torch.float32)
-    tokens = torch.randn(2, 8, 6, requires_grad=True)
+    module = make((64, 64))
+    keypoints = random_keypoints((64, 64), (6, 3))
+    tokens = torch.randn(2, 8, 6, dtype=torch.float64, requires_grad=True)
     runs = [lambda size=size: module(tokens, keypoints, size) for size in ((64, 64), (128, 96))]
     assert cheapest_method(8, (64, 64)) == "rows"
     assert saved_bytes(runs[0]) == saved_bytes(runs[1])

