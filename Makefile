@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 HAS_TORCH := $(shell $(PYTHON) -c "import torch; print('yes')" 2>/dev/null)
 
-.PHONY: test demo lint types build clean
+.PHONY: test demo benchmarks lint types build clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -20,6 +20,14 @@ test: $(VENV)/.installed  ## run all tests and doctests, with branch coverage
 
 demo: $(VENV)/.installed  ## train a UNet and a KAF-UNet on phantoms, compare them, draw outputs/demo.png
 	$(BIN)/python examples/demo.py
+
+benchmarks: export RESULTS := outputs/benchmarks
+benchmarks: $(VENV)/.installed  ## every benchmark at a small size, into outputs/benchmarks
+	$(BIN)/python benchmarks/flops.py --edges 128 256 --attentions 20
+	$(BIN)/python benchmarks/memory.py --edges 128 256 --attentions 20
+	$(BIN)/python benchmarks/speed.py --parts diffusion --edges 64 --repeats 3
+	$(BIN)/python benchmarks/detection.py --only agreement
+	$(BIN)/python benchmarks/matching.py --only sinkhorn --points 128 --repeats 3
 
 lint: $(VENV)/.installed  ## ruff: rules and format
 	$(BIN)/ruff check .
