@@ -161,6 +161,10 @@ class Stack:
         """Labels (Z, H, W) of the patches, in the volume's size; background outside the patch."""
         return F.pad(labels, [-margin for margin in self.margins])
 
+    def crop(self, labels: Tensor) -> Tensor:
+        """Labels (Z, H, W) of the volume, in the patch's size."""
+        return F.pad(labels, self.margins)
+
 
 def prepare(volumes: Sequence[Volume], detector: KeypointDetector, *, patch: tuple[int, int]) -> list[Stack]:
     """Detects the keypoints of each original slice, once, and brings everything to the patch's size."""

@@ -156,6 +156,8 @@ class KeypointDiffusion(nn.Module):
         norm, bias = self.norm, self.conv1.bias
         mean, var = norm.running_mean, norm.running_var
         if norm.training:
+            if pixels == 1:
+                raise ValueError(f"batch statistics need more than one pixel, got {pixels=}; call .eval()")
             mean, var = moments(rows, pixels)
             mean = mean + bias
             unbiased = var * (pixels / (pixels - 1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass, fields
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import Annotated, Any
 
 import torch
@@ -30,7 +30,8 @@ class Keypoints:
         scales: (B, N), in pixels.
         angles: (B, N), in radians, from the x axis towards the y axis.
         descriptors: (B, N, K).
-        padded: False promises that every slot is valid, which spares the attention its mask.
+        padded: False promises that every slot is valid, which spares the attention its mask. To
+            take keypoints away from such a batch, use :meth:`where`.
 
     Raises:
         ValueError: if a shape, or the type of ``positions`` or ``valid``, does not fit.
@@ -90,10 +91,17 @@ class Keypoints:
         return self._map(lambda value: value[index])
 
     def to(self, *args: Any, **kwargs: Any) -> Keypoints:
-        """As :meth:`torch.Tensor.to`; ``valid`` stays boolean."""
-        return self._map(
-            lambda value: value.to(*args, **kwargs) if value.is_floating_point() else value.to(*args, **kwargs).bool()
-        )
+        """As :meth:`torch.Tensor.to`; as in :meth:`torch.nn.Module.to`, a type is for what is floating point."""
+
+        def move(value: Tensor) -> Tensor:
+            moved = value.to(*args, **kwargs)
+            return moved if value.is_floating_point() else moved.to(value.dtype)
+
+        return self._map(move)
+
+    def where(self, keep: Annotated[Tensor, "B N"]) -> Keypoints:
+        """The keypoints that ``keep`` keeps, such as those within a mask of the body, in their slots."""
+        return replace(self, valid=self.valid & keep, padded=True)
 
     def detach(self) -> Keypoints:
         """The same keypoints, cut from the graph."""
@@ -198,7 +206,8 @@ def check_features(features: Annotated[Tensor, "B C *S"], keypoints: Keypoints) 
 
     Raises:
         ValueError: if the numbers of axes or the batch sizes differ, or if an axis of the map is
-            not the image's divided (or multiplied) by a whole number, rounded up or down.
+            not the image's divided (or multiplied) by a whole number, rounded up or down. Under a
+            compiler sizes are not compared.
     """
     size, image_size = features.shape[2:], keypoints.image_size
     if len(size) != len(image_size) or keypoints.positions.ndim != 3:
@@ -219,7 +228,8 @@ def check_features(features: Annotated[Tensor, "B C *S"], keypoints: Keypoints) 
     ):
         raise ValueError(
             "features must be a map of the keypoints' image, each axis divided by a whole stride "
-            f"(are H and W swapped?), got {features.shape=} and {keypoints.image_size=}"
+            "(are H and W swapped, or does a convolution lack padding?), "
+            f"got {features.shape=} and {keypoints.image_size=}"
         )
 
 

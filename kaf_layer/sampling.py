@@ -22,7 +22,7 @@ def sample_keypoints(
     Keypoints outside the image are clamped into the map.
 
     Args:
-        features: (B, C, *S), a map of the keypoints' image, of any size.
+        features: (B, C, *S), a map of the keypoints' image: each axis divided by a whole stride.
         keypoints: N slots per sample.
         mode: "bilinear" interpolation (trilinear in 3-D), differentiable with respect to the
             positions, or the value of the "nearest" cell, as the authors' code takes it.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import product
+from math import prod
 from typing import Annotated, Any
 
 import torch
@@ -117,7 +118,7 @@ class _RowsToMap(torch.autograd.Function):
         values = _convolve(hidden, weight, table).add_(bias).view(*cells.shape, weight.shape[0])
         fused, diffused = _allocate(values, features, size)
         _fill(diffused, torch.einsum("oc...,c->o...", weight, hidden[0]), bias)
-        pixels = diffused.view(*diffused.shape[:2], -1)
+        pixels = diffused.view(*diffused.shape[:2], prod(size))
         pixels.scatter_(2, cells[:, None].expand_as(values.mT), values.mT.to(fused.dtype))
         ctx.save_for_backward(rows, scale, shift, weight, transposed, cells)
         ctx.features = 0 if features is None else features.shape[1]
@@ -189,7 +190,7 @@ def _multiply(a: Annotated[Tensor, "M C"], b: Annotated[Tensor, "C O"]) -> Annot
 
     Torch convolves with oneDNN, but multiplies matrices with MKL, which is less than half as fast on AMD's processors.
     """
-    if a.device.type != "cpu" or a.dtype != torch.float32 or torch.compiler.is_compiling():
+    if a.device.type != "cpu" or a.dtype != torch.float32 or torch.compiler.is_compiling() or not a.shape[0]:
         return a @ b
     images = 16  # from so many on, torch chooses oneDNN with any number of threads
     padded = F.pad(a, (0, 0, 0, -a.shape[0] % images)) if a.shape[0] % images else a
@@ -205,7 +206,7 @@ def _allocate(values: Tensor, features: Tensor | None, size: Sequence[int]) -> t
     """An uninitialised map, with the features copied into its first channels, and the view of the others."""
     batch, _, channels = values.shape
     if features is None:
-        fused = values.new_empty(batch, channels, *size)
+        fused = values.new_empty((batch, channels, *size))
         return fused, fused
     fused = torch.empty(
         (batch, features.shape[1] + channels, *size),

@@ -163,3 +163,12 @@ def test_a_map_of_another_image_is_refused(shape: tuple[int, ...], message: str)
 @pytest.mark.parametrize("size", [(6, 8), (3, 4), (2, 2), (1, 1), (12, 16), (6, 4)])
 def test_a_map_of_the_image_is_taken(size: tuple[int, int]) -> None:
     KeypointSampler()(torch.rand(2, 4, *size), Keypoints(torch.rand(2, 3, 2), ones(2, 3), (6, 8)))
+
+
+def test_to_keeps_integers_and_where_keeps_the_promise() -> None:
+    descriptors = torch.randint(0, 255, (1, 2, 4), dtype=torch.uint8)
+    keypoints = Keypoints(torch.rand(1, 2, 2), ones(1, 2), (6, 8), descriptors=descriptors, padded=False)
+    assert torch.equal(keypoints.to(torch.float64).descriptors, descriptors)
+    kept = keypoints.where(torch.tensor([[True, False]]))
+    assert kept.valid.tolist() == [[True, False]]
+    assert kept.padded

@@ -50,6 +50,18 @@ def test_attention_is_long_range() -> None:
     assert difference[20:30].eq(0).all()
 
 
+@pytest.mark.parametrize("edge", [6, 60])
+def test_no_slots_at_all(edge: int) -> None:
+    """In single precision, whose matrix products take another way."""
+    layer = KAFLayer(4, **SMALL)
+    keypoints = random_keypoints((edge, 2 * edge), (0, 0), slots=0, dtype=torch.float32)
+    features = torch.randn(2, 4, edge, 2 * edge, requires_grad=True)
+    layer(features, keypoints).features.sum().backward()
+    assert features.grad.isfinite().all()
+    with pytest.raises(ValueError, match="more than one pixel"):
+        layer(torch.randn(1, 4, 1, 1), random_keypoints((16, 16), (0,), slots=0, dtype=torch.float32))
+
+
 @pytest.mark.parametrize(("options", "channels"), [({}, 8), ({"out_channels": 3}, 7), ({"fusion": "add"}, 4)])
 def test_fused_channels(options: dict[str, object], channels: int) -> None:
     layer = KAFLayer(4, **SMALL, **options)

@@ -112,6 +112,7 @@ def test_compiles_whole_and_once(device: str) -> None:
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of its own use of TorchScript
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor(device: str) -> None:
     layer = KAFLayer(4, **SMALL).to(device)

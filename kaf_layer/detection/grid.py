@@ -17,7 +17,8 @@ class GridDetector(nn.Module):
     """Keypoints on a uniform grid, whatever the image shows, in any number of dimensions.
 
     An axis of ``size`` pixels gets ``n = max(1, round(size / spacing))`` keypoints at
-    ``(i + 0.5) * size / n - 0.5``: evenly spaced, with half a step to either border. No slot is padding.
+    ``(i + 0.5) * size / n - 0.5``: evenly spaced, with half a step to either border. No slot is padding; to
+    take keypoints away, outside of the body say, use ``keypoints.where(mask)``.
 
     Args:
         spacing: pixels between neighbours; one number, or one for each axis in tensor order.

@@ -119,7 +119,7 @@ class SIFTDetector(nn.Module):
                 are values looked at: elsewhere an image that is not finite has no keypoints.
         """
         if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
-            raise ValueError(f"images must be (B, C, H, W) with one channel or three, got {images.shape=}")
+            raise ValueError(f"images must be (B, C, H, W), B > 0, with one channel or three, got {images.shape=}")
         if min(images.shape[2:]) < SMALLEST:
             raise ValueError(
                 f"images must have at least {SMALLEST} x {SMALLEST} pixels: the first octave, twice as large, has a "

@@ -57,6 +57,7 @@ def attach(
         >>> model.detach() is backbone
         True
     """
+    submodules = [submodules] if isinstance(submodules, str) else submodules
     wanted = dict(submodules) if isinstance(submodules, Mapping) else dict.fromkeys(submodules)
     modules = _find(backbone, list(wanted))
     shapes = {} if example is None else _dry_run(backbone, modules, example)
@@ -70,6 +71,8 @@ def attach(
             layers[name] = KAFLayer(channels, fusion="add", **options).to(like)
         else:
             raise ValueError(f"give the channels of {name!r}, or an example to see them in, got {channels=}")
+    if detector is None and any(layer.transformer.position_encoder.spatial_dims != 2 for layer in layers.values()):
+        raise ValueError("SIFT is for 2-D images: give a detector, such as GridDetector(8), got detector=None")
     return KAFBackbone(backbone, layers, detector=detector or SIFTDetector(descriptors=False), image=image)
 
 

@@ -10,6 +10,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from kaf_layer.attention import Attention
+
 __all__ = ["AuthorsKeys", "load_authors_state_dict"]
 
 _HEADS = 4  # of every attention in the authors' code
@@ -66,7 +68,7 @@ def load_authors_state_dict(module: nn.Module, state_dict: Mapping[str, Tensor])
         parameters in a UNet with four, take no part in what the authors' code computes.
 
     Raises:
-        ValueError: if keys are missing, unknown or of the wrong shape; each is named.
+        ValueError: if keys are missing, unknown or of the wrong shape, by name; or if attention has not 4 heads.
 
     Example:
         >>> from kaf_layer import KAFLayer
@@ -83,10 +85,16 @@ def load_authors_state_dict(module: nn.Module, state_dict: Mapping[str, Tensor])
         if name in targets and state_dict[key].shape != _authors_shape(targets[name]):
             expected, shape = _authors_shape(targets[name]), tuple(state_dict[key].shape)
             raise ValueError(f"{key}: expected shape {expected}, got {shape}")
+    heads = {m.num_heads for m in module.modules() if isinstance(m, Attention)}
+    if heads - {_HEADS}:
+        raise ValueError(f"the authors' attention has {_HEADS} heads, make the module with as many, got {heads}")
     unknown = [key for key, name in taken.items() if name not in targets]
     missing = sorted(targets.keys() - taken.values())
     if unknown or missing:
-        raise ValueError(f"the state dict is not this module's: it has no place for {unknown}, and lacks {missing}")
+        raise ValueError(
+            f"the state dict is not this module's (is it within another?): no place for {len(unknown)} keys, such as "
+            f"{unknown[:5]}, and nothing for {len(missing)}, such as {missing[:5]}"
+        )
     for key, name in taken.items():
         targets[name].copy_(_convert(name, state_dict[key]).view_as(targets[name]))
     return AuthorsKeys(list(taken), left)

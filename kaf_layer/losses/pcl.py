@@ -64,7 +64,7 @@ class PCLLoss(nn.Module):
 
     Shape:
         - embeddings: (B, V, E), V views of each of B slices; one view will do.
-        - positions: (B,), the slices' relative positions in their volumes, commonly in [0, 1).
+        - positions: (B,), the slices' relative positions in their volumes, commonly in [0, 1), not their numbers.
         - result: a scalar.
 
     Raises:

@@ -110,11 +110,12 @@ class KAFPretrainingLoss(nn.Module):
         self,
         bottleneck: Annotated[Tensor, "2B C *S"],
         positions: Annotated[Tensor, "2B"],
-        tokens: Sequence[Annotated[Tensor, "2B N E_i"]] = (),
+        tokens: Sequence[Annotated[Tensor, "2B N E_i"]] | Annotated[Tensor, "2B N E"] = (),
         keypoints: Keypoints | None = None,
         matches: Matches | None = None,
     ) -> PretrainingLosses:
         """Returns the total and its parts; what a part of weight zero would take may be left out."""
+        tokens = [tokens] if isinstance(tokens, Tensor) else tokens
         parts = [torch.zeros((), device=bottleneck.device)] * 3
         if self.projector is not None:
             embeddings = self.projector(_pooled(bottleneck, self.projector))

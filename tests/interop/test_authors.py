@@ -90,12 +90,14 @@ def test_wrong_state_dicts_are_refused_by_name() -> None:
     proj = "superglue.gnn.layers.1.attn.proj.2.weight"
     with pytest.raises(ValueError, match=rf"{proj}: expected shape \(256, 256, 1\), got \(256, 128, 1\)"):
         load_authors_state_dict(layer, weights | {proj: torch.zeros(256, 128, 1)})
-    with pytest.raises(ValueError, match=r"no place for \['extra\.weight'\]"):
+    with pytest.raises(ValueError, match=r"no place for 1 keys, such as \['extra\.weight'\]"):
         load_authors_state_dict(layer, weights | {"extra.weight": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"lacks \['embed\.weight'\]"):
+    with pytest.raises(ValueError, match=r"nothing for 1, such as \['embed\.weight'\]"):
         load_authors_state_dict(layer, {k: v for k, v in weights.items() if k != "feature_mlp.weight"})
     with pytest.raises(ValueError, match=r"blocks\.1\.attention\.qkv\.2\.bias"):
         load_authors_state_dict(layer, {k: v for k, v in weights.items() if not k.endswith("proj.2.bias")})
+    with pytest.raises(ValueError, match=r"has 4 heads, make the module with as many, got \{8\}"):
+        load_authors_state_dict(KAFLayer(16, depth=4, num_heads=8, **PROPAGATION), weights)
     assert torch.equal(layer.embed.bias, before)
 
 
