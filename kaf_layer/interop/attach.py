@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from kaf_layer.detection import KeypointDetector, SIFTDetector
+from kaf_layer.interop.submodules import dry_run, find_submodules, first_map, layer_key
 from kaf_layer.keypoints import Keypoints
 from kaf_layer.layer import KAFLayer
 
@@ -59,8 +59,8 @@ def attach(
     """
     submodules = [submodules] if isinstance(submodules, str) else submodules
     wanted = dict(submodules) if isinstance(submodules, Mapping) else dict.fromkeys(submodules)
-    modules = _find(backbone, list(wanted))
-    shapes = {} if example is None else _dry_run(backbone, modules, example)
+    modules = find_submodules(backbone, list(wanted))
+    shapes = {} if example is None else dry_run(backbone, modules, example)
     like = next((p for p in backbone.parameters() if p.is_floating_point()), torch.empty(0))
     layers = {}
     for name, channels in wanted.items():
@@ -120,9 +120,9 @@ class KAFBackbone(nn.Module):
             raise ValueError(f"the backbone's own argument would be hidden by keypoints=, got {arguments=}")
         if image is not None and image not in arguments:
             raise ValueError(f"image must name an argument of the backbone, got {image=} and {arguments=}")
-        modules = _find(backbone, list(layers))
+        modules = find_submodules(backbone, list(layers))
         self.backbone = backbone
-        self.layers = nn.ModuleDict({_key(name): layer for name, layer in layers.items()}).train(backbone.training)
+        self.layers = nn.ModuleDict({layer_key(name): layer for name, layer in layers.items()}).train(backbone.training)
         self.detector = detector
         self.image = image
         self.training = backbone.training
@@ -196,67 +196,9 @@ class _Fusion:
             raise ValueError(f"{self.name!r} runs more than once in a forward pass: name what runs once")
         self.state.fused.append(self.name)
         leaves, spec = tree_flatten(output)
-        index, features = _first_map(self.name, leaves)
+        index, features = first_map(self.name, leaves)
         try:
-            leaves[index] = self.layers[_key(self.name)](features, keypoints).features
+            leaves[index] = self.layers[layer_key(self.name)](features, keypoints).features
         except ValueError as error:
             raise ValueError(f"{self.name!r} must return a map of the image (B, C, *S): {error}") from error
         return tree_unflatten(leaves, spec)
-
-
-def _key(name: str) -> str:
-    """A submodule's name as a key of a ModuleDict."""
-    return name.replace(".", "_")
-
-
-def _first_map(name: str, leaves: list[Any]) -> tuple[int, Tensor]:
-    for index, leaf in enumerate(leaves):
-        if isinstance(leaf, Tensor):
-            if leaf.ndim < 4 or not leaf.is_floating_point():
-                raise ValueError(f"{name!r} must return a map (B, C, *S), got {leaf.shape=} and {leaf.dtype=}")
-            return index, leaf
-    raise ValueError(f"{name!r} must return a map (B, C, *S), got no tensor but {[type(leaf) for leaf in leaves]}")
-
-
-def _find(backbone: nn.Module, names: list[str]) -> dict[str, nn.Module]:
-    """The submodules by name."""
-    modules = dict(backbone.named_modules(remove_duplicate=False))
-    for name in names:
-        if not name or name not in modules:
-            closest = difflib.get_close_matches(name, modules, cutoff=0.0)
-            raise ValueError(f"the backbone has no submodule {name!r}; the closest are {closest}")
-    for of, labels in (("submodule", [id(modules[name]) for name in names]), ("key", [_key(name) for name in names])):
-        if len(set(labels)) < len(names):
-            raise ValueError(f"every name must have a {of} of its own, got {names}")
-    if not names:
-        raise ValueError("name a submodule or more, got none")
-    return {name: modules[name] for name in names}
-
-
-def _dry_run(
-    backbone: nn.Module, modules: dict[str, nn.Module], example: Tensor | tuple[Any, ...]
-) -> dict[str, torch.Size]:
-    """The shapes of the submodules' maps."""
-    shapes: dict[str, torch.Size] = {}
-
-    def watch(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
-        def look(_module: nn.Module, _args: Any, output: Any) -> None:
-            shapes[name] = _first_map(name, tree_leaves(output))[1].shape
-
-        return module.register_forward_hook(look)
-
-    handles = [watch(name, module) for name, module in modules.items()]
-    modes = {module: module.training for module in backbone.modules()}
-    backbone.eval()
-    try:
-        with torch.no_grad():
-            backbone(*(example if isinstance(example, tuple) else (example,)))
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
-    missing = modules.keys() - shapes.keys()
-    if missing:
-        raise ValueError(f"each submodule with a layer must run, but {sorted(missing)} did not")
-    return shapes
