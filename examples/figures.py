@@ -1,0 +1,220 @@
+"""Draws the paper's Figures 3, 4, 6 and 7 for one's own data and networks.
+
+    python examples/figures.py --output outputs/figures                                    # phantoms, no network
+    python examples/figures.py --preset acdc --data ACDC/training --output outputs/figures \
+        --runs outputs/table/fold0/unet/M2 outputs/table/fold0/kaf-unet/M2
+
+Writes keypoints.png, correspondences.png and threshold.png, and for networks that finetune.py trained
+segmentations.png and similarity.png.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from cross_validate import title
+from data import Stack, load_volumes, match_slices, prepare
+from finetune import predict
+from kornia.augmentation import RandomAffine
+from matplotlib.figure import Figure
+from recipes import build_detector, build_model, parse, parser_of
+from splits import read_split
+from torch import Tensor, nn
+from tqdm import tqdm
+from training import load
+
+from kaf_layer import Augmented, GridDetector, Keypoints
+from kaf_layer.augmentation import KeypointAugmentation
+from kaf_layer.plotting import (
+    draw_image,
+    draw_keypoints,
+    draw_labels,
+    draw_matches,
+    draw_similarity,
+    self_similarity,
+)
+
+Run = tuple[str, nn.Module]
+TURN = {"rotated by 25°": {"degrees": (25.0, 25.0)}, "scaled by 0.75": {"degrees": 0.0, "scale": (0.75, 0.75)}}
+
+
+def grid_of(rows: int, columns: int, *, width: float = 2.2, height: float = 2.2) -> tuple[Figure, Any]:
+    """A figure and its axes, an array (rows, columns)."""
+    figure = Figure(figsize=(width * columns, height * rows), layout="compressed", dpi=200)
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def largest(stack: Stack) -> int:
+    """The slice with most foreground; the one in the middle, if there is no foreground."""
+    areas = (stack.labels > 0).sum((1, 2))
+    return int(areas.argmax()) if areas.any() else len(areas) // 2
+
+
+def row_title(axis: Any, text: str) -> None:
+    """A title on the left of a row, whose axes are off."""
+    axis.text(-0.03, 0.5, text, transform=axis.transAxes, ha="right", va="center", rotation=90)
+
+
+def draw_detectors(stacks: Sequence[Stack], *, spacing: float) -> Figure:
+    """The keypoints of a slice of each volume, detected and on a grid."""
+    figure, axes = grid_of(2, len(stacks))
+    for column, stack in zip(axes.T, stacks, strict=True):
+        z = largest(stack)
+        grid = GridDetector(spacing)(stack.images[z : z + 1])[0]
+        column[0].set_title(stack.volume.subject, fontsize=9)
+        for axis, keypoints in zip(column, (stack.keypoints[z], grid), strict=True):
+            draw_image(axis, stack.images[z, 0])
+            draw_keypoints(axis, keypoints, s=7)
+    row_title(axes[0, 0], "detected")
+    row_title(axes[1, 0], "grid")
+    return figure
+
+
+def transform(images: Tensor, keypoints: Keypoints, **options: Any) -> Augmented:
+    """The same transformation of all images, with what is outside as dark as the darkest."""
+    darkest = images.min()
+    moved = KeypointAugmentation(RandomAffine(p=1.0, **options))(images - darkest, keypoints)
+    return moved._replace(images=moved.images + darkest)
+
+
+def draw_correspondences(stacks: Sequence[Stack]) -> Figure:
+    """Neighbouring slices with their matches, and the same ones after an augmentation of both."""
+    torch.manual_seed(0)
+    figure, axes = grid_of(len(stacks), 2, width=4.2)
+    for row, stack in zip(axes, stacks, strict=True):
+        z = min(largest(stack), max(len(stack.images) - 2, 0))
+        pair = [z, min(z + 1, len(stack.images) - 1)]
+        images, keypoints = stack.images[pair], Keypoints.stack([stack.keypoints[i] for i in pair])
+        matches = match_slices(keypoints[0], keypoints[1])
+        moved = transform(images, keypoints, degrees=25.0, translate=(0.1, 0.1), scale=(0.8, 1.25))
+        for axis, (shown, points) in zip(row, ((images, keypoints), moved[:2]), strict=True):
+            count = draw_matches(axis, shown[0, 0], points[0], shown[1, 0], points[1], matches)
+            axis.set_title(f"{count} matches", fontsize=8)
+        row_title(row[0], stack.volume.subject)
+    for axis, text in zip(axes[0], ("before the augmentation", "after"), strict=True):
+        axis.set_title(f"{text}: {axis.get_title()}", fontsize=8)
+    return figure
+
+
+def draw_thresholds(stacks: Sequence[Stack], *, shown: tuple[float, float, float] = (5, 30, 1000)) -> Figure:
+    """The matches of a pair for three distances, and the mean number over all neighbouring slices for many."""
+    figure, axes = grid_of(2, 2, width=4.2)
+    stack = stacks[0]
+    z = min(largest(stack), max(len(stack.images) - 2, 0))
+    a, b = stack.keypoints[z], stack.keypoints[min(z + 1, len(stack.images) - 1)]
+    for axis, distance in zip(axes.flat, shown, strict=False):
+        matches = match_slices(a, b, max_distance=distance)
+        count = draw_matches(axis, stack.images[z, 0], a, stack.images[z + 1 - len(stack.images), 0], b, matches)
+        limit = f"within {distance:g} pixels" if distance < sum(a.image_size) else "anywhere"
+        axis.set_title(f"{limit}: {count} matches", fontsize=8)
+    distances = [2, 4, 6, 10, 15, 20, 30, 45, 60, 90, 120, 180]
+    pairs = [pair for s in stacks for pair in zip(s.keypoints, s.keypoints[1:], strict=False)]
+    counts = [
+        sum(int((match_slices(*pair, max_distance=distance).indices >= 0).sum()) for pair in pairs) / max(len(pairs), 1)
+        for distance in tqdm(distances, desc="thresholds", leave=False)
+    ]
+    axis = axes[1, 1]
+    axis.plot(distances, counts, marker="o", markersize=3, color="#377eb8")
+    axis.axvline(30, color="grey", linewidth=0.8, linestyle="--")
+    axis.set_xlabel("largest Manhattan distance (pixels)", fontsize=8)
+    axis.set_ylabel("matches for each pair", fontsize=8)
+    axis.set_ylim(0)
+    axis.tick_params(labelsize=7)
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def draw_segmentations(stacks: Sequence[Stack], runs: Sequence[Run]) -> Figure:
+    """A slice of each volume with the reference and the networks' outlines."""
+    figure, axes = grid_of(len(stacks), 2 + len(runs))
+    for row, stack in zip(axes, stacks, strict=True):
+        z = largest(stack)
+        outlines = [None, stack.labels[z]]
+        outlines += [stack.crop(predict(model, stack))[z] for _, model in runs]
+        for axis, labels in zip(row, outlines, strict=True):
+            draw_image(axis, stack.images[z, 0])
+            if labels is not None:
+                draw_labels(axis, labels)
+        row_title(row[0], stack.volume.subject)
+    for axis, text in zip(axes[0], ("image", "reference", *(name for name, _ in runs)), strict=True):
+        axis.set_title(text, fontsize=8)
+    return figure
+
+
+@torch.no_grad()
+def draw_similarities(stack: Stack, runs: Sequence[Run], *, scales: Sequence[int] = (1, 3)) -> Figure:
+    """How similar all places are to one keypoint, in the encoders' maps of two scales, under two transformations."""
+    z = largest(stack)
+    images, keypoints = stack.images[z : z + 1], Keypoints.stack([stack.keypoints[z]])
+    target = torch.stack([axis.float().mean() for axis in (stack.labels[z] > 0).nonzero().T.flip(0)])
+    positions = keypoints.positions[0].where(keypoints.valid[0, :, None], torch.inf)
+    query = int((positions - target).norm(dim=-1).nan_to_num(torch.inf).argmin())
+    views = {"as it is": Augmented(images, keypoints, None)}
+    views |= {name: transform(images, keypoints, **options) for name, options in TURN.items()}
+    figure, axes = grid_of(len(views), 1 + len(scales) * len(runs))
+    for row, (text, (view, moved, _)) in zip(axes, views.items(), strict=True):
+        heading = text == "as it is"
+        point = moved.positions[0, query].tolist()
+        draw_image(row[0], view[0, 0])
+        draw_keypoints(row[0], moved[0], s=3, linewidths=0)
+        row[0].plot(*point, marker="*", color="cyan", markersize=9, markeredgecolor="black", markeredgewidth=0.5)
+        row_title(row[0], text)
+        columns = iter(row[1:])
+        for name, model in runs:
+            features = model.eval().encoder(view, moved).features
+            for scale in scales:
+                axis = next(columns)
+                similarity = self_similarity(features[scale][0], point, moved.image_size)
+                drawn = draw_similarity(axis, view[0, 0], similarity, point, vmin=-0.2, vmax=1.0)
+                axis.set_title(f"{name}, 1/{2**scale}" if heading else "", fontsize=8)
+    figure.colorbar(drawn, ax=axes[:, -1], shrink=0.6, label="cosine similarity")
+    return figure
+
+
+def read_run(folder: Path) -> tuple[argparse.Namespace, Run]:
+    """The options and the network of a folder that finetune.py wrote."""
+    if not (folder / "result.json").is_file():
+        raise FileNotFoundError(f"{folder} has no result.json, is it an --output of finetune.py that is done?")
+    options = argparse.Namespace(**json.loads((folder / "result.json").read_text())["settings"])
+    model = build_model(options)
+    model.load_state_dict(load(folder / "weights.pt"))
+    name = folder.parent.name if folder.name.startswith("M") and "+" in folder.parent.name else options.model
+    return options, (title(name), model)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("--runs", type=Path, nargs="*", default=[], help="outputs of finetune.py, of one fold")
+    parser.add_argument("--volumes", type=int, default=4, help="how many to show")
+    options = parse(parser, arguments)
+    volumes = load_volumes(options.data, limit=options.limit, classes=options.classes)
+    runs = [read_run(folder) for folder in options.runs]
+    if runs:
+        trained = runs[0][0]
+        test = read_split(options.runs[0] / "split.json", [volume.subject for volume in volumes])[trained.fold].test
+        volumes = [volume for volume in volumes if volume.subject in test]
+        options = argparse.Namespace(**(vars(options) | vars(trained)))
+    one_each = list({volume.subject: volume for volume in reversed(volumes)}.values())[::-1][: options.volumes]
+    stacks = prepare(one_each, build_detector(options), patch=tuple(options.patch))
+    models = [run for _, run in runs]
+    figures = {
+        "keypoints": draw_detectors(stacks, spacing=options.spacing),
+        "correspondences": draw_correspondences(stacks[:3]),
+        "threshold": draw_thresholds(stacks),
+    }
+    if models:
+        figures["segmentations"] = draw_segmentations(stacks, models)
+    if with_encoder := [run for run in models if hasattr(run[1], "encoder")]:
+        figures["similarity"] = draw_similarities(stacks[0], with_encoder)
+    options.output.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        figure.savefig(options.output / f"{name}.png")
+        print(f"wrote {options.output / name}.png")
+
+
+if __name__ == "__main__":
+    main()
