@@ -278,7 +278,7 @@ def test_images_that_are_not_finite():
 
 @pytest.mark.parametrize("shape", [(8,), (8, 8), (1, 8, 8), (1, 0, 8, 8), (1, 2, 8, 8), (0, 1, 8, 8), (1, 1, 8, 8, 8)])
 def test_images_must_be_a_batch(shape):
-    with pytest.raises(ValueError, match=r"images must be \(B, C, H, W\) with one channel or three"):
+    with pytest.raises(ValueError, match=r"images must be \(B, C, H, W\), B > 0, with one channel or three"):
         SIFTDetector()(torch.zeros(shape))
 
 
