@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from unet import KAFUNet
 
-from kaf_layer import GridDetector, KAFLayer, KeypointDiffusion, Keypoints, SIFTDetector
+from kaf_layer import GridDetector, KeypointDiffusion, Keypoints, KeypointTransformer, SIFTDetector
 from kaf_layer.interop import attach
 from kaf_layer.losses import KAFPretrainingLoss
 
@@ -115,13 +115,14 @@ def test_compiles_whole_and_once(device: str) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of its own use of TorchScript
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor(device: str) -> None:
-    layer = KAFLayer(4, **SMALL).to(device)
-    compiled = torch.compile(copy.deepcopy(layer), fullgraph=True)
+    """The attention alone: a C++ compiler takes minutes for the kernels of a whole layer."""
+    transformer = KeypointTransformer(16, depth=1, block="propagation").to(device)
+    compiled = torch.compile(copy.deepcopy(transformer), fullgraph=True)
     _, keypoints = batch(device=device)
-    features = torch.randn(3, 4, *SIZE, device=device)
-    actual, expected = compiled(features, keypoints).features, layer(features, keypoints).features
+    tokens = torch.randn(*keypoints.valid.shape, 16, device=device)
+    actual, expected = compiled(tokens, keypoints), transformer(tokens, keypoints)
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
-    assert relative_difference(gradients(compiled, actual), gradients(layer, expected)) < 1e-3
+    assert relative_difference(gradients(compiled, actual), gradients(transformer, expected)) < 1e-3
 
 
 def test_exports_with_dynamic_shapes(device: str) -> None:
