@@ -30,7 +30,8 @@ def cheapest_method(slots: int, size: Sequence[int]) -> Method:
     - ``"hybrid"``: only the first one, while there are at most half as many slots as pixels.
     - ``"dense"``: neither.
 
-    A graph for ``torch.export`` always holds ``"rows"``, which fits all shapes.
+    A graph for ``torch.export`` always holds ``"rows"``, which fits all shapes; one for ONNX ``"dense"``, as ONNX
+    has no sums by table.
 
     Args:
         slots: of each sample, N.
@@ -40,6 +41,8 @@ def cheapest_method(slots: int, size: Sequence[int]) -> Method:
         >>> [cheapest_method(512, (edge, edge)) for edge in (512, 64, 16)]
         ['rows', 'hybrid', 'dense']
     """
+    if torch.onnx.is_in_onnx_export():
+        return "dense"
     if torch.compiler.is_exporting() or 3 * 3 ** len(size) * slots <= prod(size):
         return "rows"
     return "hybrid" if 2 * slots <= prod(size) else "dense"
