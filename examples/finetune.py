@@ -3,7 +3,7 @@
     python examples/finetune.py --output outputs/finetune --labelled 2                     # phantoms
     python examples/finetune.py --preset acdc --data ACDC/training --fold 0 --labelled 6 \
         --pretrained outputs/pretrain/weights.pt --output outputs/acdc
-    accelerate launch --num_processes 2 examples/finetune.py --output outputs/finetune     # several processes
+    accelerate launch --multi_gpu --num_processes 2 examples/finetune.py --output outputs/two  # also on a CPU
 
 The defaults are the paper's: Adam, cross-entropy, batches of 10 slices, learning rate and epochs by --preset.
 Writes weights.pt, a plain state dict; result.json; split.json, to be given to --split; TensorBoard's logs.
@@ -20,14 +20,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from data import Stack
 from monai.metrics import DiceMetric
 from recipes import build_model, load_split, load_stacks, parse, parser_of
 from splits import write_split
 from torch import Tensor, nn
 from tqdm import tqdm
-from training import Augmentation, load_pretrained, save, seed_of, settings, train
+from training import Augmentation, load_pretrained, save, seed_of, settings, start, train
 
 from kaf_layer import Keypoints
 
@@ -105,7 +104,7 @@ def main(arguments: Sequence[str] | None = None, *, stacks: list[Stack] | None =
     options = parse(parser(), arguments)
     if options.resume and (done := finished(options)):
         return done
-    accelerator = Accelerator(mixed_precision=options.mixed_precision)
+    accelerator = start(options)
     stacks = load_stacks(options) if stacks is None else stacks
     split = load_split(options, (stack.volume for stack in stacks))
     if not 0 <= options.fold < len(split):
@@ -126,13 +125,13 @@ def main(arguments: Sequence[str] | None = None, *, stacks: list[Stack] | None =
         logits = module(images, keypoints)
         return {"loss": F.cross_entropy(logits, labels), "dice": overlap(logits, labels)}
 
-    start = time.perf_counter()
+    began = time.perf_counter()
     slices = [(stack, z) for stack in training for z in range(len(stack.images))]
     optimizer = torch.optim.Adam(model.parameters(), lr=options.lr)
     model = train(model, slices, compute, optimizer, accelerator, options)
     result: dict[str, Any] = {}
     if accelerator.is_main_process:
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - began
         scores = evaluate(model, unseen, classes=options.classes)
         result = {
             "dice": mean_dice(scores),

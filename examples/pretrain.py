@@ -15,14 +15,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import DistributedDataParallelKwargs
 from data import Stack, match_slices, stack_matches
 from finetune import gather
 from recipes import build_model, load_split, load_stacks, parse, parser_of
 from splits import write_split
 from torch import Tensor, nn
 from tqdm import tqdm
-from training import Augmentation, save, seed_of, train
+from training import Augmentation, save, seed_of, start, train
 
 from kaf_layer import KAFEncoder, KAFPretrainingLoss, Keypoints, Matches, PretrainingLosses
 
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None, *, stacks: list[Stack] | None =
         raise ValueError("pretraining takes a network with a KAFEncoder, got --model swin-unetr")
     # An encoder's last block is not trained by the parts on keypoints alone.
     unused = DistributedDataParallelKwargs(find_unused_parameters=not options.weights[0])
-    accelerator = Accelerator(mixed_precision=options.mixed_precision, kwargs_handlers=[unused])
+    accelerator = start(options, kwargs_handlers=[unused])
     stacks = load_stacks(options, labelled=False) if stacks is None else stacks
     split = load_split(options, (stack.volume for stack in stacks))
     if not 0 <= options.fold < len(split):

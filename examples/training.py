@@ -57,6 +57,7 @@ def train(
     module, optimizer = accelerator.prepare(module, optimizer)
     is_main, rank = accelerator.is_main_process, accelerator.process_index
     steps = options.steps_per_epoch or math.ceil(len(samples) / options.batch)
+    accelerator.print(f"{len(samples)} samples, {accelerator.num_processes} processes on {accelerator.device}")
     bar = tqdm(total=options.epochs * steps, initial=first * steps, desc=options.output.name, disable=not is_main)
     writer = SummaryWriter(str(options.output)) if is_main else None
     for epoch in range(first, options.epochs):
@@ -87,6 +88,12 @@ def train(
         writer.close()
     accelerator.wait_for_everyone()
     return accelerator.unwrap_model(module)
+
+
+def start(options: argparse.Namespace, **handlers: Any) -> Accelerator:
+    """Devices, precision and processes, as ``accelerate launch`` says."""
+    # Without being told, several processes on a machine without an accelerator would each think it is alone.
+    return Accelerator(mixed_precision=options.mixed_precision, cpu=not torch.accelerator.is_available(), **handlers)
 
 
 def cosine(lr: float, progress: float) -> float:
