@@ -65,10 +65,10 @@ def predict(model: nn.Module, stack: Stack, *, batch: int = 8) -> Tensor:
 
 def evaluate(model: nn.Module, stacks: Sequence[Stack], *, classes: int) -> list[list[float]]:
     """Dice of each class but the background over each volume, its slices stacked; NaN for a class it does not have."""
+    # What the metric returns at once: its aggregate() would wait for other processes, which have nothing to test.
     metric = DiceMetric(include_background=False, reduction="none", num_classes=classes)
-    for stack in tqdm(stacks, desc="test", leave=False):
-        metric(predict(model, stack)[None, None], stack.volume.label[None, None])
-    return metric.aggregate().tolist()
+    volumes = tqdm(stacks, desc="test", leave=False)
+    return [metric(predict(model, stack)[None, None], stack.volume.label[None, None])[0].tolist() for stack in volumes]
 
 
 def mean_dice(scores: Sequence[Sequence[float]]) -> float:

@@ -1,0 +1,156 @@
+"""Fine-tuning: resumed runs, several processes, pretrained weights, splits and bad input."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from splits import make_split, read_split, write_split
+from torch import nn
+
+finetune = pytest.importorskip("finetune", reason="the extra train is not here")
+import training  # noqa: E402  # after the skip
+from data import Stack, prepare  # noqa: E402
+from phantom import Volume  # noqa: E402
+
+from kaf_layer import GridDetector  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ["--patch", "32", "32", "--width", "4", "--classes", "3", "--depth", "1", "--embed-dim", "8", "--folds", "2"]
+SMALL += ["--batch", "4", "--epochs", "4", "--steps-per-epoch", "2", "--labelled", "1", "--save-every", "1"]
+
+
+@pytest.fixture(scope="module")
+def stacks() -> list[Stack]:
+    """Four subjects of three slices of noise, with a square to find."""
+    generator = torch.Generator().manual_seed(0)
+    volumes = []
+    for subject in "abcd":
+        label = torch.zeros(3, 40, 28, dtype=torch.long)
+        label[:, 10:20, 8:18], label[:, 22:26, 8:18] = 1, 2
+        volumes.append(Volume(label + torch.randn(3, 40, 28, generator=generator), label, subject))
+    return prepare(volumes, GridDetector(8), patch=(32, 32))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "weights.pt", weights_only=True)
+
+
+def run(folder: Path, stacks: list[Stack], *more: str) -> dict:
+    return finetune.main([*SMALL, "--output", str(folder), *more], stacks=stacks)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(
+    stacks: list[Stack], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path / "whole", stacks)
+    save, saved = training.save, []
+
+    def killed(content: object, path: Path) -> None:
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        saved.append(path)
+        save(content, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "killed", stacks)
+    assert torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)["epoch"] == 2
+    torch.manual_seed(99)
+    run(tmp_path / "killed", stacks, "--resume")
+    whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert whole.keys() == resumed.keys()
+    assert all(value.equal(resumed[name]) for name, value in whole.items())
+    with pytest.raises(ValueError, match=r"checkpoint\.pt was written with other options.*differing in lr"):
+        run(tmp_path / "killed", stacks, "--resume", "--lr", "0.5")
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    training.save({"a": torch.ones(2)}, path)
+    with pytest.raises(AttributeError):
+        training.save({"a": lambda: None}, path)
+    assert training.load(path)["a"].equal(torch.ones(2))
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"weights\.pt cannot be read"):
+        training.load(path)
+
+
+def test_the_result_is_of_the_unseen_subjects(stacks: list[Stack], tmp_path: Path) -> None:
+    result = run(tmp_path, stacks, "--model", "unet")
+    fold = read_split(tmp_path / "split.json", list("abcd"))[0]
+    assert [row[0] for row in result["scores"]] == fold.test
+    assert result["labelled"] == fold.train[:1]
+    assert json.loads((tmp_path / "result.json").read_text())["dice"] == result["dice"]
+    # Dice by hand, over the stacked slices of the whole volume.
+    model = finetune.build_model(finetune.argparse.Namespace(**result["settings"]))
+    model.load_state_dict(weights(tmp_path))
+    for name, *scores in result["scores"]:
+        (stack,) = (s for s in stacks if s.volume.subject == name)
+        predicted, label = finetune.predict(model, stack), stack.volume.label
+        assert predicted.shape == label.shape
+        for c, score in enumerate(scores, start=1):
+            a, b = predicted == c, label == c
+            assert score == pytest.approx((2 * (a & b).sum() / (a.sum() + b.sum())).item(), abs=1e-6)
+
+
+def test_mean_dice_leaves_out_what_is_not_there() -> None:
+    assert finetune.mean_dice([[0.5, float("nan")], [0.7, 0.2]]) == pytest.approx((0.6 + 0.2) / 2)
+
+
+def test_pretrained_weights_that_fit_in_part(tmp_path: Path) -> None:
+    source, target = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4)), nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 5))
+    training.save(source.state_dict(), tmp_path / "w.pt")
+    text = training.load_pretrained(target, tmp_path / "w.pt")
+    assert "loaded 2 (0.weight, 0.bias), skipped 2 (1.weight, 1.bias), missing 2" in text
+    assert target[0].weight.equal(source[0].weight)
+    with pytest.raises(ValueError, match=r"w\.pt has nothing that fits"):
+        training.load_pretrained(nn.Linear(7, 7), tmp_path / "w.pt")
+
+
+def test_splits_can_be_given_back(tmp_path: Path) -> None:
+    names = [f"s{i}" for i in range(11)]
+    split = make_split([*names, *names], folds=5, seed=3)
+    assert sorted(name for fold in split for name in fold.test) == sorted(names)
+    assert all(sorted(fold.train + fold.test) == sorted(names) for fold in split)
+    assert split != make_split(names, folds=5, seed=4)
+    write_split(split, tmp_path / "split.json", seed=3)
+    assert read_split(tmp_path / "split.json", names) == split
+    with pytest.raises(ValueError, match=r"split\.json names subjects"):
+        read_split(tmp_path / "split.json", names[1:])
+    with pytest.raises(ValueError, match="the fold has 8 subjects to train on, got 9"):
+        split[0].labelled(9)
+    with pytest.raises(ValueError, match="got folds=5 for 4"):
+        make_split(names[:4], folds=5)
+    (tmp_path / "split.json").write_text('{"folds": [{"train": ["s1"], "test": ["s1"]}]}')
+    with pytest.raises(ValueError, match=r"trains and tests on the same subjects in fold 0: \['s1'\]"):
+        read_split(tmp_path / "split.json", names)
+    (tmp_path / "split.json").write_text("[]")
+    with pytest.raises(ValueError, match="must be a split"):
+        read_split(tmp_path / "split.json", names)
+
+
+@pytest.mark.parametrize("script", ["finetune", "pretrain"])
+def test_two_processes(script: str, tmp_path: Path) -> None:
+    launch = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0"
+    small = (
+        "--limit 4 --folds 2 --patch 32 32 --width 4 --depth 1 --embed-dim 8 --epochs 1 --steps-per-epoch 2 --batch 4"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        *launch.split(),
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        str(ROOT / "examples" / f"{script}.py"),
+    ]
+    command += [*small.split(), "--detector", "grid", "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert all(value.isfinite().all() for value in weights(tmp_path).values())
+    assert done.stdout.count("2 processes") == 1  # one of them speaks

@@ -1,0 +1,96 @@
+"""Pretraining: pairs and their matches, what is learnt by whom, resumed runs."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pretrain = pytest.importorskip("pretrain", reason="the extra train is not here")
+import training  # noqa: E402  # after the skip
+from data import Stack, prepare, stack_matches  # noqa: E402
+from finetune import build_model, parse  # noqa: E402
+from phantom import Volume  # noqa: E402
+from recipes import no_keypoints  # noqa: E402
+from test_finetune import weights  # noqa: E402
+
+from kaf_layer import GridDetector, Matches  # noqa: E402
+
+SMALL = ["--patch", "32", "32", "--width", "4", "--depth", "1", "--embed-dim", "8", "--folds", "2", "--batch", "3"]
+SMALL += ["--epochs", "3", "--steps-per-epoch", "1", "--save-every", "1"]
+
+
+def volumes(depths: tuple[int, ...] = (3, 1, 2)) -> list[Volume]:
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randn(depth, 40, 28, generator=generator) for depth in depths]
+    return [Volume(image, torch.zeros_like(image).long(), f"s{i}") for i, image in enumerate(images)]
+
+
+@pytest.fixture(scope="module")
+def stacks() -> list[Stack]:
+    return prepare(volumes(), GridDetector(8), patch=(32, 32))
+
+
+def run(folder: Path, stacks: list[Stack], *more: str) -> dict[str, torch.Tensor]:
+    pretrain.main([*SMALL, "--output", str(folder), *more], stacks=stacks)
+    return weights(folder)
+
+
+def test_neighbours_pair_slices_of_one_volume(stacks: list[Stack]) -> None:
+    pairs = pretrain.neighbours(stacks)
+    assert [(stack.volume.subject, a, b) for stack, a, b, _ in pairs] == [
+        ("s0", 0, 1),
+        ("s0", 1, 2),
+        ("s1", 0, 0),
+        ("s2", 0, 1),
+    ]
+    for stack, a, _, matches in pairs:  # a grid's keypoints match those at their places
+        assert matches.indices[0].tolist() == list(range(len(stack.keypoints[a])))
+
+
+def test_matches_are_padded_with_no_partner() -> None:
+    one = Matches(torch.tensor([[1, -1]]), torch.tensor([[-1, 0, -1]]))
+    joined = stack_matches([one, Matches(torch.tensor([[0]]), torch.tensor([[0]]))], 4)
+    assert joined.indices.tolist() == [[1, -1, -1, -1], [0, -1, -1, -1]]
+    assert joined.inverse.tolist() == [[-1, 0, -1, -1], [0, -1, -1, -1]]
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(
+    stacks: list[Stack], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(tmp_path / "whole", stacks)
+    save, saved = training.save, []
+
+    def killed(content: object, path: Path) -> None:
+        if saved:
+            raise KeyboardInterrupt
+        saved.append(path)
+        save(content, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "killed", stacks)
+    resumed = run(tmp_path / "killed", stacks, "--resume")
+    assert whole.keys() == resumed.keys()
+    assert all(value.equal(resumed[name]) for name, value in whole.items())
+
+
+@pytest.mark.parametrize("model", ["unet", "fcn", "kaf-fcn", "kaf-unet"])
+def test_an_encoders_weights_fit_its_network(stacks: list[Stack], tmp_path: Path, model: str) -> None:
+    learnt = run(tmp_path, stacks, "--model", model, "--scales", "1", "3")
+    options = parse(pretrain.parser(), [*SMALL, "--output", str(tmp_path), "--model", model, "--scales", "1", "3"])
+    network = build_model(options)
+    report = training.load_pretrained(network, tmp_path / "weights.pt")
+    assert f"loaded {len(learnt)} (" in report
+    assert "skipped 0 (nothing)" in report
+    assert len(learnt) == len(network.encoder.state_dict())
+
+
+def test_slices_without_keypoints(tmp_path: Path) -> None:
+    stacks = prepare(volumes(), no_keypoints, patch=(32, 32))
+    assert all(value.isfinite().all() for value in run(tmp_path, stacks).values())
+
+
+def test_networks_without_an_encoder_are_refused(stacks: list[Stack], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="KAFEncoder"):
+        run(tmp_path, stacks, "--model", "swin-unetr")
