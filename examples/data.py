@@ -6,6 +6,7 @@ python examples/data.py ../shared/data/sunnybrook  # what is in it
 import argparse
 import csv
 import re
+import sys
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -42,7 +43,7 @@ def load_volumes(
             ``patient001_frame01.nii.gz`` and ``patient001_frame01_gt.nii.gz``, or as CHD's,
             ``ct_1001_image.nii.gz`` and ``ct_1001_label.nii.gz``. NIfTI axes (x, y, z) become (Z, H, W).
             None gives phantoms.
-        limit: how many subjects to take, all of them by default.
+        limit: how many subjects to take at most, all of them by default.
         classes: how many there are, the background included; by default whatever the labels say.
         labelled: False looks for no labels, and gives background.
 
@@ -103,6 +104,8 @@ def list_files(path: Path) -> list[tuple[str, Path, Path]]:
 
 def load_volume(subject: str, image_path: Path, label_path: Path | None, *, classes: int | None = None) -> Volume:
     """One volume as it is stored, its axes in the order (Z, H, W)."""
+    if label_path is not None and not label_path.is_file():
+        raise FileNotFoundError(f"{image_path} has no labels, there is no file {label_path}")
     image = read_nifti(image_path)
     label = np.zeros_like(image) if label_path is None else read_nifti(label_path)
     if image.shape != label.shape:
@@ -189,6 +192,11 @@ def prepare(volumes: Sequence[Volume], detector: KeypointDetector, *, patch: tup
             )
         )
     return stacks
+
+
+def say(stack: Stack, what: str) -> None:
+    """A remark about a volume, on stderr, beside the progress bars."""
+    tqdm.write(f"{stack.volume.subject}, a volume of {len(stack.images)} slices: {what}", file=sys.stderr)
 
 
 def compact(keypoints: Keypoints) -> Keypoints:

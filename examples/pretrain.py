@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import DistributedDataParallelKwargs
-from data import Stack, match_slices, stack_matches
+from data import Stack, match_slices, say, stack_matches
 from finetune import gather
 from recipes import build_model, load_split, load_stacks, parse, parser_of
 from splits import write_split
@@ -46,6 +46,8 @@ def neighbours(stacks: Sequence[Stack]) -> list[Pair]:
     """Each slice with the next; the only slice of a volume with itself."""
     pairs = []
     for stack in tqdm(stacks, desc="matches", leave=False):
+        if len(stack.images) == 1:
+            say(stack, "a slice without a neighbour is paired with itself")
         for z in range(max(1, len(stack.images) - 1)):
             following = min(z + 1, len(stack.images) - 1)
             pairs.append((stack, z, following, match_slices(stack.keypoints[z], stack.keypoints[following])))

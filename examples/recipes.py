@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data import Stack, load_volumes, prepare
+from data import Stack, load_volumes, prepare, say
 from fcn import FCN
 from phantom import Volume
 from splits import Fold, make_split, read_split
@@ -50,7 +50,7 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="phantom", help="the paper's settings for a data set (default: phantom)")
     add("--data", type=Path, help="a folder of NIfTI volumes (default: the phantoms)")
-    add("--limit", type=int, help="use so many subjects")
+    add("--limit", type=int, help="use at most so many subjects")
     add("--output", type=Path, required=True, help="a folder for weights, checkpoints and logs")
     add("--resume", action="store_true", help="go on from the last checkpoint in --output, if there is one")
     add("--save-every", type=int, default=5, metavar="EPOCHS", help="between two checkpoints")
@@ -93,7 +93,11 @@ def no_keypoints(images: Tensor) -> Keypoints:
 
 def load_stacks(options: argparse.Namespace, *, labelled: bool = True) -> list[Stack]:
     volumes = load_volumes(options.data, limit=options.limit, classes=options.classes, labelled=labelled)
-    return prepare(volumes, build_detector(options), patch=tuple(options.patch))
+    stacks = prepare(volumes, build_detector(options), patch=tuple(options.patch))
+    for stack in stacks if options.detector != "none" else ():
+        if empty := [z for z, keypoints in enumerate(stack.keypoints) if not keypoints.valid.any()]:
+            say(stack, f"no keypoints in slices {', '.join(map(str, empty))}, nothing for KAF layers")
+    return stacks
 
 
 def load_split(options: argparse.Namespace, volumes: Iterable[Volume]) -> list[Fold]:

@@ -5,8 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data import list_files, load_volumes, normalise, num_classes
-from phantom import phantom
+from data import list_files, load_volumes, normalise, num_classes, prepare
+from phantom import Volume, phantom
+
+from kaf_layer import Keypoints
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -71,6 +73,39 @@ def test_decathlon_folder(decathlon: Path) -> None:
     assert num_classes(volumes) == 3
 
 
+def test_images_and_labels(decathlon: Path) -> None:
+    for name in ("images", "labels"):
+        (decathlon / f"{name}Tr").rename(decathlon / name)
+    assert [v.subject for v in load_volumes(decathlon)] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("names", "subjects"),
+    [
+        (
+            ["1/patient001_frame01{}", "1/patient001_frame12{}", "2/patient002_frame01{}"],
+            ["patient001", "patient001", "patient002"],
+        ),
+        (["ct_1001{}", "ct_1002{}"], ["ct_1001", "ct_1002"]),
+    ],
+)
+def test_files_named_as_acdcs_and_chds(tmp_path: Path, names: list[str], subjects: list[str]) -> None:
+    image_end, label_end = ("", "_gt") if "patient" in names[0] else ("_image", "_label")
+    for seed, name in enumerate(names):
+        image, label = volume(seed)
+        write(tmp_path / f"{name.format(image_end)}.nii.gz", image)
+        write(tmp_path / f"{name.format(label_end)}.nii.gz", label)
+    write(tmp_path / "1" / "patient001_4d.nii.gz", volume(0, (5, 4, 3, 2))[0])  # ACDC's movies
+    volumes = load_volumes(tmp_path)
+    assert [v.subject for v in volumes] == subjects
+    for seed, v in enumerate(volumes):
+        assert v.label.numpy().tolist() == volume(seed)[1].T.tolist()
+    (tmp_path / f"{names[1].format(label_end)}.nii.gz").unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{names[1].format(image_end)}\.nii\.gz has no labels"):
+        load_volumes(tmp_path)
+    assert not any(v.label.any() for v in load_volumes(tmp_path, labelled=False))
+
+
 def test_manifest_keeps_a_subjects_volumes_together(manifest: Path) -> None:
     assert [v.subject for v in load_volumes(manifest)] == ["s1", "s2", "s1"]
     assert [v.subject for v in load_volumes(str(manifest), limit=1)] == ["s1", "s1"]
@@ -94,6 +129,9 @@ def test_folders_without_data(tmp_path: Path) -> None:
 def test_missing_files(decathlon: Path, manifest: Path) -> None:
     (manifest / "s2" / "ED.nii.gz").unlink()
     with pytest.raises(FileNotFoundError, match=r"ED\.nii\.gz"):
+        load_volumes(manifest)
+    (manifest / "manifest.csv").write_text("subject,image,label\ns1,s1/ED.nii.gz,\n")
+    with pytest.raises(FileNotFoundError, match=r"ED\.nii\.gz has no labels"):
         load_volumes(manifest)
     (manifest / "manifest.csv").unlink()
     (decathlon / "labelsTr" / "b.nii.gz").unlink()
@@ -125,6 +163,33 @@ def test_files_that_are_no_volumes_or_labels(decathlon: Path, folder: str, array
     write(decathlon / folder / "a.nii.gz", array)
     with pytest.raises(ValueError, match=rf"{folder}.a\.nii\.gz"):
         load_volumes(decathlon)
+
+
+def test_labels_outside_the_classes(decathlon: Path) -> None:
+    assert len(load_volumes(decathlon, classes=3)) == 3
+    with pytest.raises(ValueError, match=r"labelsTr.a\.nii\.gz must hold the labels 0 to 1 of classes=2, got 2"):
+        load_volumes(decathlon, classes=2)
+
+
+def test_padding_and_cropping_carry_keypoints_and_labels() -> None:
+    image, label = torch.randn(2, 7, 10), torch.randint(1, 3, (2, 7, 10))
+    corners = torch.tensor([[0.0, 0.0], [2.0, 3.0], [6.0, 6.0], [7.0, 1.0], [9.0, 5.0]])
+    valid = torch.tensor([[True] * 5, [False] * 5])
+    detector = lambda images: Keypoints(corners.expand(2, -1, -1), valid, tuple(images.shape[2:]))  # noqa: E731
+    (stack,) = prepare([Volume(image, label, "s")], detector, patch=(10, 5))  # 3 rows more, 5 columns less
+    assert stack.images.shape == (2, 1, 10, 5)
+    assert stack.positions.tolist() == [0, 0.5]
+    points = stack.keypoints[0]
+    moved = [(image[0, y, x], label[0, y, x]) for x, y in corners[[1, 2]].long().tolist()]  # the others are cropped
+    assert points.valid.all()
+    for (x, y), (value, kind) in zip(points.positions.long().tolist(), moved, strict=True):
+        assert (stack.images[0, 0, y, x], stack.labels[0, y, x]) == (value, kind)
+    assert not stack.keypoints[1].valid.any()
+    restored = stack.restore(stack.labels)
+    assert restored[..., 2:7].equal(label[..., 2:7])
+    assert not restored[..., :2].any()
+    assert not restored[..., 7:].any()
+    assert stack.crop(label).equal(stack.labels)
 
 
 @pytest.mark.skipif(not (SHARED / "sunnybrook").is_dir(), reason="../shared/data/sunnybrook is not here")

@@ -1,8 +1,10 @@
 """Fine-tuning: resumed runs, several processes, pretrained weights, splits and bad input."""
 
+import argparse
 import json
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,10 @@ finetune = pytest.importorskip("finetune", reason="the extra train is not here")
 import training  # noqa: E402  # after the skip
 from data import Stack, prepare  # noqa: E402
 from phantom import Volume  # noqa: E402
+from recipes import build_detector, build_model, parse  # noqa: E402
 
 from kaf_layer import GridDetector  # noqa: E402
+from kaf_layer.attention import TransformerBlock  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--patch", "32", "32", "--width", "4", "--classes", "3", "--depth", "1", "--embed-dim", "8", "--folds", "2"]
@@ -68,6 +72,16 @@ def test_a_resumed_run_is_the_uninterrupted_one(
         run(tmp_path / "killed", stacks, "--resume", "--lr", "0.5")
 
 
+def test_logs_and_progress(stacks: list[Stack], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(tmp_path, stacks, "--detector", "none", "--model", "kaf-fcn", "--scales", "2")
+    logs = EventAccumulator(str(tmp_path)).Reload()
+    loss, dice = logs.Scalars("loss"), logs.Scalars("dice")
+    assert [scalar.step for scalar in loss] == [scalar.step for scalar in dice] == [1, 2, 3, 4]
+    assert f"loss={loss[-1].value:.3f}, dice={dice[-1].value:.3f}" in capsys.readouterr().err
+
+
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     training.save({"a": torch.ones(2)}, path)
@@ -86,7 +100,7 @@ def test_the_result_is_of_the_unseen_subjects(stacks: list[Stack], tmp_path: Pat
     assert result["labelled"] == fold.train[:1]
     assert json.loads((tmp_path / "result.json").read_text())["dice"] == result["dice"]
     # Dice by hand, over the stacked slices of the whole volume.
-    model = finetune.build_model(finetune.argparse.Namespace(**result["settings"]))
+    model = build_model(argparse.Namespace(**result["settings"]))
     model.load_state_dict(weights(tmp_path))
     for name, *scores in result["scores"]:
         (stack,) = (s for s in stacks if s.volume.subject == name)
@@ -109,6 +123,51 @@ def test_pretrained_weights_that_fit_in_part(tmp_path: Path) -> None:
     assert target[0].weight.equal(source[0].weight)
     with pytest.raises(ValueError, match=r"w\.pt has nothing that fits"):
         training.load_pretrained(nn.Linear(7, 7), tmp_path / "w.pt")
+
+
+def test_the_papers_recipe() -> None:
+    for preset, lr, epochs in (("acdc", 5e-4, 200), ("chd", 5e-5, 100)):
+        options = parse(finetune.parser(), ["--preset", preset, "--output", "x"])
+        assert (options.lr, options.epochs, options.batch, options.folds) == (lr, epochs, 10, 5)
+    assert parse(finetune.parser(), ["--preset", "acdc", "--output", "x", "--lr", "0.1"]).lr == 0.1
+
+
+def test_the_learning_rate_falls_along_a_cosine() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.002)
+    oracle = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10)
+    for step in range(11):
+        assert training.cosine(0.002, step / 10) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
+        optimizer.step()
+        oracle.step()
+
+
+@pytest.mark.parametrize(("count", "size", "steps"), [(7, 3, 5), (3, 10, 2), (10, 5, 2)])
+def test_every_sample_is_drawn_before_any_is_drawn_again(count: int, size: int, steps: int) -> None:
+    batches = training.draw_batches(count, size, steps, seed=1)
+    assert [len(batch) for batch in batches] == [size] * steps
+    drawn = list(chain(*batches))
+    for start in range(0, len(drawn), count):
+        part = drawn[start : start + count]
+        assert len(set(part)) == len(part)
+    assert training.draw_batches(count, size, steps, seed=1) == batches
+    assert training.draw_batches(count, size, steps, seed=2) != batches
+
+
+def test_ablations_by_flag() -> None:
+    flags = ["--output", "x", "--width", "4", "--embed-dim", "8", "--scales", "1", "3", "--depth", "3"]
+    options = parse(finetune.parser(), flags)
+    layers = build_model(options).encoder.layers
+    assert list(layers) == ["1", "3"]
+    blocks = [m for m in layers.modules() if isinstance(m, TransformerBlock)]
+    assert len(blocks) == 2 * 3
+    image = torch.zeros(1, 1, 24, 36)
+    options = parse(finetune.parser(), [*flags, "--detector", "grid", "--spacing", "12"])
+    assert build_detector(options)(image).valid.sum() == 6
+    options = parse(finetune.parser(), [*flags, "--detector", "none"])
+    assert not build_detector(options)(image).valid.any()
+    options = parse(finetune.parser(), [*flags[:-4], "--scales", "4"])
+    with pytest.raises(ValueError, match=r"--scales must be among 0, 1, 2 and 3, got \[4\]"):
+        build_model(options)
 
 
 def test_splits_can_be_given_back(tmp_path: Path) -> None:

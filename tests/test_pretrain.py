@@ -8,9 +8,8 @@ import torch
 pretrain = pytest.importorskip("pretrain", reason="the extra train is not here")
 import training  # noqa: E402  # after the skip
 from data import Stack, prepare, stack_matches  # noqa: E402
-from finetune import build_model, parse  # noqa: E402
 from phantom import Volume  # noqa: E402
-from recipes import no_keypoints  # noqa: E402
+from recipes import build_model, load_stacks, no_keypoints, parse  # noqa: E402
 from test_finetune import weights  # noqa: E402
 
 from kaf_layer import GridDetector, Matches  # noqa: E402
@@ -35,8 +34,21 @@ def run(folder: Path, stacks: list[Stack], *more: str) -> dict[str, torch.Tensor
     return weights(folder)
 
 
-def test_neighbours_pair_slices_of_one_volume(stacks: list[Stack]) -> None:
+def test_the_papers_recipe(stacks: list[Stack], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for preset, threshold in (("acdc", 0.35), ("chd", 0.1)):
+        options = parse(pretrain.parser(), ["--preset", preset, "--output", "x"])
+        assert (options.lr, options.batch, options.epochs, options.folds) == (0.002, 32, 50, 5)
+        assert (options.weights, options.temperature, options.threshold) == ([1, 1, 0.01], 0.1, threshold)
+    run(tmp_path, stacks)
+    optimizer = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["optimizer"]
+    assert optimizer["param_groups"][0]["momentum"] == 0.9
+    progress = capsys.readouterr().err
+    assert all(f"{part}=" in progress for part in ("loss", "bottleneck", "keypoints", "matching"))
+
+
+def test_neighbours_pair_slices_of_one_volume(stacks: list[Stack], capsys: pytest.CaptureFixture[str]) -> None:
     pairs = pretrain.neighbours(stacks)
+    assert "s1, a volume of 1 slices: a slice without a neighbour" in capsys.readouterr().err
     assert [(stack.volume.subject, a, b) for stack, a, b, _ in pairs] == [
         ("s0", 0, 1),
         ("s0", 1, 2),
@@ -86,9 +98,17 @@ def test_an_encoders_weights_fit_its_network(stacks: list[Stack], tmp_path: Path
     assert len(learnt) == len(network.encoder.state_dict())
 
 
-def test_slices_without_keypoints(tmp_path: Path) -> None:
-    stacks = prepare(volumes(), no_keypoints, patch=(32, 32))
-    assert all(value.isfinite().all() for value in run(tmp_path, stacks).values())
+def test_slices_without_keypoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flat = volumes((3, 2))
+    flat[0].image[1:] = 0
+    monkeypatch.setattr("recipes.load_volumes", lambda *_, **__: flat)
+    stacks = load_stacks(parse(pretrain.parser(), [*SMALL, "--output", "x"]))
+    assert "s0, a volume of 3 slices: no keypoints in slices 1, 2" in capsys.readouterr().err
+    assert all(value.isfinite().all() for value in run(tmp_path / "some", stacks).values())
+    stacks = prepare(flat, no_keypoints, patch=(32, 32))
+    assert all(value.isfinite().all() for value in run(tmp_path / "none", stacks).values())
 
 
 def test_networks_without_an_encoder_are_refused(stacks: list[Stack], tmp_path: Path) -> None:
