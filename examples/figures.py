@@ -19,7 +19,9 @@ from cross_validate import title
 from data import Stack, load_volumes, match_slices, prepare
 from finetune import predict
 from kornia.augmentation import RandomAffine
+from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from recipes import build_detector, build_model, parse, parser_of
 from splits import read_split
 from torch import Tensor, nn
@@ -29,6 +31,7 @@ from training import load
 from kaf_layer import Augmented, GridDetector, Keypoints
 from kaf_layer.augmentation import KeypointAugmentation
 from kaf_layer.plotting import (
+    COLORS,
     draw_image,
     draw_keypoints,
     draw_labels,
@@ -41,9 +44,12 @@ Run = tuple[str, nn.Module]
 TURN = {"rotated by 25°": {"degrees": (25.0, 25.0)}, "scaled by 0.75": {"degrees": 0.0, "scale": (0.75, 0.75)}}
 
 
-def grid_of(rows: int, columns: int, *, width: float = 2.2, height: float = 2.2) -> tuple[Figure, Any]:
-    """A figure and its axes, an array (rows, columns)."""
-    figure = Figure(figsize=(width * columns, height * rows), layout="compressed", dpi=200)
+def grid_of(rows: int, columns: int, image: Tensor, *, images: int = 1) -> tuple[Figure, Any]:
+    """A figure no wider than a page's text and its axes, an array (rows, columns), each for images side by side."""
+    height, width = image.shape[-2:]
+    cell = min(7.0 / columns, 2.2 * images)  # inches
+    size = columns * cell, rows * (cell * height / (images * width) + 0.2)
+    figure = Figure(figsize=size, layout="compressed", dpi=300)
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
@@ -61,14 +67,14 @@ def row_title(axis: Any, text: str) -> None:
 
 def draw_detectors(stacks: Sequence[Stack], *, spacing: float) -> Figure:
     """The keypoints of a slice of each volume, detected and on a grid."""
-    figure, axes = grid_of(2, len(stacks))
+    figure, axes = grid_of(2, len(stacks), stacks[0].images)
     for column, stack in zip(axes.T, stacks, strict=True):
         z = largest(stack)
         grid = GridDetector(spacing)(stack.images[z : z + 1])[0]
-        column[0].set_title(stack.volume.subject, fontsize=9)
         for axis, keypoints in zip(column, (stack.keypoints[z], grid), strict=True):
             draw_image(axis, stack.images[z, 0])
-            draw_keypoints(axis, keypoints, s=7)
+            axis.set_title(f"{draw_keypoints(axis, keypoints, s=4)} keypoints")
+        column[0].set_title(f"{stack.volume.subject}\n{column[0].get_title()}")
     row_title(axes[0, 0], "detected")
     row_title(axes[1, 0], "grid")
     return figure
@@ -84,7 +90,7 @@ def transform(images: Tensor, keypoints: Keypoints, **options: Any) -> Augmented
 def draw_correspondences(stacks: Sequence[Stack]) -> Figure:
     """Neighbouring slices with their matches, and the same ones after an augmentation of both."""
     torch.manual_seed(0)
-    figure, axes = grid_of(len(stacks), 2, width=4.2)
+    figure, axes = grid_of(len(stacks), 2, stacks[0].images, images=2)
     for row, stack in zip(axes, stacks, strict=True):
         z = min(largest(stack), max(len(stack.images) - 2, 0))
         pair = [z, min(z + 1, len(stack.images) - 1)]
@@ -93,24 +99,25 @@ def draw_correspondences(stacks: Sequence[Stack]) -> Figure:
         moved = transform(images, keypoints, degrees=25.0, translate=(0.1, 0.1), scale=(0.8, 1.25))
         for axis, (shown, points) in zip(row, ((images, keypoints), moved[:2]), strict=True):
             count = draw_matches(axis, shown[0, 0], points[0], shown[1, 0], points[1], matches)
-            axis.set_title(f"{count} matches", fontsize=8)
+            axis.set_title(f"{count} matches")
         row_title(row[0], stack.volume.subject)
     for axis, text in zip(axes[0], ("before the augmentation", "after"), strict=True):
-        axis.set_title(f"{text}: {axis.get_title()}", fontsize=8)
+        axis.set_title(f"{text}: {axis.get_title()}")
     return figure
 
 
 def draw_thresholds(stacks: Sequence[Stack], *, shown: tuple[float, float, float] = (5, 30, 1000)) -> Figure:
     """The matches of a pair for three distances, and the mean number over all neighbouring slices for many."""
-    figure, axes = grid_of(2, 2, width=4.2)
     stack = stacks[0]
+    figure, axes = grid_of(2, 2, stack.images, images=2)
     z = min(largest(stack), max(len(stack.images) - 2, 0))
-    a, b = stack.keypoints[z], stack.keypoints[min(z + 1, len(stack.images) - 1)]
+    following = min(z + 1, len(stack.images) - 1)
+    a, b = stack.keypoints[z], stack.keypoints[following]
     for axis, distance in zip(axes.flat, shown, strict=False):
         matches = match_slices(a, b, max_distance=distance)
-        count = draw_matches(axis, stack.images[z, 0], a, stack.images[z + 1 - len(stack.images), 0], b, matches)
+        count = draw_matches(axis, stack.images[z, 0], a, stack.images[following, 0], b, matches)
         limit = f"within {distance:g} pixels" if distance < sum(a.image_size) else "anywhere"
-        axis.set_title(f"{limit}: {count} matches", fontsize=8)
+        axis.set_title(f"{limit}: {count} matches")
     distances = [2, 4, 6, 10, 15, 20, 30, 45, 60, 90, 120, 180]
     pairs = [pair for s in stacks for pair in zip(s.keypoints, s.keypoints[1:], strict=False)]
     counts = [
@@ -120,17 +127,16 @@ def draw_thresholds(stacks: Sequence[Stack], *, shown: tuple[float, float, float
     axis = axes[1, 1]
     axis.plot(distances, counts, marker="o", markersize=3, color="#377eb8")
     axis.axvline(30, color="grey", linewidth=0.8, linestyle="--")
-    axis.set_xlabel("largest Manhattan distance (pixels)", fontsize=8)
-    axis.set_ylabel("matches for each pair", fontsize=8)
-    axis.set_ylim(0)
-    axis.tick_params(labelsize=7)
+    axis.annotate("30, the default", (30, 0), (3, 3), textcoords="offset points")
+    axis.set(xlabel="largest Manhattan distance (pixels)", ylabel="matches for each pair", xlim=0, ylim=0)
     axis.spines[["top", "right"]].set_visible(False)
     return figure
 
 
 def draw_segmentations(stacks: Sequence[Stack], runs: Sequence[Run]) -> Figure:
     """A slice of each volume with the reference and the networks' outlines."""
-    figure, axes = grid_of(len(stacks), 2 + len(runs))
+    figure, axes = grid_of(len(stacks), 2 + len(runs), stacks[0].images)
+    classes: set[int] = set()
     for row, stack in zip(axes, stacks, strict=True):
         z = largest(stack)
         outlines = [None, stack.labels[z]]
@@ -138,10 +144,12 @@ def draw_segmentations(stacks: Sequence[Stack], runs: Sequence[Run]) -> Figure:
         for axis, labels in zip(row, outlines, strict=True):
             draw_image(axis, stack.images[z, 0])
             if labels is not None:
-                draw_labels(axis, labels)
+                classes.update(draw_labels(axis, labels, fill=0.3, linewidths=0.7))
         row_title(row[0], stack.volume.subject)
     for axis, text in zip(axes[0], ("image", "reference", *(name for name, _ in runs)), strict=True):
-        axis.set_title(text, fontsize=8)
+        axis.set_title(text)
+    patches = [Patch(color=COLORS[(c - 1) % len(COLORS)], label=f"class {c}") for c in sorted(classes)]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches) or 1, frameon=False)
     return figure
 
 
@@ -155,13 +163,14 @@ def draw_similarities(stack: Stack, runs: Sequence[Run], *, scales: Sequence[int
     query = int((positions - target).norm(dim=-1).nan_to_num(torch.inf).argmin())
     views = {"as it is": Augmented(images, keypoints, None)}
     views |= {name: transform(images, keypoints, **options) for name, options in TURN.items()}
-    figure, axes = grid_of(len(views), 1 + len(scales) * len(runs))
+    figure, axes = grid_of(len(views), 1 + len(scales) * len(runs), images)
     for row, (text, (view, moved, _)) in zip(axes, views.items(), strict=True):
         heading = text == "as it is"
         point = moved.positions[0, query].tolist()
         draw_image(row[0], view[0, 0])
         draw_keypoints(row[0], moved[0], s=3, linewidths=0)
         row[0].plot(*point, marker="*", color="cyan", markersize=9, markeredgecolor="black", markeredgewidth=0.5)
+        row[0].set_title("image, keypoints" if heading else "")
         row_title(row[0], text)
         columns = iter(row[1:])
         for name, model in runs:
@@ -169,9 +178,10 @@ def draw_similarities(stack: Stack, runs: Sequence[Run], *, scales: Sequence[int
             for scale in scales:
                 axis = next(columns)
                 similarity = self_similarity(features[scale][0], point, moved.image_size)
-                drawn = draw_similarity(axis, view[0, 0], similarity, point, vmin=-0.2, vmax=1.0)
-                axis.set_title(f"{name}, 1/{2**scale}" if heading else "", fontsize=8)
-    figure.colorbar(drawn, ax=axes[:, -1], shrink=0.6, label="cosine similarity")
+                drawn = draw_similarity(axis, view[0, 0], similarity, point, vmin=0.0, vmax=1.0)
+                axis.set_title(f"{name}\n1/{2**scale} of the size" if heading else "")
+    bar = figure.colorbar(drawn, ax=axes, shrink=0.6, pad=0.01, aspect=40, label="cosine similarity")
+    bar.solids.set(alpha=1.0)
     return figure
 
 
@@ -183,7 +193,7 @@ def read_run(folder: Path) -> tuple[argparse.Namespace, Run]:
     model = build_model(options)
     model.load_state_dict(load(folder / "weights.pt"))
     name = folder.parent.name if folder.name.startswith("M") and "+" in folder.parent.name else options.model
-    return options, (title(name), model)
+    return options, (title(name).replace(", ", ",\n"), model)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -195,25 +205,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runs = [read_run(folder) for folder in options.runs]
     if runs:
         trained = runs[0][0]
+        for option in ("fold", "patch", "detector", "max_keypoints", "spacing"):
+            if len(values := [getattr(run, option) for run, _ in runs]) > values.count(values[0]):
+                raise ValueError(f"--runs must share their --{option.replace('_', '-')}, got {values}")
         test = read_split(options.runs[0] / "split.json", [volume.subject for volume in volumes])[trained.fold].test
         volumes = [volume for volume in volumes if volume.subject in test]
         options = argparse.Namespace(**(vars(options) | vars(trained)))
     one_each = list({volume.subject: volume for volume in reversed(volumes)}.values())[::-1][: options.volumes]
     stacks = prepare(one_each, build_detector(options), patch=tuple(options.patch))
     models = [run for _, run in runs]
-    figures = {
-        "keypoints": draw_detectors(stacks, spacing=options.spacing),
-        "correspondences": draw_correspondences(stacks[:3]),
-        "threshold": draw_thresholds(stacks),
-    }
-    if models:
-        figures["segmentations"] = draw_segmentations(stacks, models)
-    if with_encoder := [run for run in models if hasattr(run[1], "encoder")]:
-        figures["similarity"] = draw_similarities(stacks[0], with_encoder)
     options.output.mkdir(parents=True, exist_ok=True)
-    for name, figure in figures.items():
-        figure.savefig(options.output / f"{name}.png")
-        print(f"wrote {options.output / name}.png")
+    with rc_context({"font.size": 7, "axes.titlesize": 7}):
+        figures = {
+            "keypoints": draw_detectors(stacks, spacing=options.spacing),
+            "correspondences": draw_correspondences(stacks[:3]),
+            "threshold": draw_thresholds(stacks),
+        }
+        if models:
+            figures["segmentations"] = draw_segmentations(stacks, models)
+        if with_encoder := [run for run in models if hasattr(run[1], "encoder")]:
+            figures["similarity"] = draw_similarities(stacks[0], with_encoder)
+        for name, figure in figures.items():
+            figure.savefig(options.output / f"{name}.png", bbox_inches="tight", pad_inches=0.03)
+            print(f"wrote {options.output / name}.png")
 
 
 if __name__ == "__main__":

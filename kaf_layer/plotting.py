@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_image", "draw_keypoints", "draw_labels", "draw_matches", "draw_similarity", "self_similarity"]
 
-COLORS = ("#e41a1c", "#4daf4a", "#377eb8", "#ff7f00", "#984ea3", "#f781bf", "#a65628")
+# Okabe and Ito's colours, which the colour-blind tell apart.
+COLORS = ("#e69f00", "#56b4e9", "#cc79a7", "#f0e442", "#009e73", "#d55e00", "#0072b2")
 
 
 def draw_image(axes: Axes, image: Annotated[Tensor, "H W"], **style: Any) -> AxesImage:
@@ -197,12 +198,13 @@ def draw_similarity(
     return drawn
 
 
-def draw_labels(axes: Axes, labels: Annotated[Tensor, "H W"], **style: Any) -> list[int]:
+def draw_labels(axes: Axes, labels: Annotated[Tensor, "H W"], *, fill: float = 0.0, **style: Any) -> list[int]:
     """Draws the outline of each label but 0; returns the labels that there are.
 
     Args:
         axes: matplotlib's, with the image drawn in its pixels.
         labels: (H, W), whole numbers.
+        fill: opacity of the inside, from 0 to 1.
         style: for ``Axes.contour``.
 
     Example:
@@ -214,8 +216,11 @@ def draw_labels(axes: Axes, labels: Annotated[Tensor, "H W"], **style: Any) -> l
     """
     found = [label for label in labels.unique().tolist() if label > 0]
     for label in found:
-        own: dict[str, Any] = {"levels": [0.5], "colors": [COLORS[(label - 1) % len(COLORS)]], "linewidths": 1.2}
-        axes.contour((labels == label).cpu().numpy(), **own | style)
+        mask, colors = (labels == label).cpu().numpy(), [COLORS[(label - 1) % len(COLORS)]]
+        if fill:
+            axes.contourf(mask, levels=[0.5, 1.5], colors=colors, alpha=fill)
+        own: dict[str, Any] = {"levels": [0.5], "colors": colors, "linewidths": 1.2}
+        axes.contour(mask, **own | style)
     return found
 
 

@@ -1,6 +1,7 @@
 """Cross-validation: the table says what the runs gave, and the figures show them."""
 
 import json
+import shutil
 from pathlib import Path
 from statistics import mean
 
@@ -33,6 +34,11 @@ def test_table_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     names = {path.stem: path.stat().st_size for path in (tmp_path / "figures").glob("*.png")}
     assert names.keys() == {"keypoints", "correspondences", "threshold", "segmentations", "similarity"}
     assert min(names.values()) > 10_000
+    other = shutil.copytree(runs[0], tmp_path / "other")
+    text = (other / "result.json").read_text()
+    (other / "result.json").write_text(text.replace('"detector": "sift"', '"detector": "grid"'))
+    with pytest.raises(ValueError, match=r"--runs must share their --detector, got \['sift', 'grid'\]"):
+        figures.main(["--limit", "3", "--output", str(tmp_path), "--runs", runs[0], str(other)])
     with pytest.raises(FileNotFoundError, match=r"result\.json"):
         figures.main(["--limit", "3", "--output", str(tmp_path), "--runs", str(tmp_path)])
 

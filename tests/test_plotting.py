@@ -6,6 +6,7 @@ from common import random_keypoints
 
 from kaf_layer import Keypoints, Matches
 from kaf_layer.plotting import (
+    COLORS,
     draw_image,
     draw_keypoints,
     draw_labels,
@@ -81,6 +82,19 @@ def test_labels_and_images_of_any_kind(axes) -> None:
     assert draw_image(axes, torch.randint(0, 255, (8, 12), dtype=torch.uint8)).get_size() == (8, 12)
     assert draw_labels(axes, labels) == [1, 9]
     assert draw_image(axes, torch.zeros(8, 12, dtype=torch.bfloat16)).get_size() == (8, 12)
+
+
+def test_labels_are_filled_where_they_are(axes) -> None:
+    labels = torch.zeros(8, 12, dtype=torch.long)
+    labels[1:4, 2:5] = 3
+    assert draw_labels(axes, labels, fill=0.5) == [3]
+    inside, outline = axes.collections
+    assert inside.get_alpha() == 0.5
+    assert inside.get_facecolor()[0, :3].tolist() == outline.get_edgecolor()[0, :3].tolist()
+    for part in (inside, outline):
+        box = part.get_paths()[0].get_extents()
+        assert [box.x0, box.y0, box.x1, box.y1] == [1.5, 0.5, 4.5, 3.5]
+    assert len(set(COLORS)) == 7
 
 
 def test_what_does_not_fit_is_refused(axes) -> None:
