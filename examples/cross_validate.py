@@ -17,6 +17,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from math import isnan, nan
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
@@ -81,7 +82,8 @@ def run_fold(fold: int, own: argparse.Namespace, shared: list[str]) -> list[Resu
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean and, of several values, their standard deviation."""
+    """Mean and, of several values, their standard deviation, without the NaN of folds that lack a class."""
+    values = [value for value in values if not isnan(value)] or [nan]
     return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
@@ -125,7 +127,9 @@ def report(results: Sequence[Result], command: str, data: str, own: argparse.Nam
         "seed": str(chosen["seed"]),
         "fine-tuning": f"{chosen['epochs']} epochs of {steps}, batch {chosen['batch']}, learning rate {chosen['lr']}",
         "pretraining": f"`{shlex.join(own.pretrain)}`" if own.pretrain else "pretrain.py's defaults",
-        "network": ", ".join(f"{name} {chosen[name]}" for name in ("patch", "width", "embed_dim", "depth", "detector")),
+        "network": ", ".join(
+            f"{name} {chosen[name]}" for name in ("patch", "width", "scales", "embed_dim", "depth", "detector")
+        ),
         "hardware": f"{os.cpu_count()} CPU cores" if not torch.cuda.is_available() else torch.cuda.get_device_name(),
         "versions": ", ".join(f"{name} {number}" for name, number in versions.items()),
     }
@@ -133,6 +137,8 @@ def report(results: Sequence[Result], command: str, data: str, own: argparse.Nam
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Result]:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("cross_validate.py is one process that trains --jobs folds at a time, start it with python")
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     own, shared = parser().parse_known_args(arguments)
     options = parse(parser_of(None), [*shared, "--output", str(own.output)])

@@ -57,6 +57,8 @@ def load_volumes(
     if path is None:
         subjects = tqdm(range(limit or PHANTOMS), desc="phantoms", leave=False)
         volumes = [phantom(subject) for subject in subjects]
+        if classes is not None and classes < num_classes(volumes):
+            raise ValueError(f"phantoms have {num_classes(volumes)} classes, give --data or more, got {classes=}")
     else:
         rows = list_files(Path(path))
         chosen = list(dict.fromkeys(subject for subject, _, _ in rows))[:limit]

@@ -48,7 +48,7 @@ def grid_of(rows: int, columns: int, image: Tensor, *, images: int = 1) -> tuple
     """A figure no wider than a page's text and its axes, an array (rows, columns), each for images side by side."""
     height, width = image.shape[-2:]
     cell = min(7.0 / columns, 2.2 * images)  # inches
-    size = columns * cell, rows * (cell * height / (images * width) + 0.2)
+    size = columns * cell, rows * (cell * height / (images * width) + 0.2) + 0.5
     figure = Figure(figsize=size, layout="compressed", dpi=300)
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)
     return figure, figure.subplots(rows, columns, squeeze=False)

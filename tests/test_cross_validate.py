@@ -54,6 +54,8 @@ def test_means_and_deviations() -> None:
     assert rows[1] == "| UNet | 2.00 M | 0.600 ± 0.141 | 3 s |"
     assert rows[2] == "| UNet | 2.00 M | 0.800 ± 0.141 | 3 s |"
     assert cross_validate.spread([0.25]) == "0.250"
+    assert cross_validate.spread([0.25, float("nan"), 0.75]) == "0.500 ± 0.354"
+    assert cross_validate.spread([float("nan")]) == "nan"
 
 
 @pytest.mark.parametrize(
@@ -68,6 +70,12 @@ def test_what_cannot_be_is_refused_before_anything_is_trained(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         cross_validate.main([*SMALL, "--output", str(tmp_path), *arguments])
+
+
+def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="start it with python"):
+        cross_validate.main([*SMALL, "--output", str(tmp_path)])
 
 
 def test_unknown_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

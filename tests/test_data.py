@@ -169,6 +169,8 @@ def test_labels_outside_the_classes(decathlon: Path) -> None:
     assert len(load_volumes(decathlon, classes=3)) == 3
     with pytest.raises(ValueError, match=r"labelsTr.a\.nii\.gz must hold the labels 0 to 1 of classes=2, got 2"):
         load_volumes(decathlon, classes=2)
+    with pytest.raises(ValueError, match="phantoms have 4 classes, give --data"):
+        load_volumes(limit=1, classes=2)
 
 
 def test_padding_and_cropping_carry_keypoints_and_labels() -> None:
