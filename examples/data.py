@@ -198,7 +198,7 @@ def prepare(volumes: Sequence[Volume], detector: KeypointDetector, *, patch: tup
 
 def say(stack: Stack, what: str) -> None:
     """A remark about a volume, on stderr, beside the progress bars."""
-    tqdm.write(f"{stack.volume.subject}, a volume of {len(stack.images)} slices: {what}", file=sys.stderr)
+    tqdm.write(f"{stack.volume.subject}, of depth {len(stack.images)}: {what}", file=sys.stderr)
 
 
 def compact(keypoints: Keypoints) -> Keypoints:
