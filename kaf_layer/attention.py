@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kaf_layer.keypoints import Keypoints
+from kaf_layer.linear import Linear, linear
 from kaf_layer.normalization import MaskedBatchNorm, Moments
 
 __all__ = ["BlockType", "KeypointTransformer", "PositionEncoder", "PropagationBlock", "TransformerBlock", "key_mask"]
@@ -110,19 +111,19 @@ class PositionEncoder(nn.Module):
         hidden = (32, 64, 128, 256)
         self.block: BlockType = block
         self.spatial_dims = spatial_dims
-        self.linears = nn.ModuleList(nn.Linear(*sizes) for sizes in zip((spatial_dims, *hidden), hidden, strict=False))
+        self.linears = nn.ModuleList(Linear(*sizes) for sizes in zip((spatial_dims, *hidden), hidden, strict=False))
         self.norms = nn.ModuleList(
             nn.LayerNorm(size) if block == "transformer" else MaskedBatchNorm(size) for size in hidden
         )
-        self.out = nn.Linear(hidden[-1], embed_dim)
+        self.out = Linear(hidden[-1], embed_dim)
 
     def forward(self, keypoints: Keypoints) -> Tokens:
         """The encoded positions (B, N, E)."""
         if keypoints.spatial_dims != self.spatial_dims:
             raise ValueError(f"keypoints must have {self.spatial_dims=} coordinates, got {keypoints.image_size=}")
         x = self._relative(keypoints).to(self.out.weight.dtype)
-        for linear, norm in zip(self.linears, self.norms, strict=True):
-            x = linear(x)
+        for projection, norm in zip(self.linears, self.norms, strict=True):
+            x = projection(x)
             if isinstance(norm, MaskedBatchNorm):
                 x, moments = norm(x, keypoints.valid)
                 norm.track(moments)
@@ -151,8 +152,8 @@ class Attention(nn.Module):
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim must be a multiple of num_heads, got {embed_dim=} and {num_heads=}")
         self.num_heads = num_heads
-        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
-        self.out = nn.Linear(embed_dim, embed_dim)
+        self.qkv = Linear(embed_dim, 3 * embed_dim)
+        self.out = Linear(embed_dim, embed_dim)
 
     def forward(self, tokens: Tokens, mask: Mask | None, source: Tokens | None = None) -> Tokens:
         """Tokens attend to ``source`` (themselves if None) where the mask says so."""
@@ -160,8 +161,8 @@ class Attention(nn.Module):
             query, key, value = self.qkv(tokens).chunk(3, dim=-1)
         else:
             size = tokens.shape[-1]
-            query = F.linear(tokens, self.qkv.weight[:size], self.qkv.bias[:size])
-            key, value = F.linear(source, self.qkv.weight[size:], self.qkv.bias[size:]).chunk(2, dim=-1)
+            query = linear(tokens, self.qkv.weight[:size], self.qkv.bias[:size])
+            key, value = linear(source, self.qkv.weight[size:], self.qkv.bias[size:]).chunk(2, dim=-1)
         query, key, value = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (query, key, value))
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.out(attended.transpose(1, 2).flatten(2))
@@ -176,7 +177,7 @@ class TransformerBlock(nn.Module):
         self.attention_norm = nn.LayerNorm(embed_dim)
         self.attention = Attention(embed_dim, num_heads=num_heads)
         self.mlp_norm = nn.LayerNorm(embed_dim)
-        self.mlp = nn.Sequential(nn.Linear(embed_dim, 4 * embed_dim), nn.GELU(), nn.Linear(4 * embed_dim, embed_dim))
+        self.mlp = nn.Sequential(Linear(embed_dim, 4 * embed_dim), nn.GELU(), Linear(4 * embed_dim, embed_dim))
 
     def forward(self, tokens: Tokens, valid: Annotated[Tensor, "B N"], mask: Mask | None) -> Tokens:  # noqa: ARG002
         """Tokens (B, N, E) to tokens; the layer norms need not know which slots are valid."""
@@ -201,9 +202,9 @@ class PropagationBlock(nn.Module):
         super().__init__()
         self.recompute = recompute
         self.attention = Attention(embed_dim, num_heads=num_heads)
-        self.expand = nn.Linear(2 * embed_dim, 2 * embed_dim)
+        self.expand = Linear(2 * embed_dim, 2 * embed_dim)
         self.norm = MaskedBatchNorm(2 * embed_dim, momentum=momentum)
-        self.contract = nn.Linear(2 * embed_dim, embed_dim)
+        self.contract = Linear(2 * embed_dim, embed_dim)
 
     def forward(
         self, tokens: Tokens, valid: Annotated[Tensor, "B N"], mask: Mask | None, source: Tokens | None = None
@@ -223,6 +224,6 @@ class PropagationBlock(nn.Module):
         message = self.attention(tokens, mask, source)
         # expand(cat([tokens, message])), without a concatenation to save for the backward pass.
         own, received = self.expand.weight.chunk(2, dim=1)
-        hidden = F.linear(tokens, own, self.expand.bias) + F.linear(message, received)
+        hidden = linear(tokens, own, self.expand.bias) + linear(message, received)
         hidden, moments = self.norm(hidden, valid)
         return tokens + self.contract(F.relu(hidden)), moments

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from kaf_layer.attention import BlockType, KeypointTransformer
 from kaf_layer.diffusion import KeypointDiffusion
 from kaf_layer.keypoints import Keypoints, check_features
+from kaf_layer.linear import Linear
 from kaf_layer.sampling import KeypointSampler, SamplingMode
 from kaf_layer.scattering import Reduce
 
@@ -86,7 +87,7 @@ class KAFLayer(nn.Module):
         self.fused_channels = in_channels + (out_channels if fusion == "concat" else 0)
         self.fusion: FusionMode = fusion
         self.sampler = KeypointSampler(sampling)
-        self.embed = nn.Linear(in_channels, embed_dim)
+        self.embed = Linear(in_channels, embed_dim)
         self.transformer = KeypointTransformer(
             embed_dim, depth=depth, num_heads=num_heads, block=block, spatial_dims=spatial_dims, recompute=recompute
         )

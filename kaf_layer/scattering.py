@@ -14,11 +14,11 @@ from kaf_layer.keypoints import Keypoints
 __all__ = [
     "KeypointScatter",
     "Reduce",
+    "batch_index",
     "check_reduce",
     "check_tokens",
-    "last_in_cell",
-    "merge_cells",
     "scatter_keypoints",
+    "weigh_tokens",
 ]
 
 Reduce = Literal["mean", "sum", "amax"]
@@ -48,42 +48,54 @@ def scatter_keypoints(
     check_tokens(tokens, keypoints, size)
     (batch, _, channels), pixels = tokens.shape, prod(size)
     cells = keypoints.cells(size)
-    addresses = cells + pixels * torch.arange(batch, device=tokens.device)[:, None]
-    last = last_in_cell(addresses.flatten(), keypoints.valid.flatten(), total=batch * pixels)
-    rows = merge_cells(tokens, last, keypoints.valid, reduce=reduce).view_as(tokens)
+    summands = weigh_tokens(tokens, batch_index(cells, size), keypoints.valid, total=batch * pixels, reduce=reduce)
     index = cells[:, None].expand(-1, channels, -1)
-    return rows.new_zeros(batch, channels, pixels).scatter_add(2, index, rows.mT).view(batch, channels, *size)
+    return summands.new_zeros(batch, channels, pixels).scatter_add(2, index, summands.mT).view(batch, channels, *size)
 
 
-def merge_cells(
-    tokens: Annotated[Tensor, "B N C"],
-    last: Annotated[Tensor, "M"],
-    valid: Annotated[Tensor, "B N"],
-    *,
-    reduce: Reduce,
-) -> Annotated[Tensor, "M C"]:
-    """Rows of which the last of each cell holds the reduction of the cell's tokens; the others are 0.
+def batch_index(cells: Annotated[Tensor, "... B N"], size: Sequence[int]) -> Annotated[Tensor, "... B N"]:
+    """The indices of cells in a whole batch of maps.
 
     Args:
-        tokens: one for each of the M = B * N slots.
-        last: for each slot the last one in the same cell, see :func:`last_in_cell`.
+        cells: row-major indices in a map.
+        size: the map's size.
+    """
+    return cells + prod(size) * torch.arange(cells.shape[-2], device=cells.device)[:, None]
+
+
+def weigh_tokens(
+    tokens: Annotated[Tensor, "B N C"],
+    cells: Annotated[Tensor, "B N"],
+    valid: Annotated[Tensor, "B N"],
+    *,
+    total: int,
+    reduce: Reduce,
+) -> Annotated[Tensor, "B N C"]:
+    """Tokens with weights under which the sum over a cell is the cell's reduction; 0 where not valid.
+
+    Args:
+        tokens: one for each slot.
+        cells: of each slot, below ``total``; those of different samples differ.
         valid: which slots are keypoints.
+        total: the number of cells.
         reduce: ``"mean"``, ``"sum"`` or ``"amax"``.
 
     Raises:
         ValueError: if ``reduce`` is unknown.
 
     Example:
-        >>> tokens, last = torch.tensor([[[1.0], [3.0], [7.0]]]), torch.tensor([1, 1, 2])
-        >>> merge_cells(tokens, last, torch.ones(1, 3).bool(), reduce="mean").flatten().tolist()
-        [0.0, 2.0, 7.0]
+        >>> tokens, cells = torch.tensor([[[1.0], [3.0], [7.0]]]), torch.tensor([[4, 4, 2]])
+        >>> weigh_tokens(tokens, cells, torch.ones(1, 3).bool(), total=5, reduce="mean").flatten().tolist()
+        [0.5, 1.5, 7.0]
     """
     check_reduce(reduce)
-    rows = tokens.masked_fill(~valid[..., None], 0.0).flatten(0, 1)
-    if reduce != "sum":
-        rows = rows * _shares(rows.detach(), last, valid.flatten(), reduce=reduce)
-    # Not index_add, which would keep the rows for its gradient.
-    return torch.zeros_like(rows).scatter_add(0, last[:, None].expand_as(rows), rows)
+    tokens = tokens.masked_fill(~valid[..., None], 0.0)
+    if reduce == "sum":
+        return tokens
+    last = _last_in_cell(cells.flatten(), valid.flatten(), total=total)
+    return tokens * _shares(tokens.detach().flatten(0, 1), last, valid.flatten(), reduce=reduce).unflatten(
+        0, valid.shape
+    )
 
 
 def _shares(
@@ -97,19 +109,10 @@ def _shares(
     return chosen / torch.zeros_like(chosen).index_add(0, last, chosen)[last].clamp(min=1)
 
 
-def last_in_cell(cells: Annotated[Tensor, "M"], valid: Annotated[Tensor, "M"], *, total: int) -> Annotated[Tensor, "M"]:
-    """The index of the last valid slot that is in the same cell; a slot that is not valid keeps to itself.
-
-    Args:
-        cells: indices below ``total``, which tell cells of different samples apart too.
-        valid: which slots count.
-        total: the number of cells.
-
-    Example:
-        >>> valid = torch.tensor([False, True, True, True])
-        >>> last_in_cell(torch.tensor([4, 4, 2, 4]), valid, total=5).tolist()
-        [0, 3, 2, 3]
-    """
+def _last_in_cell(
+    cells: Annotated[Tensor, "M"], valid: Annotated[Tensor, "M"], *, total: int
+) -> Annotated[Tensor, "M"]:
+    """The index of the last valid slot that is in the same cell; a slot that is not valid keeps to itself."""
     slots = torch.arange(cells.shape[0], device=cells.device)
     # Only the cells that are written are read, so the table need not be initialised.
     table = cells.new_empty(total).scatter_reduce(0, cells, slots.masked_fill(~valid, -1), "amax", include_self=False)

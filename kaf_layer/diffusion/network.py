@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from math import prod
 from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from kaf_layer.diffusion.karatsuba import karatsuba_matrices
+from kaf_layer.diffusion.neighbours import find_rows
+from kaf_layer.diffusion.patches import memory_format, rows_to_map
+from kaf_layer.diffusion.pixels import pixels_to_map
+from kaf_layer.diffusion.rows import convolve_tokens, moments
 from kaf_layer.keypoints import Keypoints
-from kaf_layer.scattering import Reduce, check_reduce, check_tokens, merge_cells, scatter_keypoints
-from kaf_layer.sparse_diffusion import convolve_rows, memory_format, moments, rows_to_map
-from kaf_layer.sparse_tables import build_pixel_tables, build_row_tables
+from kaf_layer.scattering import Reduce, batch_index, check_reduce, check_tokens, scatter_keypoints, weigh_tokens
 
 __all__ = ["KeypointDiffusion", "cheapest_method"]
 
@@ -30,8 +31,8 @@ def cheapest_method(slots: int, size: Sequence[int]) -> Method:
     - ``"hybrid"``: only the first one, while there are at most half as many slots as pixels.
     - ``"dense"``: neither.
 
-    A graph for ``torch.export`` always holds ``"rows"``, which fits all shapes; one for ONNX ``"dense"``, as ONNX
-    has no sums by table.
+    A graph for ``torch.export`` always holds ``"rows"``, which fits all shapes; one for ONNX ``"dense"``, which
+    any runtime can do.
 
     Args:
         slots: of each sample, N.
@@ -75,6 +76,9 @@ class KeypointDiffusion(nn.Module):
         torch.Size([2, 24, 16, 24])
     """
 
+    before: Tensor
+    after: Tensor
+
     def __init__(
         self,
         in_channels: int,
@@ -95,6 +99,9 @@ class KeypointDiffusion(nn.Module):
         self.conv1 = conv(in_channels, hidden_channels, 3, padding=1)
         self.norm = norm(hidden_channels)
         self.conv2 = conv(hidden_channels, out_channels, 3, padding=1)
+        before, after = karatsuba_matrices(spatial_dims)
+        self.register_buffer("before", before, persistent=False)
+        self.register_buffer("after", after, persistent=False)
 
     def forward(
         self,
@@ -142,17 +149,16 @@ class KeypointDiffusion(nn.Module):
         *,
         every_pixel: bool,
     ) -> Tensor:
-        cells = keypoints.cells(size)
-        tables = build_row_tables(cells, keypoints.valid, size, every_pixel=every_pixel)
-        merged = merge_cells(tokens, tables.last, keypoints.valid, reduce=self.reduce)
-        rows = convolve_rows(merged.to(dtype), self.conv1.weight.to(dtype), tables)
-        scale, shift = self._normalisation(rows, pixels=tokens.shape[0] * prod(size))
-        arguments = (rows, scale, shift, self.conv2.weight.to(dtype), self.conv2.bias.to(dtype))
+        cells, pixels = keypoints.cells(size), tokens.shape[0] * prod(size)
+        at = batch_index(cells, size)
+        weighted = weigh_tokens(tokens, at, keypoints.valid, total=pixels, reduce=self.reduce).flatten(0, 1).to(dtype)
+        index = find_rows(cells, size, every_pixel=every_pixel)
+        rows = convolve_tokens(weighted, self.conv1.weight, index, count=pixels if every_pixel else index.numel())
+        scale, shift = self._normalisation(rows, pixels=pixels)
+        arguments = (rows, scale, shift, self.conv2.weight, self.conv2.bias)
         if not every_pixel:
-            return rows_to_map(*arguments, features, build_pixel_tables(cells, size, tables), size)
-        convolve = partial(_convolve_map, shape=(tokens.shape[0], *size), layout=memory_format(features))
-        # Normalisation and ReLU are repeated in the backward pass, rather than kept.
-        return _concatenate(features, checkpoint(convolve, *arguments, use_reentrant=False, preserve_rng_state=False))
+            return rows_to_map(*arguments, features, cells, (self.before, self.after), size)
+        return _concatenate(features, pixels_to_map(*arguments, size, memory_format(features)))
 
     def _normalisation(self, rows: Tensor, *, pixels: int) -> tuple[Tensor, Tensor]:
         """Batch normalisation as a factor and a summand, for rows that lack the first convolution's bias."""
@@ -180,20 +186,3 @@ def _concatenate(
     features: Annotated[Tensor, "B F *S"] | None, diffused: Annotated[Tensor, "B O *S"]
 ) -> Annotated[Tensor, "B F+O *S"]:
     return diffused if features is None else torch.cat([features, diffused], dim=1)
-
-
-def _convolve_map(
-    rows: Annotated[Tensor, "B*S+1 C"],
-    scale: Annotated[Tensor, "C"],
-    shift: Annotated[Tensor, "C"],
-    weight: Annotated[Tensor, "O C *K"],
-    bias: Annotated[Tensor, "O"],
-    *,
-    shape: tuple[int, ...],
-    layout: torch.memory_format,
-) -> Annotated[Tensor, "B O *S"]:
-    """Normalisation, ReLU and convolution, where every pixel has its row."""
-    hidden = torch.addcmul(shift, rows[1:], scale).relu().to(weight.dtype)
-    hidden = hidden.view(*shape, rows.shape[1]).movedim(-1, 1).contiguous(memory_format=layout)
-    convolve = F.conv2d if len(shape) == 3 else F.conv3d
-    return convolve(hidden, weight, bias, padding=1)

@@ -250,8 +250,11 @@ def test_what_is_kept_and_multiplied_does_not_grow_with_the_map():
     runs = [lambda size=size: module(tokens, keypoints, size) for size in ((64, 64), (128, 96))]
     assert cheapest_method(8, (64, 64)) == "rows"
     assert saved_bytes(runs[0]) == saved_bytes(runs[1])
-    tokens_flops, rows_flops = 2 * (2 * 8 + 1) * 6 * 9 * 5, 2 * (2 * 8 * 9 + 2) * 5 * 9 * 3
-    assert tokens_flops + rows_flops < count_flops(runs[0]) == count_flops(runs[1]) < 1.1 * (tokens_flops + rows_flops)
+    slots, first, second = 2 * 8, 6 * 9 * 5, 5 * 3
+    sums = 36 * 9 * 5 * slots + 36 * 9 * second + 25 * 36 * 3 * slots  # of rows, kernels and products
+    expected = 2 * (first * slots + 36 * second * slots + sums)
+    background = 2 * 9 * second
+    assert count_flops(runs[0]) == count_flops(runs[1]) == expected + background
 
 
 @pytest.mark.parametrize("method", ["rows", "hybrid"])

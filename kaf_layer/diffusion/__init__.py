@@ -1,0 +1,5 @@
+"""Diffuse: tokens to a dense feature map, for the price of its keypoints (Section 3.2 of the paper)."""
+
+from kaf_layer.diffusion.network import KeypointDiffusion, cheapest_method
+
+__all__ = ["KeypointDiffusion", "cheapest_method"]

@@ -1,0 +1,149 @@
+"""The second convolution around the keypoints: of a keypoint's 3^D rows it makes a patch of 5^D pixels.
+
+The patches are added into what the convolution of an empty map would be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kaf_layer.diffusion.background import fill, fill_backward
+from kaf_layer.diffusion.neighbours import find_neighbours
+from kaf_layer.diffusion.rows import activate, activate_backward, from_kernel, to_kernel, wide
+
+__all__ = ["memory_format", "rows_to_map"]
+
+
+def rows_to_map(
+    rows: Annotated[Tensor, "K*B*N+1 C"],
+    scale: Annotated[Tensor, "C"],
+    shift: Annotated[Tensor, "C"],
+    weight: Annotated[Tensor, "O C *K"],
+    bias: Annotated[Tensor, "O"],
+    features: Annotated[Tensor, "B F *S"] | None,
+    cells: Annotated[Tensor, "B N"],
+    transforms: tuple[Annotated[Tensor, "6^D 3^D"], Annotated[Tensor, "5^D 6^D"]],
+    size: Sequence[int],
+) -> Annotated[Tensor, "B F+O *S"]:
+    """``relu(rows * scale + shift)`` and the second convolution, written after the features.
+
+    Args:
+        rows: as :func:`~kaf_layer.diffusion.rows.convolve_tokens` gives them.
+        scale: of the normalisation.
+        shift: of the normalisation.
+        weight: of the convolution.
+        bias: of the convolution.
+        features: a map that the result follows, channel after channel.
+        cells: of the keypoints.
+        transforms: those of :func:`~kaf_layer.diffusion.karatsuba.karatsuba_matrices`.
+        size: the map's size.
+    """
+    return _RowsToMap.apply(rows, scale, shift, weight, bias, features, cells, *transforms, size)
+
+
+def memory_format(features: Annotated[Tensor, "B F *S"] | None) -> torch.memory_format:
+    """Channels last if the features have it, else contiguous."""
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if features is None or not features.is_contiguous(memory_format=channels_last[features.ndim]):
+        return torch.contiguous_format
+    return channels_last[features.ndim]
+
+
+class _RowsToMap(torch.autograd.Function):
+    """Normalisation and ReLU of rows, and a convolution from rows to a map, which may follow ``features`` in it.
+
+    Nothing but the rows is kept for the backward pass: normalisation and ReLU are repeated there.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        features: Tensor | None,
+        cells: Tensor,
+        before: Tensor,
+        after: Tensor,
+        size: Sequence[int],
+    ) -> Tensor:
+        """Rows (9 * B * N + 1, C), a weight (O, C, 3, 3) and features (B, F, H, W) to a map (B, F + O, H, W)."""
+        ctx.save_for_backward(rows, scale, shift, weight, cells, before, after)
+        ctx.features, ctx.size = 0 if features is None else features.shape[1], size
+        before, after, kernel = (x.to(wide(rows)) for x in (before, after, to_kernel(weight)))
+        background, deviations = _deviations(rows, scale, shift, positions=len(kernel))
+        products = _combine(before, kernel).mT @ _combine(before, deviations).mT
+        index, inside = find_neighbours(cells, size, radius=2)
+        patches = _combine(after, products).unflatten(2, cells.shape).mul_(inside[:, None].to(after.dtype))
+
+        fused, diffused = _allocate(features, (cells.shape[0], weight.shape[0], *size), like=rows)
+        fill(diffused, background, weight, bias)
+        patches = patches.permute(2, 1, 0, 3).flatten(2).to(fused.dtype)
+        diffused.view(*diffused.shape[:2], -1).scatter_add_(2, _by_sample(index, channels=patches.shape[1]), patches)
+        return fused
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of the rows, scale, shift, weight, bias and features."""
+        rows, scale, shift, weight, cells, before, after = ctx.saved_tensors
+        grad_features, grad = grad[:, : ctx.features] if ctx.features else None, grad[:, ctx.features :]
+        before, after, kernel = (x.to(wide(rows)) for x in (before, after, to_kernel(weight)))
+        background, deviations = _deviations(rows, scale, shift, positions=len(kernel))
+
+        # What the rows add to the background, ...
+        index, inside = find_neighbours(cells, ctx.size, radius=2)
+        patches = grad.flatten(2).gather(2, _by_sample(index, channels=grad.shape[1])).to(wide(rows))
+        patches = patches.unflatten(2, index.shape[::2]).permute(2, 1, 0, 3) * inside[:, None]
+        products = _combine(after.mT, patches.flatten(2)).mT
+        grad_kernel = _combine(before.mT, _combine(before, deviations).mT @ products)
+        grad_hidden = _combine(before.mT, products @ _combine(before, kernel).mT).flatten(0, 1)
+        # ... and the background, everywhere.
+        sums = fill_backward(grad).flatten(1)
+        grad_kernel += background[:, None] * sums.mT.flip(0)[:, None]
+        grad_background = torch.einsum("kco,ok->c", kernel.flip(0), sums) - grad_hidden.sum(0)
+
+        grad_hidden = torch.cat([grad_background[None], grad_hidden])
+        grad_weight, grad_bias = from_kernel(grad_kernel, weight), sums[:, sums.shape[1] // 2]
+        gradients = activate_backward(grad_hidden, rows, scale, shift)
+        return *gradients, grad_weight, grad_bias, grad_features, *[None] * 4
+
+
+def _deviations(
+    rows: Annotated[Tensor, "K*M+1 C"], scale: Tensor, shift: Tensor, *, positions: int
+) -> tuple[Annotated[Tensor, "C"], Annotated[Tensor, "K M C"]]:
+    """The activated row 0, and by how much the others differ from it."""
+    hidden = activate(rows, scale, shift)
+    return hidden[0], (hidden[1:] - hidden[0]).view(positions, rows.shape[0] // positions, rows.shape[1])
+
+
+def _combine(matrix: Annotated[Tensor, "J K"], stack: Annotated[Tensor, "K M C"]) -> Annotated[Tensor, "J M C"]:
+    """Linear combinations of the matrices of a stack."""
+    return (matrix @ stack.flatten(1)).view(matrix.shape[0], *stack.shape[1:])
+
+
+def _by_sample(index: Annotated[Tensor, "K B N"], *, channels: int) -> Annotated[Tensor, "B C K*N"]:
+    return index.transpose(0, 1).flatten(1)[:, None].expand(-1, channels, -1)
+
+
+def _allocate(features: Tensor | None, shape: Sequence[int], *, like: Tensor) -> tuple[Tensor, Tensor]:
+    """An uninitialised map behind a copy of the features, and the view of what is not features."""
+    if features is None:
+        diffused = like.new_empty(shape)
+        return diffused, diffused
+    batch, channels, *size = shape
+    fused = torch.empty(
+        (batch, features.shape[1] + channels, *size),
+        dtype=torch.promote_types(features.dtype, like.dtype),
+        device=like.device,
+        memory_format=memory_format(features),
+    )
+    fused[:, : features.shape[1]] = features
+    return fused, fused[:, features.shape[1] :]

@@ -1,0 +1,77 @@
+"""The parts of the sparse diffusion network against naive loops and torch's convolution."""
+
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kaf_layer.diffusion.background import fill, fill_backward
+from kaf_layer.diffusion.karatsuba import karatsuba_matrices
+from kaf_layer.diffusion.neighbours import find_neighbours, find_rows
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_karatsubas_product_is_the_convolution(dims: int) -> None:
+    before, after = karatsuba_matrices(dims)
+    assert (before.shape, after.shape) == ((6**dims, 3**dims), (5**dims, 6**dims))
+    a, b = torch.randint(-9, 10, (2, *[3] * dims)).float()  # whole numbers are exact
+    expected = torch.zeros([5] * dims)
+    for i in product(range(3), repeat=dims):
+        for j in product(range(3), repeat=dims):
+            expected[tuple(x + y for x, y in zip(i, j, strict=True))] += a[i] * b[j]
+    assert torch.equal(after @ ((before @ a.flatten()) * (before @ b.flatten())), expected.flatten())
+
+
+@pytest.mark.parametrize("size", [(4, 7), (1, 3), (2, 1, 5)])
+@pytest.mark.parametrize("radius", [1, 2])
+def test_neighbours(size: tuple[int, ...], radius: int) -> None:
+    pixels = list(product(*map(range, size)))
+    cells = torch.randint(len(pixels), (3, 6))
+    index, inside = find_neighbours(cells, size, radius=radius)
+    steps = list(product(range(-radius, radius + 1), repeat=len(size)))
+    for (k, step), b, n in product(enumerate(steps), range(3), range(6)):
+        near = tuple(x + d for x, d in zip(pixels[cells[b, n]], step, strict=True))
+        assert inside[k, b, n] == (near in pixels)
+        assert near not in pixels or pixels[index[k, b, n]] == near
+
+
+@pytest.mark.parametrize("every_pixel", [True, False])
+def test_each_pixel_has_one_row_where_a_keypoint_is_next_to_it(every_pixel: bool) -> None:
+    size, cells = (3, 5), torch.randint(15, (2, 7))
+    rows = find_rows(cells, size, every_pixel=every_pixel)
+    index, inside = (x.flatten(1).mT for x in find_neighbours(cells, size, radius=1))
+    assert rows.shape == (14, 9)
+    row_of: dict[tuple[int, int], int] = {}
+    for token, k in product(range(14), range(9)):
+        if inside[token, k]:
+            pixel, row = (token // 7, int(index[token, k])), int(rows[token, k])
+            assert row_of.setdefault(pixel, row) == row  # the same for all tokens around the pixel
+            expected = 1 + 15 * pixel[0] + pixel[1] if every_pixel else row
+            assert row == expected > 0
+            # Row 1 + k * M + t lies at neighbour k of token t.
+            assert every_pixel or (token // 7, pixel[1]) == (
+                (row - 1) % 14 // 7,
+                int(index[(row - 1) % 14, (row - 1) // 14]),
+            )
+        else:
+            assert rows[token, k] == 0
+    assert len(set(row_of.values())) == len(row_of)
+
+
+@pytest.mark.parametrize("size", [(4, 6), (1, 3), (2, 1), (1, 1), (2, 3, 4), (1, 1, 5)])
+def test_the_background_is_torchs_convolution(size: tuple[int, ...]) -> None:
+    dims = len(size)
+    convolve = F.conv2d if dims == 2 else F.conv3d
+    values = torch.randn(4, dtype=torch.float64)
+    weight = torch.randn(3, 4, *[3] * dims, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(3, dtype=torch.float64)
+    constant = values.view(1, -1, *[1] * dims).expand(2, -1, *size)
+    expected = convolve(constant, weight, bias, padding=1)
+    out = torch.empty_like(expected)
+    fill(out, values, weight.detach(), bias)
+    torch.testing.assert_close(out, expected.detach(), rtol=0, atol=1e-12)
+    grad = torch.randn_like(out)
+    expected.backward(grad)
+    actual = fill_backward(grad)[:, None] * values.view(1, -1, *[1] * dims)
+    torch.testing.assert_close(actual, weight.grad, rtol=0, atol=1e-12)
