@@ -81,12 +81,13 @@ class _RowsToMap(torch.autograd.Function):
         background, deviations = _deviations(rows, scale, shift, positions=len(kernel))
         products = _combine(before, kernel).mT @ _combine(before, deviations).mT
         index, inside = find_neighbours(cells, size, radius=2)
-        patches = _combine(after, products).unflatten(2, cells.shape).mul_(inside[:, None].to(after.dtype))
+        patches = after @ products.unflatten(2, cells.shape).permute(1, 2, 0, 3)
+        patches *= inside.transpose(0, 1)
 
         fused, diffused = _allocate(features, (cells.shape[0], weight.shape[0], *size), like=rows)
         fill(diffused, background, weight, bias)
-        patches = patches.permute(2, 1, 0, 3).flatten(2).to(fused.dtype)
-        diffused.view(*diffused.shape[:2], -1).scatter_add_(2, _by_sample(index, channels=patches.shape[1]), patches)
+        pixels, patches = _by_sample(index, channels=weight.shape[0]), patches.transpose(0, 1).flatten(2)
+        diffused.view(*diffused.shape[:2], -1).scatter_add_(2, pixels, patches.to(fused.dtype))
         return fused
 
     @staticmethod
@@ -101,8 +102,8 @@ class _RowsToMap(torch.autograd.Function):
         # What the rows add to the background, ...
         index, inside = find_neighbours(cells, ctx.size, radius=2)
         patches = grad.flatten(2).gather(2, _by_sample(index, channels=grad.shape[1])).to(wide(rows))
-        patches = patches.unflatten(2, index.shape[::2]).permute(2, 1, 0, 3) * inside[:, None]
-        products = _combine(after.mT, patches.flatten(2)).mT
+        patches = patches.unflatten(2, index.shape[::2]) * inside.transpose(0, 1)[:, None]
+        products = (after.mT @ patches).permute(2, 1, 0, 3).flatten(2).mT
         grad_kernel = _combine(before.mT, _combine(before, deviations).mT @ products)
         grad_hidden = _combine(before.mT, products @ _combine(before, kernel).mT).flatten(0, 1)
         # ... and the background, everywhere.
