@@ -128,7 +128,8 @@ def report(results: Sequence[Result], command: str, data: str, own: argparse.Nam
         "fine-tuning": f"{chosen['epochs']} epochs of {steps}, batch {chosen['batch']}, learning rate {chosen['lr']}",
         "pretraining": f"`{shlex.join(own.pretrain)}`" if own.pretrain else "pretrain.py's defaults",
         "network": ", ".join(
-            f"{name} {chosen[name]}" for name in ("patch", "width", "scales", "embed_dim", "depth", "detector")
+            f"{name} {chosen[name]}"
+            for name in ("patch", "normalise", "width", "scales", "embed_dim", "depth", "detector")
         ),
         "hardware": f"{os.cpu_count()} CPU cores" if not torch.cuda.is_available() else torch.cuda.get_device_name(),
         "versions": ", ".join(f"{name} {number}" for name, number in versions.items()),

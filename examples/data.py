@@ -171,8 +171,13 @@ class Stack:
         return F.pad(labels, self.margins)
 
 
-def prepare(volumes: Sequence[Volume], detector: KeypointDetector, *, patch: tuple[int, int]) -> list[Stack]:
-    """Detects the keypoints of each original slice, once, and brings everything to the patch's size."""
+def prepare(
+    volumes: Sequence[Volume], detector: KeypointDetector, *, patch: tuple[int, int], by_slice: bool = False
+) -> list[Stack]:
+    """Detects the keypoints of each original slice, once, and brings everything to the patch's size.
+
+    ``by_slice`` normalises each patch by itself, for data whose slices are not on one scale.
+    """
     stacks = []
     for volume in tqdm(volumes, desc="keypoints", leave=False):
         rows, columns = (
@@ -183,10 +188,11 @@ def prepare(volumes: Sequence[Volume], detector: KeypointDetector, *, patch: tup
         images = volume.image[:, None]
         keypoints = move_keypoints(detector(images), lambda positions, shift=shift: positions + shift, patch)
         depth = len(images)
+        patches = F.pad(images, margins, value=float(images.min()))
         stacks.append(
             Stack(
                 volume,
-                F.pad(images, margins, value=float(images.min())),
+                torch.stack([normalise(image) for image in patches]) if by_slice else patches,
                 F.pad(volume.label, margins),
                 [compact(keypoints[z]) for z in range(depth)],
                 torch.arange(depth) / depth,

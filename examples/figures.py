@@ -205,14 +205,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runs = [read_run(folder) for folder in options.runs]
     if runs:
         trained = runs[0][0]
-        for option in ("fold", "patch", "detector", "max_keypoints", "spacing"):
+        for option in ("fold", "patch", "normalise", "detector", "max_keypoints", "spacing"):
             if len(values := [getattr(run, option) for run, _ in runs]) > values.count(values[0]):
                 raise ValueError(f"--runs must share their --{option.replace('_', '-')}, got {values}")
         test = read_split(options.runs[0] / "split.json", [volume.subject for volume in volumes])[trained.fold].test
         volumes = [volume for volume in volumes if volume.subject in test]
         options = argparse.Namespace(**(vars(options) | vars(trained)))
     one_each = list({volume.subject: volume for volume in reversed(volumes)}.values())[::-1][: options.volumes]
-    stacks = prepare(one_each, build_detector(options), patch=tuple(options.patch))
+    by_slice = options.normalise == "slice"
+    stacks = prepare(one_each, build_detector(options), patch=tuple(options.patch), by_slice=by_slice)
     models = [run for _, run in runs]
     options.output.mkdir(parents=True, exist_ok=True)
     with rc_context({"font.size": 7, "axes.titlesize": 7}):

@@ -25,13 +25,14 @@ class Recipe:
     threshold: float  # of the contrast, between relative positions
     lr: float  # of fine-tuning
     epochs: int  # of fine-tuning
+    normalise: str = "volume"
 
 
 # Sections 4 and B of the paper; the last two are ours.
 PRESETS = {
     "acdc": Recipe(classes=4, patch=(352, 352), width=48, threshold=0.35, lr=5e-4, epochs=200),
     "chd": Recipe(classes=8, patch=(512, 512), width=32, threshold=0.1, lr=5e-5, epochs=100),
-    "sunnybrook": Recipe(classes=2, patch=(160, 160), width=32, threshold=0.35, lr=5e-4, epochs=200),
+    "sunnybrook": Recipe(classes=2, patch=(160, 160), width=32, threshold=0.35, lr=5e-4, epochs=200, normalise="slice"),
     "phantom": Recipe(classes=4, patch=(128, 128), width=8, threshold=0.35, lr=3e-3, epochs=40),
 }
 MODELS = {
@@ -61,6 +62,7 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     add("--model", choices=MODELS, default="kaf-unet")
     add("--classes", type=int, help="the background included")
     add("--patch", type=int, nargs=2, metavar=("H", "W"), help="slices are padded and cropped to this size")
+    add("--normalise", choices=("volume", "slice"), help="whether patches are brought to one scale slice by slice too")
     add("--width", type=int, help="channels of the first block")
     add("--scales", type=int, nargs="*", default=[0, 1, 2, 3], help="which encoder blocks a KAF layer follows")
     add("--depth", type=int, default=6, help="attention blocks of each KAF layer")
@@ -93,7 +95,9 @@ def no_keypoints(images: Tensor) -> Keypoints:
 
 def load_stacks(options: argparse.Namespace, *, labelled: bool = True) -> list[Stack]:
     volumes = load_volumes(options.data, limit=options.limit, classes=options.classes, labelled=labelled)
-    stacks = prepare(volumes, build_detector(options), patch=tuple(options.patch))
+    stacks = prepare(
+        volumes, build_detector(options), patch=tuple(options.patch), by_slice=options.normalise == "slice"
+    )
     for stack in stacks if options.detector != "none" else ():
         if empty := [z for z, keypoints in enumerate(stack.keypoints) if not keypoints.valid.any()]:
             say(stack, f"no keypoints in slices {', '.join(map(str, empty))}, nothing for KAF layers")

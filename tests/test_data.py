@@ -7,8 +7,9 @@ import pytest
 import torch
 from data import list_files, load_volumes, normalise, num_classes, prepare
 from phantom import Volume, phantom
+from recipes import parse, parser_of
 
-from kaf_layer import Keypoints
+from kaf_layer import GridDetector, Keypoints
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -192,6 +193,16 @@ def test_padding_and_cropping_carry_keypoints_and_labels() -> None:
     assert not restored[..., :2].any()
     assert not restored[..., 7:].any()
     assert stack.crop(label).equal(stack.labels)
+
+
+def test_slices_on_scales_of_their_own() -> None:
+    image = torch.randn(2, 9, 6) * torch.tensor([0.1, 50.0])[:, None, None] + 3
+    volume, patch = Volume(image, torch.zeros(2, 9, 6).long(), "s"), (7, 6)
+    (stack,) = prepare([volume], GridDetector(3), patch=patch, by_slice=True)
+    (plain,) = prepare([volume], GridDetector(3), patch=patch)
+    for one, other in zip(stack.images.numpy(), plain.images.numpy(), strict=True):
+        np.testing.assert_allclose(one, (other - other.mean()) / other.std(ddof=1), atol=1e-5)
+    assert parse(parser_of(None), ["--preset", "sunnybrook", "--output", "o"]).normalise == "slice"
 
 
 @pytest.mark.skipif(not (SHARED / "sunnybrook").is_dir(), reason="../shared/data/sunnybrook is not here")
