@@ -64,8 +64,9 @@ def find_rows(
     if every_pixel:
         rows = pixels + 1
     else:
-        own = torch.arange(1, 1 + pixels.numel(), device=cells.device).where(inside.flatten(), 0)
+        own = torch.arange(1, 1 + pixels.numel(), device=cells.device, dtype=torch.int32)
         # Only what is written is read, so the table need not be initialised.
-        table = pixels.new_empty(cells.shape[0] * prod(size))
-        rows = table.scatter_reduce(0, pixels.flatten(), own, "amax", include_self=False)[pixels]
+        table = own.new_empty(cells.shape[0] * prod(size))
+        table.scatter_reduce_(0, pixels.flatten(), own.where(inside.flatten(), 0), "amax", include_self=False)
+        rows = table[pixels].long()
     return torch.where(inside, rows, 0).flatten(1).mT.contiguous()

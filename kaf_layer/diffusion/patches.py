@@ -78,10 +78,10 @@ class _RowsToMap(torch.autograd.Function):
         ctx.save_for_backward(rows, scale, shift, weight, cells, before, after)
         ctx.features, ctx.size = 0 if features is None else features.shape[1], size
         before, after, kernel = (x.to(wide(rows)) for x in (before, after, to_kernel(weight)))
-        background, deviations = _deviations(rows, scale, shift, positions=len(kernel))
-        products = _combine(before, kernel).mT @ _combine(before, deviations).mT
+        background, spectra = _spectra(rows, scale, shift, before)
+        spectra = _combine(before, kernel).mT @ spectra.mT
         index, inside = find_neighbours(cells, size, radius=2)
-        patches = after @ products.unflatten(2, cells.shape).permute(1, 2, 0, 3)
+        patches = after @ spectra.unflatten(2, cells.shape).permute(1, 2, 0, 3)
         patches *= inside.transpose(0, 1)
 
         fused, diffused = _allocate(features, (cells.shape[0], weight.shape[0], *size), like=rows)
@@ -97,15 +97,15 @@ class _RowsToMap(torch.autograd.Function):
         rows, scale, shift, weight, cells, before, after = ctx.saved_tensors
         grad_features, grad = grad[:, : ctx.features] if ctx.features else None, grad[:, ctx.features :]
         before, after, kernel = (x.to(wide(rows)) for x in (before, after, to_kernel(weight)))
-        background, deviations = _deviations(rows, scale, shift, positions=len(kernel))
-
         # What the rows add to the background, ...
         index, inside = find_neighbours(cells, ctx.size, radius=2)
         patches = grad.flatten(2).gather(2, _by_sample(index, channels=grad.shape[1])).to(wide(rows))
         patches = patches.unflatten(2, index.shape[::2]) * inside.transpose(0, 1)[:, None]
-        products = (after.mT @ patches).permute(2, 1, 0, 3).flatten(2).mT
-        grad_kernel = _combine(before.mT, _combine(before, deviations).mT @ products)
-        grad_hidden = _combine(before.mT, products @ _combine(before, kernel).mT).flatten(0, 1)
+        patches = (after.mT @ patches).permute(2, 1, 0, 3).flatten(2).mT
+        background, spectra = _spectra(rows, scale, shift, before)
+        grad_kernel = _combine(before.mT, spectra.mT @ patches)
+        del spectra
+        grad_hidden = _combine(before.mT, patches @ _combine(before, kernel).mT).flatten(0, 1)
         # ... and the background, everywhere.
         sums = fill_backward(grad).flatten(1)
         grad_kernel += background[:, None] * sums.mT.flip(0)[:, None]
@@ -117,12 +117,14 @@ class _RowsToMap(torch.autograd.Function):
         return *gradients, grad_weight, grad_bias, grad_features, *[None] * 4
 
 
-def _deviations(
-    rows: Annotated[Tensor, "K*M+1 C"], scale: Tensor, shift: Tensor, *, positions: int
-) -> tuple[Annotated[Tensor, "C"], Annotated[Tensor, "K M C"]]:
-    """The activated row 0, and by how much the others differ from it."""
+def _spectra(
+    rows: Annotated[Tensor, "K*M+1 C"], scale: Tensor, shift: Tensor, before: Annotated[Tensor, "J K"]
+) -> tuple[Annotated[Tensor, "C"], Annotated[Tensor, "J M C"]]:
+    """The activated row 0; and the combinations of what the others deviate from it, around each keypoint."""
     hidden = activate(rows, scale, shift)
-    return hidden[0], (hidden[1:] - hidden[0]).view(positions, rows.shape[0] // positions, rows.shape[1])
+    background = hidden[0].clone()
+    deviations = hidden[1:].sub_(background).view(before.shape[1], rows.shape[0] // before.shape[1], rows.shape[1])
+    return background, _combine(before, deviations)
 
 
 def _combine(matrix: Annotated[Tensor, "J K"], stack: Annotated[Tensor, "K M C"]) -> Annotated[Tensor, "J M C"]:
