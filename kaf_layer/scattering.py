@@ -48,7 +48,7 @@ def scatter_keypoints(
     check_tokens(tokens, keypoints, size)
     (batch, _, channels), pixels = tokens.shape, prod(size)
     cells = keypoints.cells(size)
-    summands = weigh_tokens(tokens, batch_index(cells, size), keypoints.valid, total=batch * pixels, reduce=reduce)
+    summands = weigh_tokens(tokens, keypoints, cells, size, reduce=reduce)
     index = cells[:, None].expand(-1, channels, -1)
     return summands.new_zeros(batch, channels, pixels).scatter_add(2, index, summands.mT).view(batch, channels, *size)
 
@@ -65,37 +65,39 @@ def batch_index(cells: Annotated[Tensor, "... B N"], size: Sequence[int]) -> Ann
 
 def weigh_tokens(
     tokens: Annotated[Tensor, "B N C"],
+    keypoints: Keypoints,
     cells: Annotated[Tensor, "B N"],
-    valid: Annotated[Tensor, "B N"],
+    size: Sequence[int],
     *,
-    total: int,
     reduce: Reduce,
 ) -> Annotated[Tensor, "B N C"]:
     """Tokens with weights under which the sum over a cell is the cell's reduction; 0 where not valid.
 
     Args:
         tokens: one for each slot.
-        cells: of each slot, below ``total``; those of different samples differ.
-        valid: which slots are keypoints.
-        total: the number of cells.
+        keypoints: where the tokens belong.
+        cells: of the keypoints, in a map of that size.
+        size: the map's size.
         reduce: ``"mean"``, ``"sum"`` or ``"amax"``.
 
     Raises:
         ValueError: if ``reduce`` is unknown.
 
     Example:
-        >>> tokens, cells = torch.tensor([[[1.0], [3.0], [7.0]]]), torch.tensor([[4, 4, 2]])
-        >>> weigh_tokens(tokens, cells, torch.ones(1, 3).bool(), total=5, reduce="mean").flatten().tolist()
+        >>> kp = Keypoints(torch.tensor([[[0.0, 0.0], [1.0, 1.0], [5.0, 3.0]]]), torch.ones(1, 3).bool(), (4, 6))
+        >>> tokens = torch.tensor([[[1.0], [3.0], [7.0]]])
+        >>> weigh_tokens(tokens, kp, kp.cells((2, 3)), (2, 3), reduce="mean").flatten().tolist()
         [0.5, 1.5, 7.0]
     """
     check_reduce(reduce)
-    tokens = tokens.masked_fill(~valid[..., None], 0.0)
+    valid = keypoints.valid
+    if keypoints.padded:
+        tokens = tokens.masked_fill(~valid[..., None], 0.0)
     if reduce == "sum":
         return tokens
-    last = _last_in_cell(cells.flatten(), valid.flatten(), total=total)
-    return tokens * _shares(tokens.detach().flatten(0, 1), last, valid.flatten(), reduce=reduce).unflatten(
-        0, valid.shape
-    )
+    last = _last_in_cell(batch_index(cells, size).flatten(), valid.flatten(), total=valid.shape[0] * prod(size))
+    shares = _shares(tokens.detach().flatten(0, 1), last, valid.flatten(), reduce=reduce)
+    return tokens * shares.unflatten(0, valid.shape)
 
 
 def _shares(

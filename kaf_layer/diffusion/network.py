@@ -16,7 +16,7 @@ from kaf_layer.diffusion.patches import memory_format, rows_to_map
 from kaf_layer.diffusion.pixels import pixels_to_map
 from kaf_layer.diffusion.rows import convolve_tokens, moments
 from kaf_layer.keypoints import Keypoints
-from kaf_layer.scattering import Reduce, batch_index, check_reduce, check_tokens, scatter_keypoints, weigh_tokens
+from kaf_layer.scattering import Reduce, check_reduce, check_tokens, scatter_keypoints, weigh_tokens
 
 __all__ = ["KeypointDiffusion", "cheapest_method"]
 
@@ -150,8 +150,7 @@ class KeypointDiffusion(nn.Module):
         every_pixel: bool,
     ) -> Tensor:
         cells, pixels = keypoints.cells(size), tokens.shape[0] * prod(size)
-        at = batch_index(cells, size)
-        weighted = weigh_tokens(tokens, at, keypoints.valid, total=pixels, reduce=self.reduce).flatten(0, 1).to(dtype)
+        weighted = weigh_tokens(tokens, keypoints, cells, size, reduce=self.reduce).flatten(0, 1).to(dtype)
         index = find_rows(cells, size, every_pixel=every_pixel)
         rows = convolve_tokens(weighted, self.conv1.weight, index, count=pixels if every_pixel else index.numel())
         scale, shift = self._normalisation(rows, pixels=pixels)
