@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
@@ -47,14 +49,13 @@ def run(folder: Path, stacks: list[Stack], *more: str) -> dict:
     return finetune.main([*SMALL, "--output", str(folder), *more], stacks=stacks)
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(
-    stacks: list[Stack], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run(tmp_path / "whole", stacks)
+@contextmanager
+def killed_after(checkpoints: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What runs inside dies where it would write one checkpoint more."""
     save, saved = training.save, []
 
     def killed(content: object, path: Path) -> None:
-        if len(saved) == 2:
+        if len(saved) == checkpoints:
             raise KeyboardInterrupt
         saved.append(path)
         save(content, path)
@@ -62,7 +63,15 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     with monkeypatch.context() as patch:
         patch.setattr(training, "save", killed)
         with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "killed", stacks)
+            yield
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(
+    stacks: list[Stack], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path / "whole", stacks)
+    with killed_after(2, monkeypatch):
+        run(tmp_path / "killed", stacks)
     assert torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)["epoch"] == 2
     torch.manual_seed(99)
     run(tmp_path / "killed", stacks, "--resume")

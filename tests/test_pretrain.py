@@ -10,7 +10,7 @@ import training  # noqa: E402  # after the skip
 from data import Stack, prepare, stack_matches  # noqa: E402
 from phantom import Volume  # noqa: E402
 from recipes import build_model, load_stacks, no_keypoints, parse  # noqa: E402
-from test_finetune import weights  # noqa: E402
+from test_finetune import killed_after, weights  # noqa: E402
 
 from kaf_layer import GridDetector, Matches  # noqa: E402
 
@@ -70,18 +70,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     stacks: list[Stack], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(tmp_path / "whole", stacks)
-    save, saved = training.save, []
-
-    def killed(content: object, path: Path) -> None:
-        if saved:
-            raise KeyboardInterrupt
-        saved.append(path)
-        save(content, path)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "save", killed)
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "killed", stacks)
+    with killed_after(1, monkeypatch):
+        run(tmp_path / "killed", stacks)
     resumed = run(tmp_path / "killed", stacks, "--resume")
     assert whole.keys() == resumed.keys()
     assert all(value.equal(resumed[name]) for name, value in whole.items())
