@@ -7,7 +7,8 @@
 A method is a network of finetune.py --model, trained from random weights; behind a "+" is what its encoder is
 pretrained by on all training subjects of the fold: "pcl", the positional contrast alone, or "kaf", all of Eq. 3.
 Other options go to pretrain.py and finetune.py, those in --pretrain "..." and --finetune "..." to one of them. What was
-killed goes on where it was, by the same command. Writes table.md, results.json and split.json to --output.
+killed goes on where it was, by the same command. Writes table.md and results.json to --output, and how to repeat them.
+Published rows go beside ours with --beside rows.json: {"UNet, Table 1 of the paper": {"1": 0.5, "2": 0.6}, ...}
 """
 
 import argparse
@@ -15,7 +16,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from math import isnan, nan
 from multiprocessing import get_context
@@ -29,6 +30,7 @@ import torch
 from data import load_volumes
 from recipes import MODELS, load_split, load_stacks, parse, parser_of
 from splits import write_split
+from training import settings
 
 PRETRAINING = {
     "": [],
@@ -48,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--test-folds", nargs="+", type=int, metavar="FOLD", help="only these of --folds")
     parser.add_argument("--pretrain", type=shlex.split, default=[], metavar="OPTIONS", help="for pretrain.py alone")
     parser.add_argument("--finetune", type=shlex.split, default=[], metavar="OPTIONS", help="for finetune.py alone")
+    parser.add_argument("--beside", type=published, default={}, metavar="FILE", help="Dice of others, by row and M")
     parser.add_argument("--jobs", type=int, default=1, help="folds at a time")
     return parser
 
@@ -57,6 +60,25 @@ def method(name: str) -> str:
     if model not in MODELS or pretraining not in PRETRAINING:
         raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(MODELS)}, with or without +pcl or +kaf")
     return name
+
+
+def published(path: str) -> dict[str, dict[str, float]]:
+    """The rows of a JSON file."""
+    try:
+        rows = json.loads(Path(path).read_text())
+        return {title: {str(int(m)): float(dice) for m, dice in row.items()} for title, row in rows.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise argparse.ArgumentTypeError(f'{path} must hold {{"title": {{"M": Dice, ...}}, ...}}: {error}') from error
+
+
+def keep_options(own: argparse.Namespace, shared: argparse.Namespace) -> None:
+    """Writes down what the runs in --output are trained by; refuses to mix them with others."""
+    path = own.output / "options.json"
+    now = settings(shared) | {"pretrain": own.pretrain, "finetune": own.finetune}
+    before = json.loads(path.read_text()) if path.is_file() else now
+    if different := [name for name, value in before.items() if now.get(name) != value]:
+        raise ValueError(f"{own.output} holds runs with another {' and '.join(different)}: choose another --output")
+    path.write_text(json.dumps(now, indent=1) + "\n")
 
 
 def run_fold(fold: int, own: argparse.Namespace, shared: list[str]) -> list[Result]:
@@ -92,8 +114,8 @@ def title(name: str) -> str:
     return MODELS[model] + (f", pretrained by {pretraining.upper()}" if pretraining else "")
 
 
-def table(results: Sequence[Result]) -> str:
-    """Dice of each method for each M: the mean over classes, then each class, over the folds."""
+def table(results: Sequence[Result], beside: Mapping[str, Mapping[str, float]]) -> str:
+    """Dice of each method for each M: the mean over classes, and others' beside it, then each class, over the folds."""
     methods, counts = (list(dict.fromkeys(result[key] for result in results)) for key in ("method", "M"))
     classes = len(results[0]["scores"][0]) - 1
     lines = []
@@ -111,6 +133,9 @@ def table(results: Sequence[Result]) -> str:
             seconds = mean(result["training_seconds"] for result in own)
             parameters = f"{own[0]['parameters'] / 1e6:.2f} M"
             lines.append(f"| {title(name)} | {parameters} | {' | '.join(cells)} | {seconds:.0f} s |")
+        for name, row in beside.items() if chosen is None else ():
+            cells = [f"{row[str(count)]:.3f}" if str(count) in row else "" for count in counts]
+            lines.append(f"| {name} | | {' | '.join(cells)} | |")
     return "\n".join(lines)
 
 
@@ -134,7 +159,7 @@ def report(results: Sequence[Result], command: str, data: str, own: argparse.Nam
         "hardware": f"{os.cpu_count()} CPU cores" if not torch.cuda.is_available() else torch.cuda.get_device_name(),
         "versions": ", ".join(f"{name} {number}" for name, number in versions.items()),
     }
-    return "\n".join([*(f"- {name}: {fact}" for name, fact in facts.items()), table(results)]) + "\n"
+    return "\n".join([*(f"- {name}: {fact}" for name, fact in facts.items()), table(results, own.beside)]) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Result]:
@@ -151,6 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
     for fold in folds:
         split[fold].labelled(max(own.labelled))
     write_split(split, own.output / "split.json", seed=options.seed)
+    keep_options(own, options)
     if own.jobs == 1:
         results = [result for fold in folds for result in run_fold(fold, own, shared)]
     else:

@@ -12,7 +12,6 @@ Writes weights.pt, a plain state dict; result.json; split.json, to be given to -
 import argparse
 import json
 import platform
-import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -125,13 +124,11 @@ def main(arguments: Sequence[str] | None = None, *, stacks: list[Stack] | None =
         logits = module(images, keypoints)
         return {"loss": F.cross_entropy(logits, labels), "dice": overlap(logits, labels)}
 
-    began = time.perf_counter()
     slices = [(stack, z) for stack in training for z in range(len(stack.images))]
     optimizer = torch.optim.Adam(model.parameters(), lr=options.lr)
-    model = train(model, slices, compute, optimizer, accelerator, options)
+    model, seconds = train(model, slices, compute, optimizer, accelerator, options)
     result: dict[str, Any] = {}
     if accelerator.is_main_process:
-        seconds = time.perf_counter() - began
         scores = evaluate(model, unseen, classes=options.classes)
         result = {
             "dice": mean_dice(scores),

@@ -67,6 +67,8 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     add("--scales", type=int, nargs="*", default=[0, 1, 2, 3], help="which encoder blocks a KAF layer follows")
     add("--depth", type=int, default=6, help="attention blocks of each KAF layer")
     add("--embed-dim", type=int, default=256, help="channels of a token")
+    add("--fusion", choices=("concat", "add"), default="concat", help="of a KAF layer's map with the features")
+    add("--zero-init-last", action=argparse.BooleanOptionalAction, default=True, help="KAF layers start without effect")
     add("--detector", choices=("sift", "grid", "none"), default="sift")
     add("--max-keypoints", type=int, default=512, help="SIFT keypoints of an original slice")
     add("--spacing", type=float, default=12.0, help="of the grid's keypoints, in pixels")
@@ -134,10 +136,11 @@ def build_model(options: argparse.Namespace) -> nn.Module:
         return UNetC2(1, classes, width=width)
     if not set(options.scales) <= set(range(4)):
         raise ValueError(f"--scales must be among 0, 1, 2 and 3, got {options.scales}")
-    layers = [
-        KAFLayer(width * 2**i, embed_dim=options.embed_dim, depth=options.depth)
-        if options.model.startswith("kaf") and i in options.scales
-        else None
-        for i in range(4)
-    ]
+    chosen = options.scales if options.model.startswith("kaf") else ()
+    layers = [build_layer(width * 2**i, options) if i in chosen else None for i in range(4)]
     return (FCN if options.model.endswith("fcn") else UNet)(1, classes, width=width, layers=layers)
+
+
+def build_layer(channels: int, options: argparse.Namespace) -> KAFLayer:
+    names = ("embed_dim", "depth", "fusion", "zero_init_last")
+    return KAFLayer(channels, **{name: getattr(options, name) for name in names})

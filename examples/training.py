@@ -8,6 +8,7 @@ import argparse
 import math
 import os
 import pickle
+import time
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -34,7 +35,7 @@ def train(
     optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,
     options: argparse.Namespace,
-) -> nn.Module:
+) -> tuple[nn.Module, float]:
     """Trains on all samples, by a learning rate that falls to zero along a cosine.
 
     Args:
@@ -46,14 +47,16 @@ def train(
         options: of the command line: epochs, batch, steps_per_epoch, lr, seed, output, resume, save_every.
 
     Returns:
-        the module, as it was given.
+        the module, as it was given, and the seconds of training, before a resumption too.
     """
     if options.batch % accelerator.num_processes:
         raise ValueError(
             f"--batch must be a multiple of the processes, {accelerator.num_processes}, got {options.batch}"
         )
     checkpoint = options.output / "checkpoint.pt"
-    first = restore(checkpoint, module, optimizer, options) if options.resume and checkpoint.is_file() else 0
+    resumed = options.resume and checkpoint.is_file()
+    first, seconds = restore(checkpoint, module, optimizer, options) if resumed else (0, 0.0)
+    began = time.perf_counter() - seconds
     module, optimizer = accelerator.prepare(module, optimizer)
     is_main, rank = accelerator.is_main_process, accelerator.process_index
     steps = options.steps_per_epoch or math.ceil(len(samples) / options.batch)
@@ -82,12 +85,13 @@ def train(
             if (epoch + 1) % options.save_every == 0 or epoch + 1 == options.epochs:
                 state = accelerator.unwrap_model(module).state_dict()
                 fields = {"epoch": epoch + 1, "module": state, "optimizer": optimizer.state_dict()}
-                save(fields | {"settings": settings(options)}, checkpoint)
+                fields |= {"settings": settings(options), "seconds": time.perf_counter() - began}
+                save(fields, checkpoint)
     bar.close()
     if writer:
         writer.close()
     accelerator.wait_for_everyone()
-    return accelerator.unwrap_model(module)
+    return accelerator.unwrap_model(module), time.perf_counter() - began
 
 
 def start(options: argparse.Namespace, **handlers: Any) -> Accelerator:
@@ -151,14 +155,16 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}
 
 
-def restore(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, options: argparse.Namespace) -> int:
-    """Puts a checkpoint's content in place; returns the number of epochs done."""
+def restore(
+    path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, options: argparse.Namespace
+) -> tuple[int, float]:
+    """Puts a checkpoint's content in place; returns the number of epochs done, and the seconds they took."""
     content, now = load(path), settings(options)
     if different := [name for name, value in content["settings"].items() if now.get(name) != value]:
         raise ValueError(f"{path} was written with other options than these, differing in {', '.join(different)}")
     module.load_state_dict(content["module"])
     optimizer.load_state_dict(content["optimizer"])
-    return content["epoch"]
+    return content["epoch"], content["seconds"]
 
 
 def load_pretrained(module: nn.Module, path: Path) -> str:

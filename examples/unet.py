@@ -39,8 +39,8 @@ class Decoder(nn.Module):
 class UNet(nn.Module):
     """Five encoder blocks, each of the first four followed by its layer, if any, and four decoder blocks.
 
-    ``layers`` are modules from (map, keypoints) to (fused map, tokens) with ``fused_channels``. With layers
-    the decoder and the deepest block are twice as wide, as in the authors' code.
+    ``layers`` are modules from (map, keypoints) to (fused map, tokens) with ``fused_channels``. Where
+    layers concatenate, the decoder and the deepest block are twice as wide, as in the authors' code.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class UNet(nn.Module):
         super().__init__()
         widths = [width * 2**i for i in range(5)]
         fused = [w if layer is None else layer.fused_channels for w, layer in zip(widths[:4], layers, strict=True)]
-        factor = 2 if any(layers) else 1
+        factor = 1 if fused == widths[:4] else 2
         stages: list[nn.Module] = [
             nn.Sequential(nn.MaxPool2d(2) if i else nn.Identity(), conv_block(before, w), conv_block(w, w))
             for i, (before, w) in enumerate(zip([in_channels, *fused], widths[:4], strict=False))

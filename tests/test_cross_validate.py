@@ -24,6 +24,8 @@ def test_table_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     for expected in ("- seed: 0", "phantoms, 3 subjects", "torch ", "KAF-UNet, pretrained by KAF", "Dice of class 3"):
         assert expected in text
     kept = (tmp_path / "fold1" / "kaf-unet+kaf" / "M1" / "weights.pt").stat().st_mtime_ns
+    with pytest.raises(ValueError, match="holds runs with another width and finetune: choose"):
+        cross_validate.main([*arguments, *methods, "--finetune", "--epochs 2 --batch 4", "--width", "8"])
     assert cross_validate.main([*arguments, *methods]) == results  # nothing is done twice
     assert (tmp_path / "fold1" / "kaf-unet+kaf" / "M1" / "weights.pt").stat().st_mtime_ns == kept
 
@@ -48,11 +50,16 @@ def test_means_and_deviations() -> None:
         rows = [["a", *scores], ["b", *scores]]
         return {"method": "unet", "fold": fold, "M": 1, "scores": rows, "parameters": 2e6, "training_seconds": 3.0}
 
-    lines = cross_validate.table([result(0, 0.5, 0.7), result(1, 0.7, 0.9)]).splitlines()
+    results = [result(0, 0.5, 0.7), result(1, 0.7, 0.9)]
+    lines = cross_validate.table(results, {"Theirs": {"1": 0.25}, "Others'": {"6": 0.5}}).splitlines()
     rows = [line for line in lines if line.startswith("| UNet")]
     assert rows[0] == f"| UNet | 2.00 M | {mean([0.6, 0.8]):.3f} ± 0.141 | 3 s |"
     assert rows[1] == "| UNet | 2.00 M | 0.600 ± 0.141 | 3 s |"
     assert rows[2] == "| UNet | 2.00 M | 0.800 ± 0.141 | 3 s |"
+    assert [line for line in lines if "their" in line.lower() or "others" in line.lower()] == [
+        "| Theirs | | 0.250 | |",
+        "| Others' | |  | |",
+    ]
     assert cross_validate.spread([0.25]) == "0.250"
     assert cross_validate.spread([0.25, float("nan"), 0.75]) == "0.500 ± 0.354"
     assert cross_validate.spread([float("nan")]) == "nan"
@@ -76,6 +83,16 @@ def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="start it with python"):
         cross_validate.main([*SMALL, "--output", str(tmp_path)])
+
+
+@pytest.mark.parametrize("text", ["[]", '{"a": {"x": 1}}', '{"a": 0.5}', "{", None])
+def test_published_rows_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None) -> None:
+    path = tmp_path / "rows.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SystemExit):
+        cross_validate.main([*SMALL, "--output", str(tmp_path), "--beside", str(path)])
+    assert "rows.json must hold" in capsys.readouterr().err
 
 
 def test_unknown_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,9 +72,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     run(tmp_path / "whole", stacks)
     with killed_after(2, monkeypatch):
         run(tmp_path / "killed", stacks)
-    assert torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)["epoch"] == 2
+    checkpoint = tmp_path / "killed" / "checkpoint.pt"
+    content = training.load(checkpoint)
+    assert content["epoch"] == 2
+    training.save(content | {"seconds": 1e4}, checkpoint)
     torch.manual_seed(99)
-    run(tmp_path / "killed", stacks, "--resume")
+    assert run(tmp_path / "killed", stacks, "--resume")["training_seconds"] > 1e4  # those before the kill are counted
     whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert whole.keys() == resumed.keys()
     assert all(value.equal(resumed[name]) for name, value in whole.items())
