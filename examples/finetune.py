@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from training import Augmentation, load_pretrained, save, seed_of, settings, start, train
 
-from kaf_layer import Keypoints
+from kaf_layer import KAFLayer, Keypoints
 
 Sample = tuple[Stack, int]  # a slice: the volume, and its number in there
 
@@ -93,6 +93,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--labelled", type=int, default=2, metavar="M", help="subjects to train on")
     parser.add_argument("--pretrained", type=Path, help="weights to start from, as pretrain.py writes them")
     parser.add_argument("--lr", type=float, help="falls to zero along a cosine")
+    parser.add_argument("--layer-lr", type=float, metavar="FACTOR", help="of KAF layers, relative to --lr")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--batch", type=int, default=10, help="slices, over all processes")
     return parser
@@ -125,7 +126,12 @@ def main(arguments: Sequence[str] | None = None, *, stacks: list[Stack] | None =
         return {"loss": F.cross_entropy(logits, labels), "dice": overlap(logits, labels)}
 
     slices = [(stack, z) for stack in training for z in range(len(stack.images))]
-    optimizer = torch.optim.Adam(model.parameters(), lr=options.lr)
+    layers = {p for module in model.modules() if isinstance(module, KAFLayer) for p in module.parameters()}
+    groups = [
+        {"params": [p for p in model.parameters() if p not in layers]},
+        {"params": [p for p in model.parameters() if p in layers], "lr": options.layer_lr * options.lr},
+    ]
+    optimizer = torch.optim.Adam(groups, lr=options.lr)
     model, seconds = train(model, slices, compute, optimizer, accelerator, options)
     result: dict[str, Any] = {}
     if accelerator.is_main_process:

@@ -42,9 +42,9 @@ def train(
         module: what learns.
         samples: what batches are drawn from.
         compute: from the module and a batch's samples to its "loss", and whatever else is to be shown, by name.
-        optimizer: of the module's parameters.
+        optimizer: of the module's parameters, with the learning rates to start from.
         accelerator: devices, precision and processes.
-        options: of the command line: epochs, batch, steps_per_epoch, lr, seed, output, resume, save_every.
+        options: of the command line: epochs, batch, steps_per_epoch, seed, output, resume, save_every.
 
     Returns:
         the module, as it was given, and the seconds of training, before a resumption too.
@@ -69,8 +69,9 @@ def train(
         batches = draw_batches(len(samples), options.batch, steps, seed=seed_of(options.seed, epoch))
         totals: dict[str, Tensor] = {}
         for i, batch in enumerate(batches):
+            progress = (epoch * steps + i) / (options.epochs * steps)
             for group in optimizer.param_groups:
-                group["lr"] = cosine(options.lr, (epoch * steps + i) / (options.epochs * steps))
+                group["lr"] = cosine(group.setdefault("initial_lr", group["lr"]), progress)
             values = compute(module, [samples[j] for j in batch[rank :: accelerator.num_processes]])
             accelerator.backward(values["loss"])
             optimizer.step()

@@ -41,9 +41,8 @@ class KAFLayer(nn.Module):
         sampling: "bilinear", or "nearest" as in the authors' code.
         reduce: what happens to keypoints in one cell: "mean", "sum" or "amax".
         block: "transformer", or "propagation" as in the authors' code.
-        fusion: "concat" puts the diffused map behind the features, as in the paper. "add" adds it.
-        zero_init_last: the last convolution starts at zero, so that training begins without the diffused map:
-            with "add" the layer is then the exact identity. The paper's starts like any convolution.
+        fusion: "concat" puts the diffused map behind the features, as in the paper. "add" adds it,
+            and starts as the exact identity: its last convolution is zero.
         spatial_dims: 2 or 3.
         recompute: compute each attention block again in the backward pass instead of saving its activations.
 
@@ -75,7 +74,6 @@ class KAFLayer(nn.Module):
         reduce: Reduce = "mean",
         block: BlockType = "transformer",
         fusion: FusionMode = "concat",
-        zero_init_last: bool = True,
         spatial_dims: int = 2,
         recompute: bool = False,
     ) -> None:
@@ -96,7 +94,7 @@ class KAFLayer(nn.Module):
         self.diffusion = KeypointDiffusion(
             embed_dim, out_channels, hidden_channels=hidden_channels, reduce=reduce, spatial_dims=spatial_dims
         )
-        if zero_init_last:
+        if fusion == "add":
             for parameter in self.diffusion.conv2.parameters():
                 nn.init.zeros_(parameter)
 

@@ -12,7 +12,7 @@ from torch import nn
 from unet import KAFUNet, Repeat, UNet, UNetC2
 
 ROOT = Path(__file__).parents[1]
-SMALL = {"embed_dim": 16, "depth": 1, "zero_init_last": False}
+SMALL = {"embed_dim": 16, "depth": 1}
 KEYPOINTS = random_keypoints((32, 48), (9, 0), dtype=torch.float32)
 NETWORKS = {
     "unet": lambda: UNet(1, 3, width=4),

@@ -17,7 +17,7 @@ from kaf_layer import KAFLayer, KeypointDiffusion, Keypoints, KeypointSampler, K
 IMAGE_2D, MAP_2D = (12, 20), (6, 10)
 IMAGE_3D, MAP_3D = (4, 6, 8), (2, 6, 4)
 CHANNELS = 4
-SMALL = {"embed_dim": 8, "depth": 2, "num_heads": 2, "hidden_channels": 3, "zero_init_last": False}
+SMALL = {"embed_dim": 8, "depth": 2, "num_heads": 2, "hidden_channels": 3}
 
 
 class Case(NamedTuple):
@@ -50,6 +50,13 @@ class Case(NamedTuple):
         return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
+def live_layer(**options: object) -> KAFLayer:
+    """A KAFLayer whose last convolution is not zero, so that the laws say something of fusion="add"."""
+    layer = KAFLayer(CHANNELS, **SMALL, **options)
+    nn.init.normal_(layer.diffusion.conv2.weight)
+    return layer
+
+
 CASES = {
     "sampler-bilinear": Case(lambda: KeypointSampler("bilinear"), "map"),
     "sampler-nearest": Case(lambda: KeypointSampler("nearest"), "map"),
@@ -73,12 +80,10 @@ CASES = {
     "diffusion-3d": Case(
         lambda: KeypointDiffusion(CHANNELS, 3, hidden_channels=5, spatial_dims=3), "tokens", three_d=True
     ),
-    "layer": Case(lambda: KAFLayer(CHANNELS, **SMALL), "map"),
-    "layer-add": Case(lambda: KAFLayer(CHANNELS, **SMALL, fusion="add", sampling="nearest", reduce="amax"), "map"),
-    "layer-propagation": Case(
-        lambda: KAFLayer(CHANNELS, **SMALL, block="propagation", sampling="nearest", reduce="sum"), "map"
-    ),
-    "layer-3d": Case(lambda: KAFLayer(CHANNELS, **SMALL, spatial_dims=3), "map", three_d=True),
+    "layer": Case(lambda: live_layer(), "map"),
+    "layer-add": Case(lambda: live_layer(fusion="add", sampling="nearest", reduce="amax"), "map"),
+    "layer-propagation": Case(lambda: live_layer(block="propagation", sampling="nearest", reduce="sum"), "map"),
+    "layer-3d": Case(lambda: live_layer(spatial_dims=3), "map", three_d=True),
 }
 
 

@@ -31,7 +31,7 @@ from kaf_layer.losses import KAFPretrainingLoss
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 SIZE = (32, 48)
-SMALL = {"embed_dim": 16, "depth": 1, "hidden_channels": 8, "zero_init_last": False}
+SMALL = {"embed_dim": 16, "depth": 1, "hidden_channels": 8}
 
 
 @pytest.fixture(
