@@ -150,11 +150,12 @@ def report(results: Sequence[Result], command: str, data: str, own: argparse.Nam
         "data": data,
         "folds": f"{len(folds)} ({', '.join(map(str, folds))}) of {chosen['folds']}; mean ± deviation over them",
         "seed": str(chosen["seed"]),
-        "fine-tuning": f"{chosen['epochs']} epochs of {steps}, batch {chosen['batch']}, learning rate {chosen['lr']}",
+        "fine-tuning": f"{chosen['epochs']} epochs of {steps}, batch {chosen['batch']}, learning rate {chosen['lr']}, "
+        f"{chosen['layer_lr']:g} times that for KAF layers",
         "pretraining": f"`{shlex.join(own.pretrain)}`" if own.pretrain else "pretrain.py's defaults",
         "network": ", ".join(
             f"{name} {chosen[name]}"
-            for name in ("patch", "normalise", "width", "scales", "embed_dim", "depth", "detector")
+            for name in ("patch", "normalise", "width", "scales", "fusion", "embed_dim", "depth", "detector")
         ),
         "hardware": f"{os.cpu_count()} CPU cores" if not torch.cuda.is_available() else torch.cuda.get_device_name(),
         "versions": ", ".join(f"{name} {number}" for name, number in versions.items()),

@@ -85,6 +85,15 @@ def test_a_resumed_run_is_the_uninterrupted_one(
         run(tmp_path / "killed", stacks, "--resume", "--lr", "0.5")
 
 
+def test_layers_learn_at_their_own_rate(stacks: list[Stack], tmp_path: Path) -> None:
+    options = run(tmp_path, stacks, "--layer-lr", "0", "--fusion", "add", "--scales", "1")["settings"]
+    torch.manual_seed(training.seed_of(0))
+    start = dict(build_model(argparse.Namespace(**options)).named_parameters())
+    learnt = weights(tmp_path)
+    for name, value in start.items():
+        assert torch.equal(learnt[name], value) == (".layers." in name), name
+
+
 def test_logs_and_progress(stacks: list[Stack], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -142,6 +151,7 @@ def test_the_papers_recipe() -> None:
     for preset, lr, epochs in (("acdc", 5e-4, 200), ("chd", 5e-5, 100)):
         options = parse(finetune.parser(), ["--preset", preset, "--output", "x"])
         assert (options.lr, options.epochs, options.batch, options.folds) == (lr, epochs, 10, 5)
+        assert (options.scales, options.fusion, options.layer_lr) == ((0, 1, 2, 3), "concat", 1.0)
     assert parse(finetune.parser(), ["--preset", "acdc", "--output", "x", "--lr", "0.1"]).lr == 0.1
 
 
