@@ -16,8 +16,10 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
+from itertools import product
 from math import isnan, nan
 from multiprocessing import get_context
 from pathlib import Path
@@ -27,16 +29,13 @@ from typing import Any
 import finetune
 import pretrain
 import torch
-from data import load_volumes
-from recipes import MODELS, load_split, load_stacks, parse, parser_of
-from splits import write_split
+from data import Stack, load_volumes
+from recipes import MODELS, keep_split, load_split, load_stacks, parse, parser_of
+from splits import Fold, read_json, write_json
 from training import settings
 
-PRETRAINING = {
-    "": [],
-    "pcl": ["--weights", "1", "0", "0"],
-    "kaf": ["--weights", "1", "1", "0.01"],
-}
+PRETRAINING = {"": [], "pcl": ["--weights", "1", "0", "0"], "kaf": []}
+OWN = ("--lr", "--epochs", "--batch", "--steps-per-epoch", "--save-every")  # what may differ between the two stages
 Result = dict[str, Any]  # what finetune.py writes, with the method, fold and labels
 
 
@@ -48,8 +47,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--methods", nargs="+", type=method, default=["unet", "kaf-unet"])
     parser.add_argument("--labelled", nargs="+", type=int, default=[1, 2, 6], metavar="M")
     parser.add_argument("--test-folds", nargs="+", type=int, metavar="FOLD", help="only these of --folds")
-    parser.add_argument("--pretrain", type=shlex.split, default=[], metavar="OPTIONS", help="for pretrain.py alone")
-    parser.add_argument("--finetune", type=shlex.split, default=[], metavar="OPTIONS", help="for finetune.py alone")
+    pretraining, finetuning = only(*OWN, "--weights", "--temperature", "--threshold"), only(*OWN, "--layer-lr")
+    parser.add_argument("--pretrain", type=pretraining, default=[], metavar="OPTIONS", help="for pretrain.py alone")
+    parser.add_argument("--finetune", type=finetuning, default=[], metavar="OPTIONS", help="for finetune.py alone")
     parser.add_argument("--beside", type=published, default={}, metavar="FILE", help="Dice of others, by row and M")
     parser.add_argument("--jobs", type=int, default=1, help="folds at a time")
     return parser
@@ -62,6 +62,18 @@ def method(name: str) -> str:
     return name
 
 
+def only(*names: str) -> Callable[[str], list[str]]:
+    """Splits a text into options, which must be among these."""
+
+    def split(text: str) -> list[str]:
+        options = shlex.split(text)
+        if others := [option for option in options if option.startswith("--") and option.split("=")[0] not in names]:
+            raise argparse.ArgumentTypeError(f"{', '.join(others)} must be given to all scripts, outside the quotes")
+        return options
+
+    return split
+
+
 def published(path: str) -> dict[str, dict[str, float]]:
     """The rows of a JSON file."""
     try:
@@ -71,20 +83,26 @@ def published(path: str) -> dict[str, dict[str, float]]:
         raise argparse.ArgumentTypeError(f'{path} must hold {{"title": {{"M": Dice, ...}}, ...}}: {error}') from error
 
 
-def keep_options(own: argparse.Namespace, shared: argparse.Namespace) -> None:
+def keep_options(own: argparse.Namespace, shared: argparse.Namespace, split: Sequence[Fold]) -> None:
     """Writes down what the runs in --output are trained by; refuses to mix them with others."""
     path = own.output / "options.json"
     now = settings(shared) | {"pretrain": own.pretrain, "finetune": own.finetune}
-    before = json.loads(path.read_text()) if path.is_file() else now
+    now |= {"split": [fold._asdict() for fold in split]}
+    before = read_json(path) if path.is_file() else now
     if different := [name for name, value in before.items() if now.get(name) != value]:
         raise ValueError(f"{own.output} holds runs with another {' and '.join(different)}: choose another --output")
-    path.write_text(json.dumps(now, indent=1) + "\n")
+    write_json(now, path)
+
+
+@lru_cache(maxsize=1)
+def load_once(*arguments: str) -> list[Stack]:
+    """The slices, for all folds that this process runs."""
+    return load_stacks(parse(parser_of(None), arguments))
 
 
 def run_fold(fold: int, own: argparse.Namespace, shared: list[str]) -> list[Result]:
     """All methods and numbers of labels on one fold."""
-    torch.set_num_threads(max(1, torch.get_num_threads() // own.jobs))
-    stacks = load_stacks(parse(parser_of(None), [*shared, "--output", str(own.output)]))
+    stacks = load_once(*shared, "--output", str(own.output))
     results = []
     for name in own.methods:
         model, _, pretraining = name.partition("+")
@@ -93,7 +111,7 @@ def run_fold(fold: int, own: argparse.Namespace, shared: list[str]) -> list[Resu
         start: list[str] = []
         if pretraining:
             output = folder / "pretrain"
-            arguments = [*common, *PRETRAINING[pretraining], *own.pretrain, "--output", str(output)]
+            arguments = [*common, *own.pretrain, *PRETRAINING[pretraining], "--output", str(output)]
             pretrain.main(arguments, stacks=stacks)
             start = ["--pretrained", str(output / "weights.pt")]
         for labelled in own.labelled:
@@ -139,16 +157,16 @@ def table(results: Sequence[Result], beside: Mapping[str, Mapping[str, float]]) 
     return "\n".join(lines)
 
 
-def report(results: Sequence[Result], command: str, data: str, own: argparse.Namespace) -> str:
+def report(results: Sequence[Result], command: str, data: str, own: argparse.Namespace, *, folds: int) -> str:
     """The table, and what one needs to know to read it and to make it again."""
     first = results[0]
     chosen, versions = first["settings"], first["versions"]
-    folds = sorted({result["fold"] for result in results})
+    tested = sorted({result["fold"] for result in results})
     steps = f"{chosen['steps_per_epoch']} steps" if chosen["steps_per_epoch"] else "one pass over the slices"
     facts = {
         "command": f"`{command}`",
         "data": data,
-        "folds": f"{len(folds)} ({', '.join(map(str, folds))}) of {chosen['folds']}; mean ± deviation over them",
+        "folds": f"{len(tested)} ({', '.join(map(str, tested))}) of {folds}; mean ± deviation over them",
         "seed": str(chosen["seed"]),
         "fine-tuning": f"{chosen['epochs']} epochs of {steps}, batch {chosen['batch']}, learning rate {chosen['lr']}, "
         f"{chosen['layer_lr']:g} times that for KAF layers",
@@ -174,21 +192,24 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
     folds = own.test_folds or range(len(split))
     if not set(folds) <= set(range(len(split))):
         raise ValueError(f"--test-folds must be among 0 to {len(split) - 1}, got {own.test_folds}")
-    for fold in folds:
-        split[fold].labelled(max(own.labelled))
-    write_split(split, own.output / "split.json", seed=options.seed)
-    keep_options(own, options)
+    for fold, count in product(folds, own.labelled):
+        split[fold].labelled(count)
+    keep_options(own, options, split)
+    keep_split(split, options)
     if own.jobs == 1:
         results = [result for fold in folds for result in run_fold(fold, own, shared)]
     else:
-        with ProcessPoolExecutor(own.jobs, mp_context=get_context("spawn")) as pool:
+        threads = max(1, torch.get_num_threads() // own.jobs)
+        workers = {"mp_context": get_context("spawn"), "initializer": torch.set_num_threads, "initargs": (threads,)}
+        with ProcessPoolExecutor(own.jobs, **workers) as pool:
             jobs = [pool.submit(run_fold, fold, own, shared) for fold in folds]
             results = [result for job in jobs for result in job.result()]
     subjects = len({volume.subject for volume in volumes})
     data = f"{options.data.name if options.data else 'phantoms'}, {subjects} subjects, {len(volumes)} volumes"
-    text = report(results, f"python examples/cross_validate.py {shlex.join(arguments)}", data, own)
+    command = f"python examples/cross_validate.py {shlex.join(arguments)}"
+    text = report(results, command, data, own, folds=len(split))
     (own.output / "table.md").write_text(text)
-    (own.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_json(results, own.output / "results.json")
     print(text)
     return results
 

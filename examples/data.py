@@ -67,7 +67,7 @@ def load_volumes(
             load_volume(subject, image, label if labelled else None, classes=classes)
             for subject, image, label in tqdm(rows, desc=f"volumes of {path}", leave=False)
         ]
-    return [Volume(normalise(volume.image), volume.label, volume.subject) for volume in volumes]
+    return [replace(volume, image=normalise(volume.image)) for volume in volumes]
 
 
 def list_files(path: Path) -> list[tuple[str, Path, Path]]:
@@ -79,8 +79,9 @@ def list_files(path: Path) -> list[tuple[str, Path, Path]]:
     if manifest.is_file():
         with manifest.open(newline="") as file:
             lines = list(csv.DictReader(file))
-        if lines and not {"subject", "image", "label"} <= lines[0].keys():
-            raise ValueError(f"{manifest} must have the columns subject, image and label, got {[*lines[0]]}")
+        columns = ("subject", "image", "label")
+        if wrong := [line for line in lines if any(line.get(name) is None for name in columns)]:
+            raise ValueError(f"{manifest} must have the columns subject, image and label, got {wrong[0]}")
         rows = [(line["subject"], path / line["image"], path / line["label"]) for line in lines]
     elif folder:
         labels = path / folder.name.replace("images", "labels")
@@ -117,7 +118,7 @@ def load_volume(subject: str, image_path: Path, label_path: Path | None, *, clas
         raise ValueError(f"{label_path} must hold whole numbers from 0, got values {np.unique(label)[:5]}")
     if classes is not None and values.max() >= classes:
         raise ValueError(f"{label_path} must hold the labels 0 to {classes - 1} of {classes=}, got {values.max()}")
-    return Volume(torch.from_numpy(image), torch.from_numpy(values), subject)
+    return Volume(torch.from_numpy(image), torch.from_numpy(values), subject, image_path)
 
 
 def read_nifti(path: Path) -> np.ndarray:
@@ -125,16 +126,17 @@ def read_nifti(path: Path) -> np.ndarray:
     # The phantoms do without.
     from monai.data import NibabelReader
     from nibabel.filebasedimages import ImageFileError
+    from nibabel.spatialimages import HeaderDataError
 
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:
         reader = NibabelReader()
         array, _ = reader.get_data(reader.read(path))
-    except (OSError, EOFError, ValueError, zlib.error, ImageFileError) as error:
+    except (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError) as error:
         raise ValueError(f"{path} cannot be read, it may be truncated: {error}") from error
-    if array.ndim != 3 or not np.isfinite(array).all():
-        raise ValueError(f"{path} must be a volume of three axes and finite values, got {array.shape=}")
+    if array.ndim != 3 or array.dtype.kind not in "biuf" or not np.isfinite(array).all():
+        raise ValueError(f"{path} must be a volume of three axes and finite numbers, got {array.shape=} {array.dtype=}")
     return np.ascontiguousarray(array.T, dtype=np.float32)
 
 
@@ -204,7 +206,7 @@ def prepare(
 
 def say(stack: Stack, what: str) -> None:
     """A remark about a volume, on stderr, beside the progress bars."""
-    tqdm.write(f"{stack.volume.subject}, of depth {len(stack.images)}: {what}", file=sys.stderr)
+    tqdm.write(f"{stack.volume.file or stack.volume.subject}: {what}", file=sys.stderr)
 
 
 def compact(keypoints: Keypoints) -> Keypoints:

@@ -9,7 +9,6 @@ segmentations.png and similarity.png.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from recipes import build_detector, build_model, parse, parser_of
-from splits import read_split
+from splits import read_json
 from torch import Tensor, nn
 from tqdm import tqdm
 from training import load
@@ -189,7 +188,7 @@ def read_run(folder: Path) -> tuple[argparse.Namespace, Run]:
     """The options and the network of a folder that finetune.py wrote."""
     if not (folder / "result.json").is_file():
         raise FileNotFoundError(f"{folder} has no result.json, is it an --output of finetune.py that is done?")
-    options = argparse.Namespace(**json.loads((folder / "result.json").read_text())["settings"])
+    options = argparse.Namespace(**read_json(folder / "result.json")["settings"])
     model = build_model(options)
     model.load_state_dict(load(folder / "weights.pt"))
     name = folder.parent.name if folder.name.startswith("M") and "+" in folder.parent.name else options.model
@@ -208,8 +207,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for option in ("fold", "patch", "normalise", "detector", "max_keypoints", "spacing"):
             if len(values := [getattr(run, option) for run, _ in runs]) > values.count(values[0]):
                 raise ValueError(f"--runs must share their --{option.replace('_', '-')}, got {values}")
-        test = read_split(options.runs[0] / "split.json", [volume.subject for volume in volumes])[trained.fold].test
-        volumes = [volume for volume in volumes if volume.subject in test]
+        if any(run.subjects["test"] != trained.subjects["test"] for run, _ in runs):
+            raise ValueError(f"--runs must be tested on the same subjects, got {[str(run) for run in options.runs]}")
+        volumes = [volume for volume in volumes if volume.subject in trained.subjects["test"]]
         options = argparse.Namespace(**(vars(options) | vars(trained)))
     one_each = list({volume.subject: volume for volume in reversed(volumes)}.values())[::-1][: options.volumes]
     by_slice = options.normalise == "slice"

@@ -10,7 +10,7 @@ Writes weights.pt, a plain state dict; result.json; split.json, to be given to -
 """
 
 import argparse
-import json
+import hashlib
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from data import Stack
 from monai.metrics import DiceMetric
-from recipes import build_model, load_split, load_stacks, parse, parser_of
-from splits import write_split
+from recipes import build_model, keep_split, load_split, load_stacks, parse, parser_of
+from splits import read_json, write_json
 from torch import Tensor, nn
 from tqdm import tqdm
 from training import Augmentation, load_pretrained, save, seed_of, settings, start, train
@@ -80,10 +80,17 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
+def digest(path: Path | None) -> str | None:
+    """What tells a file from another, wherever it is."""
+    if path and not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    return path and hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def finished(options: argparse.Namespace) -> dict[str, Any] | None:
     """The result of a run with these very options, if there is one."""
     path = options.output / "result.json"
-    result = json.loads(path.read_text()) if path.is_file() else {}
+    result = read_json(path) if path.is_file() else {}
     return result if result.get("settings") == settings(options) else None
 
 
@@ -102,8 +109,6 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None, *, stacks: list[Stack] | None = None) -> dict[str, Any]:
     """Returns what result.json holds; ``stacks`` spares the loading of the data."""
     options = parse(parser(), arguments)
-    if options.resume and (done := finished(options)):
-        return done
     accelerator = start(options)
     stacks = load_stacks(options) if stacks is None else stacks
     split = load_split(options, (stack.volume for stack in stacks))
@@ -111,6 +116,9 @@ def main(arguments: Sequence[str] | None = None, *, stacks: list[Stack] | None =
         raise ValueError(f"--fold must be 0 to {len(split) - 1}, got {options.fold}")
     fold = split[options.fold]
     chosen = fold.labelled(options.labelled)
+    options.subjects, options.digest = {"train": chosen, "test": fold.test}, digest(options.pretrained)
+    if options.resume and (done := finished(options)):
+        return done
     training = [stack for stack in stacks if stack.volume.subject in chosen]
     unseen = [stack for stack in stacks if stack.volume.subject in fold.test]
 
@@ -139,15 +147,14 @@ def main(arguments: Sequence[str] | None = None, *, stacks: list[Stack] | None =
         result = {
             "dice": mean_dice(scores),
             "scores": [[stack.volume.subject, *row] for stack, row in zip(unseen, scores, strict=True)],
-            "labelled": chosen,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "training_seconds": round(seconds, 1),
             "settings": settings(options),
             "versions": versions(),
         }
         save(model.state_dict(), options.output / "weights.pt")
-        write_split(split, options.output / "split.json", seed=options.seed)
-        (options.output / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+        keep_split(split, options)
+        write_json(result, options.output / "result.json")
         print(f"{options.output}: Dice {result['dice']:.3f} on {len(unseen)} volumes after {seconds:.0f} s of training")
     accelerator.wait_for_everyone()
     return result

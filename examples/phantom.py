@@ -24,11 +24,12 @@ Array = NDArray[np.float64]
 
 @dataclass
 class Volume:
-    """A stack of slices from base to apex: image (Z, H, W) float32, label (Z, H, W) long."""
+    """A stack of slices from base to apex: image (Z, H, W) float32, label (Z, H, W) long; and its file, if any."""
 
     image: Tensor
     label: Tensor
     subject: str
+    file: Path | None = None
 
 
 def phantom(subject: int, *, size: tuple[int, int] = (128, 112), slices: int = 10) -> Volume:

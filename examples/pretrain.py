@@ -18,8 +18,7 @@ import torch
 from accelerate import DistributedDataParallelKwargs
 from data import Stack, match_slices, say, stack_matches
 from finetune import gather
-from recipes import build_model, load_split, load_stacks, parse, parser_of
-from splits import write_split
+from recipes import build_model, keep_split, load_split, load_stacks, parse, parser_of
 from torch import Tensor, nn
 from tqdm import tqdm
 from training import Augmentation, save, seed_of, start, train
@@ -93,7 +92,7 @@ def main(arguments: Sequence[str] | None = None, *, stacks: list[Stack] | None =
     split = load_split(options, (stack.volume for stack in stacks))
     if not 0 <= options.fold < len(split):
         raise ValueError(f"--fold must be 0 to {len(split) - 1}, got {options.fold}")
-    chosen = split[options.fold].train
+    options.subjects = chosen = split[options.fold].train
     pairs = neighbours([stack for stack in stacks if stack.volume.subject in chosen])
 
     torch.manual_seed(seed_of(options.seed))
@@ -116,7 +115,7 @@ def main(arguments: Sequence[str] | None = None, *, stacks: list[Stack] | None =
     if accelerator.is_main_process:
         weights = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
         save(weights, options.output / "weights.pt")
-        write_split(split, options.output / "split.json", seed=options.seed)
+        keep_split(split, options)
     accelerator.wait_for_everyone()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from data import Stack, load_volumes, prepare, say
 from fcn import FCN
 from phantom import Volume
-from splits import Fold, make_split, read_split
+from splits import Fold, make_split, read_split, replace, write_split
 from torch import Tensor, nn
 from unet import UNet, UNetC2
 
@@ -124,6 +124,16 @@ def load_split(options: argparse.Namespace, volumes: Iterable[Volume]) -> list[F
     if options.split:
         return read_split(options.split, subjects)
     return make_split(subjects, folds=options.folds, seed=options.seed)
+
+
+def keep_split(split: Sequence[Fold], options: argparse.Namespace) -> None:
+    """Writes a split to --output: what --split holds as it is, else what was drawn."""
+    path = options.output / "split.json"
+    if options.split:
+        text = options.split.read_text()
+        replace(path, lambda temporary: temporary.write_text(text))
+    else:
+        write_split(split, path, seed=options.seed)
 
 
 class WithoutKeypoints(nn.Module):

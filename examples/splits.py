@@ -7,10 +7,11 @@ first M are labelled: so the labelled subjects of a smaller M are among those of
 """
 
 import json
+import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Fold(NamedTuple):
@@ -40,15 +41,14 @@ def make_split(subjects: Sequence[str], *, folds: int = 5, seed: int = 0) -> lis
 
 
 def write_split(split: Sequence[Fold], path: Path, *, seed: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"seed": seed, "folds": [fold._asdict() for fold in split]}, indent=1) + "\n")
+    write_json({"seed": seed, "folds": [fold._asdict() for fold in split]}, path)
 
 
 def read_split(path: Path, subjects: Sequence[str]) -> list[Fold]:
     """The split of a file, whose subjects must all be among ``subjects``."""
     try:
-        folds = [Fold(fold["train"], fold["test"]) for fold in json.loads(path.read_text())["folds"]]
-    except (ValueError, KeyError, TypeError) as error:
+        folds = [Fold(fold["train"], fold["test"]) for fold in read_json(path)["folds"]]
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{path} must be a split as splits.py describes it: {error!r}") from error
     for number, fold in enumerate(folds):
         if both := set(fold.train) & set(fold.test):
@@ -56,3 +56,22 @@ def read_split(path: Path, subjects: Sequence[str]) -> list[Fold]:
         if unknown := {*fold.train, *fold.test} - set(subjects):
             raise ValueError(f"{path} names subjects that the data set does not have: {sorted(unknown)[:5]}")
     return folds
+
+
+def write_json(content: Any, path: Path) -> None:
+    replace(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+
+
+def replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes a file at once or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    write(temporary)
+    os.replace(temporary, path)

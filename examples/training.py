@@ -6,11 +6,10 @@ resumed from its last checkpoint gives, on a CPU, bit for bit the weights of one
 
 import argparse
 import math
-import os
 import pickle
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from kornia.augmentation import RandomAffine
+from splits import replace
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -25,7 +25,8 @@ from tqdm import tqdm
 from kaf_layer.augmentation import KeypointAugmentation
 
 Sample = TypeVar("Sample")
-PLACES = ("output", "resume", "save_every", "data", "split", "pretrained")  # options a resumed run may change
+# Options that a resumed run may change; of the last three the content is compared.
+PLACES = ("output", "resume", "save_every", "data", "split", "pretrained")
 
 
 def train(
@@ -62,7 +63,7 @@ def train(
     steps = options.steps_per_epoch or math.ceil(len(samples) / options.batch)
     accelerator.print(f"{len(samples)} samples, {accelerator.num_processes} processes on {accelerator.device}")
     bar = tqdm(total=options.epochs * steps, initial=first * steps, desc=options.output.name, disable=not is_main)
-    writer = SummaryWriter(str(options.output)) if is_main else None
+    writer = SummaryWriter(str(options.output), purge_step=first + 1) if is_main else None
     for epoch in range(first, options.epochs):
         module.train()
         torch.manual_seed(seed_of(options.seed, epoch, rank))
@@ -96,9 +97,12 @@ def train(
 
 
 def start(options: argparse.Namespace, **handlers: Any) -> Accelerator:
-    """Devices, precision and processes, as ``accelerate launch`` says."""
+    """Devices, precision and processes, as ``accelerate launch`` says; the options get the precision."""
     # Without being told, several processes on a machine without an accelerator would each think it is alone.
-    return Accelerator(mixed_precision=options.mixed_precision, cpu=not torch.accelerator.is_available(), **handlers)
+    cpu = not torch.accelerator.is_available()
+    accelerator = Accelerator(mixed_precision=options.mixed_precision, cpu=cpu, **handlers)
+    options.mixed_precision = accelerator.mixed_precision
+    return accelerator
 
 
 def cosine(lr: float, progress: float) -> float:
@@ -133,11 +137,7 @@ class Augmentation(nn.Module):
 
 
 def save(content: Any, path: Path) -> None:
-    """Writes a file at once or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    torch.save(content, temporary)
-    os.replace(temporary, path)
+    replace(path, lambda temporary: torch.save(content, temporary))
 
 
 def load(path: Path) -> Any:
@@ -174,15 +174,24 @@ def load_pretrained(module: nn.Module, path: Path) -> str:
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise ValueError(f"{path} must be a plain state dict, such as weights.pt of pretrain.py")
     fits = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
-    skipped = [name for name in weights if name not in fits]
+    skipped = {name: value for name, value in weights.items() if name not in fits}
     missing = [name for name in own if name not in fits]
-    if not fits:
-        raise ValueError(f"{path} has nothing that fits: it holds {[*weights][:3]}, and the network {[*own][:3]}")
+    # A batch norm's counter, a whole number without axes, fits any other.
+    if not any(value.is_floating_point() for value in fits.values()):
+        raise ValueError(
+            f"{path} has nothing that fits: it holds {shapes(weights)[:3]}, and the network {shapes(own)[:3]}"
+        )
     module.load_state_dict(fits, strict=False)
-    parts = {"loaded": fits, "skipped": skipped, "missing": missing}
-    return f"{path}: " + ", ".join(f"{word} {len(names)} ({modules(names)})" for word, names in parts.items())
+    parts = {"loaded": modules(fits), "skipped": shapes(skipped), "missing": modules(missing)}
+    counts = map(len, (fits, skipped, missing))
+    lines = [f"{word} {n}: {', '.join(names)}" for n, (word, names) in zip(counts, parts.items(), strict=True)]
+    return "\n  ".join([f"{path}:", *lines])
 
 
-def modules(names: Iterable[str]) -> str:
-    """What tensors belong to, two names deep."""
-    return ", ".join(dict.fromkeys(".".join(name.split(".")[:2]) for name in names)) or "nothing"
+def shapes(tensors: Mapping[str, Tensor]) -> list[str]:
+    return [f"{name} {tuple(value.shape)}" for name, value in tensors.items()]
+
+
+def modules(names: Iterable[str]) -> list[str]:
+    """What tensors belong to, three names deep."""
+    return list(dict.fromkeys(".".join(name.split(".")[:3]) for name in names))

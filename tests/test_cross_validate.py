@@ -26,6 +26,11 @@ def test_table_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     kept = (tmp_path / "fold1" / "kaf-unet+kaf" / "M1" / "weights.pt").stat().st_mtime_ns
     with pytest.raises(ValueError, match="holds runs with another width and finetune: choose"):
         cross_validate.main([*arguments, *methods, "--finetune", "--epochs 2 --batch 4", "--width", "8"])
+    split = json.loads((tmp_path / "split.json").read_text())
+    (tmp_path / "other.json").write_text(json.dumps({"folds": split["folds"][::-1]}))
+    with pytest.raises(ValueError, match="holds runs with another split: choose"):
+        cross_validate.main([*arguments, *methods, "--split", str(tmp_path / "other.json")])
+    assert json.loads((tmp_path / "split.json").read_text()) == split
     assert cross_validate.main([*arguments, *methods]) == results  # nothing is done twice
     assert (tmp_path / "fold1" / "kaf-unet+kaf" / "M1" / "weights.pt").stat().st_mtime_ns == kept
 
@@ -70,6 +75,7 @@ def test_means_and_deviations() -> None:
     [
         (["--test-folds", "2"], "--test-folds must be among 0 to 1"),
         (["--labelled", "9"], "subjects to train on, got 9"),
+        (["--labelled", "1", "0"], "subjects to train on, got 0"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_trained(
@@ -99,3 +105,9 @@ def test_unknown_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit):
         cross_validate.main([*SMALL, "--output", str(tmp_path), "--methods", "unet+magic"])
     assert "with or without +pcl or +kaf" in capsys.readouterr().err
+
+
+def test_what_belongs_to_all_scripts_is_not_given_to_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cross_validate.main([*SMALL, "--output", str(tmp_path), "--finetune", "--epochs 1 --detector=none --fold 1"])
+    assert "--detector=none, --fold must be given to all scripts" in capsys.readouterr().err

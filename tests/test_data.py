@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data import list_files, load_volumes, normalise, num_classes, prepare
+from data import list_files, load_volumes, normalise, num_classes, prepare, say
 from phantom import Volume, phantom
 from recipes import parse, parser_of
 
@@ -123,6 +123,9 @@ def test_folders_without_data(tmp_path: Path) -> None:
     (tmp_path / "manifest.csv").write_text("subject,image\na,b\n")
     with pytest.raises(ValueError, match=r"manifest\.csv.*label"):
         load_volumes(tmp_path)
+    (tmp_path / "manifest.csv").write_text("subject,image,label\na,b,c\nd,e\n")
+    with pytest.raises(ValueError, match=r"manifest\.csv must have the columns .* 'd'"):
+        load_volumes(tmp_path)
     with pytest.raises(ValueError, match="limit=0"):
         load_volumes(limit=0)
 
@@ -158,12 +161,28 @@ def test_truncated_files(decathlon: Path, name: str, keep: float) -> None:
         ("labelsTr", np.full((5, 4, 3), -1, np.int16)),
         ("imagesTr", volume(0, (5, 4, 3, 2))[0]),
         ("imagesTr", np.full((5, 4, 3), np.nan, np.float32)),
+        ("imagesTr", np.zeros((5, 4, 3), [("R", "u1"), ("G", "u1"), ("B", "u1")])),
     ],
 )
 def test_files_that_are_no_volumes_or_labels(decathlon: Path, folder: str, array: np.ndarray) -> None:
     write(decathlon / folder / "a.nii.gz", array)
     with pytest.raises(ValueError, match=rf"{folder}.a\.nii\.gz"):
         load_volumes(decathlon)
+
+
+def test_a_header_that_makes_no_sense(decathlon: Path) -> None:
+    file = decathlon / "imagesTr" / "c.nii"
+    content = bytearray(file.read_bytes())
+    content[70:72] = b"\x37\x13"  # the code of the data type
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"c\.nii cannot be read"):
+        load_volumes(decathlon)
+
+
+def test_remarks_name_the_file(decathlon: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (first, *_) = prepare(load_volumes(decathlon), GridDetector(3), patch=(4, 4))
+    say(first, "is dark")
+    assert str(decathlon / "imagesTr" / "a.nii.gz: is dark") in capsys.readouterr().err
 
 
 def test_labels_outside_the_classes(decathlon: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from splits import make_split, read_split, write_split
 from torch import nn
+from unet import UNet
 
 finetune = pytest.importorskip("finetune", reason="the extra train is not here")
 import training  # noqa: E402  # after the skip
@@ -69,20 +70,32 @@ def killed_after(checkpoints: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 def test_a_resumed_run_is_the_uninterrupted_one(
     stacks: list[Stack], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(tmp_path / "whole", stacks)
+    options = ["--layer-lr", "0.5", "--scales", "2"]
+    run(tmp_path / "whole", stacks, *options)
     with killed_after(2, monkeypatch):
-        run(tmp_path / "killed", stacks)
+        run(tmp_path / "killed", stacks, *options)
     checkpoint = tmp_path / "killed" / "checkpoint.pt"
     content = training.load(checkpoint)
     assert content["epoch"] == 2
     training.save(content | {"seconds": 1e4}, checkpoint)
     torch.manual_seed(99)
-    assert run(tmp_path / "killed", stacks, "--resume")["training_seconds"] > 1e4  # those before the kill are counted
+    result = run(tmp_path / "killed", stacks, *options, "--resume")
+    assert result["training_seconds"] > 1e4  # those before the kill are counted
     whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert whole.keys() == resumed.keys()
     assert all(value.equal(resumed[name]) for name, value in whole.items())
     with pytest.raises(ValueError, match=r"checkpoint\.pt was written with other options.*differing in lr"):
-        run(tmp_path / "killed", stacks, "--resume", "--lr", "0.5")
+        run(tmp_path / "killed", stacks, *options, "--resume", "--lr", "0.5")
+    with pytest.raises(ValueError, match="differing in digest"):
+        run(tmp_path / "killed", stacks, *options, "--resume", "--pretrained", str(tmp_path / "whole" / "weights.pt"))
+    write_split(make_split("abcd", folds=2, seed=5), tmp_path / "other.json", seed=5)
+    with pytest.raises(ValueError, match="differing in subjects"):
+        run(tmp_path / "killed", stacks, *options, "--resume", "--split", str(tmp_path / "other.json"))
+    run(tmp_path / "given", stacks, *options, "--split", str(tmp_path / "other.json"))
+    assert (tmp_path / "given" / "split.json").read_text() == (tmp_path / "other.json").read_text()
+    (tmp_path / "killed" / "result.json").write_text('{"settings')
+    with pytest.raises(ValueError, match=r"result\.json is no JSON"):
+        run(tmp_path / "killed", stacks, *options, "--resume")
 
 
 def test_layers_learn_at_their_own_rate(stacks: list[Stack], tmp_path: Path) -> None:
@@ -119,7 +132,7 @@ def test_the_result_is_of_the_unseen_subjects(stacks: list[Stack], tmp_path: Pat
     result = run(tmp_path, stacks, "--model", "unet")
     fold = read_split(tmp_path / "split.json", list("abcd"))[0]
     assert [row[0] for row in result["scores"]] == fold.test
-    assert result["labelled"] == fold.train[:1]
+    assert result["settings"]["subjects"] == {"train": fold.train[:1], "test": fold.test}
     assert json.loads((tmp_path / "result.json").read_text())["dice"] == result["dice"]
     # Dice by hand, over the stacked slices of the whole volume.
     model = build_model(argparse.Namespace(**result["settings"]))
@@ -141,10 +154,19 @@ def test_pretrained_weights_that_fit_in_part(tmp_path: Path) -> None:
     source, target = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4)), nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 5))
     training.save(source.state_dict(), tmp_path / "w.pt")
     text = training.load_pretrained(target, tmp_path / "w.pt")
-    assert "loaded 2 (0.weight, 0.bias), skipped 2 (1.weight, 1.bias), missing 2" in text
+    assert text.splitlines()[1:] == [
+        "  loaded 2: 0.weight, 0.bias",
+        "  skipped 2: 1.weight (4, 3), 1.bias (4,)",
+        "  missing 2: 1.weight, 1.bias",
+    ]
     assert target[0].weight.equal(source[0].weight)
     with pytest.raises(ValueError, match=r"w\.pt has nothing that fits"):
         training.load_pretrained(nn.Linear(7, 7), tmp_path / "w.pt")
+    training.save(UNet(width=4).state_dict(), tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"it holds \['encoder.* \(4, 1, 3, 3\)'.* the network .* \(8, 1, 3, 3\)'"):
+        training.load_pretrained(UNet(width=8), tmp_path / "w.pt")
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*none\.pt"):
+        finetune.digest(tmp_path / "none.pt")
 
 
 def test_the_papers_recipe() -> None:

@@ -48,7 +48,7 @@ def test_the_papers_recipe(stacks: list[Stack], tmp_path: Path, capsys: pytest.C
 
 def test_neighbours_pair_slices_of_one_volume(stacks: list[Stack], capsys: pytest.CaptureFixture[str]) -> None:
     pairs = pretrain.neighbours(stacks)
-    assert "s1, of depth 1: a slice without a neighbour" in capsys.readouterr().err
+    assert "s1: a slice without a neighbour" in capsys.readouterr().err
     assert [(stack.volume.subject, a, b) for stack, a, b, _ in pairs] == [
         ("s0", 0, 1),
         ("s0", 1, 2),
@@ -95,7 +95,7 @@ def test_slices_without_keypoints(
     flat[0].image[1:] = 0
     monkeypatch.setattr("recipes.load_volumes", lambda *_, **__: flat)
     stacks = load_stacks(parse(pretrain.parser(), [*SMALL, "--output", "x"]))
-    assert "s0, of depth 3: no keypoints in slices 1, 2" in capsys.readouterr().err
+    assert "s0: no keypoints in slices 1, 2" in capsys.readouterr().err
     assert all(value.isfinite().all() for value in run(tmp_path / "some", stacks).values())
     stacks = prepare(flat, no_keypoints, patch=(32, 32))
     assert all(value.isfinite().all() for value in run(tmp_path / "none", stacks).values())
