@@ -182,9 +182,11 @@ def load_pretrained(module: nn.Module, path: Path) -> str:
             f"{path} has nothing that fits: it holds {shapes(weights)[:3]}, and the network {shapes(own)[:3]}"
         )
     module.load_state_dict(fits, strict=False)
-    parts = {"loaded": modules(fits), "skipped": shapes(skipped), "missing": modules(missing)}
-    counts = map(len, (fits, skipped, missing))
-    lines = [f"{word} {n}: {', '.join(names)}" for n, (word, names) in zip(counts, parts.items(), strict=True)]
+    lines = [
+        f"loaded {len(fits)}: {', '.join(modules(fits))}",
+        f"skipped {len(skipped)}: {', '.join(shapes(skipped)) or 'nothing'}",
+        f"missing {len(missing)}: {', '.join(modules(missing)) or 'nothing'}",
+    ]
     return "\n  ".join([f"{path}:", *lines])
 
 
