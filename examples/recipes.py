@@ -31,7 +31,8 @@ class Recipe:
     layer_lr: float = 1.0  # of KAF layers in fine-tuning, relative to lr
 
 
-# Sections 4 and B of the paper; the last two are ours. How Sunnybrook differs was found on its training subjects.
+# Sections 4 and B of the paper; the last two are ours. How Sunnybrook differs was found on the subjects of
+# benchmarks/results/sunnybrook-inner-split.json, none of whom the folds 0 and 1 of the default split test.
 PRESETS = {
     "acdc": Recipe(classes=4, patch=(352, 352), width=48, threshold=0.35, lr=5e-4, epochs=200),
     "chd": Recipe(classes=8, patch=(512, 512), width=32, threshold=0.1, lr=5e-5, epochs=100),

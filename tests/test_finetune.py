@@ -237,6 +237,19 @@ def test_splits_can_be_given_back(tmp_path: Path) -> None:
         read_split(tmp_path / "split.json", names)
 
 
+def test_sunnybrooks_defaults_were_chosen_on_other_subjects() -> None:
+    """Than those that folds 0 and 1 of the split test."""
+    results = ROOT / "benchmarks" / "results"
+    outer, inner = (
+        json.loads((results / f"sunnybrook-{n}.json").read_text())["folds"] for n in ("split", "inner-split")
+    )
+    seen = {name for fold in inner for name in fold["train"] + fold["test"]}
+    assert len(seen) == 18
+    assert not seen.intersection(outer[0]["test"] + outer[1]["test"])
+    names = [name for fold in outer for name in fold["test"]]
+    assert [fold._asdict() for fold in make_split(names, folds=5, seed=0)] == outer
+
+
 @pytest.mark.parametrize("script", ["finetune", "pretrain"])
 def test_two_processes(script: str, tmp_path: Path) -> None:
     launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0"
