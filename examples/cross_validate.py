@@ -7,12 +7,11 @@
 A method is a network of finetune.py --model, trained from random weights; behind a "+" is what its encoder is
 pretrained by on all training subjects of the fold: "pcl", the positional contrast alone, or "kaf", all of Eq. 3.
 Other options go to pretrain.py and finetune.py, those in --pretrain "..." and --finetune "..." to one of them. What was
-killed goes on where it was, by the same command. Writes table.md and results.json to --output, and how to repeat them.
+killed goes on where it was, by the same command. Writes table.md, results.json, options.json, split.json to --output.
 Published rows go beside ours with --beside rows.json: {"UNet, Table 1 of the paper": {"1": 0.5, "2": 0.6}, ...}
 """
 
 import argparse
-import json
 import os
 import shlex
 import sys
@@ -30,8 +29,9 @@ import finetune
 import pretrain
 import torch
 from data import Stack, load_volumes
+from files import read_json, write_json
 from recipes import MODELS, keep_split, load_split, load_stacks, parse, parser_of
-from splits import Fold, read_json, write_json
+from splits import Fold
 from training import settings
 
 PRETRAINING = {"": [], "pcl": ["--weights", "1", "0", "0"], "kaf": []}
@@ -77,7 +77,7 @@ def only(*names: str) -> Callable[[str], list[str]]:
 def published(path: str) -> dict[str, dict[str, float]]:
     """The rows of a JSON file."""
     try:
-        rows = json.loads(Path(path).read_text())
+        rows = read_json(Path(path))
         return {title: {str(int(m)): float(dice) for m, dice in row.items()} for title, row in rows.items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise argparse.ArgumentTypeError(f'{path} must hold {{"title": {{"M": Dice, ...}}, ...}}: {error}') from error

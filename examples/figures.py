@@ -16,16 +16,15 @@ from typing import Any
 import torch
 from cross_validate import title
 from data import Stack, load_volumes, match_slices, prepare
+from files import load, read_json
 from finetune import predict
 from kornia.augmentation import RandomAffine
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from recipes import build_detector, build_model, parse, parser_of
-from splits import read_json
 from torch import Tensor, nn
 from tqdm import tqdm
-from training import load
 
 from kaf_layer import Augmented, GridDetector, Keypoints
 from kaf_layer.augmentation import KeypointAugmentation

@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from data import Stack
+from files import read_json, save, write_json
 from monai.metrics import DiceMetric
 from recipes import build_model, keep_split, load_split, load_stacks, parse, parser_of
-from splits import read_json, write_json
 from torch import Tensor, nn
 from tqdm import tqdm
-from training import Augmentation, load_pretrained, save, seed_of, settings, start, train
+from training import Augmentation, load_pretrained, seed_of, settings, start, train
 
 from kaf_layer import KAFLayer, Keypoints
 

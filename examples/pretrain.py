@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from accelerate import DistributedDataParallelKwargs
 from data import Stack, match_slices, say, stack_matches
+from files import save
 from finetune import gather
 from recipes import build_model, keep_split, load_split, load_stacks, parse, parser_of
 from torch import Tensor, nn
 from tqdm import tqdm
-from training import Augmentation, save, seed_of, start, train
+from training import Augmentation, seed_of, start, train
 
 from kaf_layer import KAFEncoder, KAFPretrainingLoss, Keypoints, Matches, PretrainingLosses
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from data import Stack, load_volumes, prepare, say
 from fcn import FCN
+from files import write
 from phantom import Volume
-from splits import Fold, make_split, read_split, replace, write_split
+from splits import Fold, make_split, read_split, write_split
 from torch import Tensor, nn
 from unet import UNet, UNetC2
 
@@ -132,7 +133,7 @@ def keep_split(split: Sequence[Fold], options: argparse.Namespace) -> None:
     path = options.output / "split.json"
     if options.split:
         text = options.split.read_text()
-        replace(path, lambda temporary: temporary.write_text(text))
+        write(path, lambda temporary: temporary.write_text(text))
     else:
         write_split(split, path, seed=options.seed)
 

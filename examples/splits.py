@@ -6,12 +6,12 @@ first M are labelled: so the labelled subjects of a smaller M are among those of
     {"seed": 0, "folds": [{"train": ["s3", "s1", "s4"], "test": ["s2", "s5"]}, ...]}
 """
 
-import json
-import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from files import read_json, write_json
 
 
 class Fold(NamedTuple):
@@ -56,22 +56,3 @@ def read_split(path: Path, subjects: Sequence[str]) -> list[Fold]:
         if unknown := {*fold.train, *fold.test} - set(subjects):
             raise ValueError(f"{path} names subjects that the data set does not have: {sorted(unknown)[:5]}")
     return folds
-
-
-def write_json(content: Any, path: Path) -> None:
-    replace(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1) + "\n"))
-
-
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-
-
-def replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file at once or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    write(temporary)
-    os.replace(temporary, path)

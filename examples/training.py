@@ -6,9 +6,7 @@ resumed from its last checkpoint gives, on a CPU, bit for bit the weights of one
 
 import argparse
 import math
-import pickle
 import time
-import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,8 +14,8 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from accelerate import Accelerator
+from files import load, save
 from kornia.augmentation import RandomAffine
-from splits import replace
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -134,20 +132,6 @@ class Augmentation(nn.Module):
         contrast = torch.empty(len(images), 1, 1, 1).uniform_(0.6, 1.5).to(images)
         brightness = torch.empty(len(images), 1, 1, 1).uniform_(-0.2, 0.2).to(images)
         return images * contrast + brightness, keypoints, labels
-
-
-def save(content: Any, path: Path) -> None:
-    replace(path, lambda temporary: torch.save(content, temporary))
-
-
-def load(path: Path) -> Any:
-    """Reads a file of plain tensors, numbers and texts."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} cannot be read, it may be truncated: {error}") from error
 
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:

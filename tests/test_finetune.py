@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
+import files
 import pytest
 import torch
 from splits import make_split, read_split, write_split
@@ -75,9 +76,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     with killed_after(2, monkeypatch):
         run(tmp_path / "killed", stacks, *options)
     checkpoint = tmp_path / "killed" / "checkpoint.pt"
-    content = training.load(checkpoint)
+    content = files.load(checkpoint)
     assert content["epoch"] == 2
-    training.save(content | {"seconds": 1e4}, checkpoint)
+    files.save(content | {"seconds": 1e4}, checkpoint)
     torch.manual_seed(99)
     result = run(tmp_path / "killed", stacks, *options, "--resume")
     assert result["training_seconds"] > 1e4  # those before the kill are counted
@@ -119,13 +120,13 @@ def test_logs_and_progress(stacks: list[Stack], tmp_path: Path, capsys: pytest.C
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
-    training.save({"a": torch.ones(2)}, path)
+    files.save({"a": torch.ones(2)}, path)
     with pytest.raises(AttributeError):
-        training.save({"a": lambda: None}, path)
-    assert training.load(path)["a"].equal(torch.ones(2))
+        files.save({"a": lambda: None}, path)
+    assert files.load(path)["a"].equal(torch.ones(2))
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"weights\.pt cannot be read"):
-        training.load(path)
+        files.load(path)
 
 
 def test_the_result_is_of_the_unseen_subjects(stacks: list[Stack], tmp_path: Path) -> None:
@@ -152,7 +153,7 @@ def test_mean_dice_leaves_out_what_is_not_there() -> None:
 
 def test_pretrained_weights_that_fit_in_part(tmp_path: Path) -> None:
     source, target = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4)), nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 5))
-    training.save(source.state_dict(), tmp_path / "w.pt")
+    files.save(source.state_dict(), tmp_path / "w.pt")
     text = training.load_pretrained(target, tmp_path / "w.pt")
     assert text.splitlines()[1:] == [
         "  loaded 2: 0.weight, 0.bias",
@@ -162,7 +163,7 @@ def test_pretrained_weights_that_fit_in_part(tmp_path: Path) -> None:
     assert target[0].weight.equal(source[0].weight)
     with pytest.raises(ValueError, match=r"w\.pt has nothing that fits"):
         training.load_pretrained(nn.Linear(7, 7), tmp_path / "w.pt")
-    training.save(UNet(width=4).state_dict(), tmp_path / "w.pt")
+    files.save(UNet(width=4).state_dict(), tmp_path / "w.pt")
     with pytest.raises(ValueError, match=r"it holds \['encoder.* \(4, 1, 3, 3\)'.* the network .* \(8, 1, 3, 3\)'"):
         training.load_pretrained(UNet(width=8), tmp_path / "w.pt")
     with pytest.raises(FileNotFoundError, match=r"there is no file .*none\.pt"):
