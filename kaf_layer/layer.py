@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
+import torch
 from torch import Tensor, nn
 
 from kaf_layer.attention import BlockType, KeypointTransformer
@@ -41,8 +42,8 @@ class KAFLayer(nn.Module):
         sampling: "bilinear", or "nearest" as in the authors' code.
         reduce: what happens to keypoints in one cell: "mean", "sum" or "amax".
         block: "transformer", or "propagation" as in the authors' code.
-        fusion: "concat" puts the diffused map behind the features, as in the paper. "add" adds it,
-            and starts as the exact identity: its last convolution is zero.
+        fusion: "concat" puts the diffused map behind the features, as in the paper. "add" adds it, times a
+            learned gain for each channel that starts at zero: the layer starts as the exact identity.
         spatial_dims: 2 or 3.
         recompute: compute each attention block again in the backward pass instead of saving its activations.
 
@@ -60,6 +61,8 @@ class KAFLayer(nn.Module):
         >>> features.shape, tokens.shape
         (torch.Size([2, 32, 4, 6]), torch.Size([2, 5, 32]))
     """
+
+    _version = 2  # of state dicts: 2 has the gain
 
     def __init__(
         self,
@@ -95,8 +98,9 @@ class KAFLayer(nn.Module):
             embed_dim, out_channels, hidden_channels=hidden_channels, reduce=reduce, spatial_dims=spatial_dims
         )
         if fusion == "add":
-            for parameter in self.diffusion.conv2.parameters():
-                nn.init.zeros_(parameter)
+            # LayerScale (Touvron et al., 2021) from zero, as in ReZero. Were the last convolution zero instead, one
+            # step of Adam would make its map, a sum over hundreds of inputs, larger than the features.
+            self.gain = nn.Parameter(torch.zeros(out_channels))
 
     def forward(self, features: Annotated[Tensor, "B C *S"], keypoints: Keypoints) -> KAFOutput:
         """Fuses ``features`` (B, C, *S) with attention between ``keypoints``."""
@@ -107,5 +111,14 @@ class KAFLayer(nn.Module):
         tokens = self.embed(self.sampler(features, keypoints))
         tokens = self.transformer(tokens, keypoints.resize(size, snap=self.sampler.mode == "nearest"))
         if self.fusion == "add":
-            return KAFOutput(features + self.diffusion(tokens, keypoints, size), tokens)
+            diffused = self.diffusion(tokens, keypoints, size)
+            gain = self.gain.to(diffused.dtype).view(-1, *[1] * len(size))
+            return KAFOutput(torch.addcmul(features, gain, diffused), tokens)
         return KAFOutput(self.diffusion(tokens, keypoints, size, features=features), tokens)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *arguments: Any
+    ) -> None:
+        if self.fusion == "add" and local_metadata.get("version", 1) < 2 and f"{prefix}embed.weight" in state_dict:
+            state_dict.setdefault(f"{prefix}gain", torch.ones_like(self.gain))  # there was none: it was added as it was
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)

@@ -51,9 +51,11 @@ class Case(NamedTuple):
 
 
 def live_layer(**options: object) -> KAFLayer:
-    """A KAFLayer whose last convolution is not zero, so that the laws say something of fusion="add"."""
+    """A KAFLayer whose last convolution is large and whose gain is not zero, so that the laws say something."""
     layer = KAFLayer(CHANNELS, **SMALL, **options)
     nn.init.normal_(layer.diffusion.conv2.weight)
+    if layer.fusion == "add":
+        nn.init.normal_(layer.gain)
     return layer
 
 

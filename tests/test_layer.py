@@ -20,13 +20,16 @@ def map_of(channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
 @pytest.mark.parametrize("fusion", ["concat", "add"])
 def test_steps_of_figure_1(fusion: str) -> None:
     layer = KAFLayer(4, fusion=fusion, **SMALL).double().eval()
-    nn.init.normal_(layer.diffusion.conv2.weight)
+    gain = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)
+    if fusion == "add":
+        layer.load_state_dict({"gain": gain}, strict=False)
     features = map_of(4, torch.float64)
     sampled = sample_keypoints(features, KEYPOINTS)
     tokens = layer.transformer(layer.embed(sampled), KEYPOINTS.resize((6, 10)))
     hidden = layer.diffusion.conv1(scatter_keypoints(tokens, KEYPOINTS, (6, 10)))
     diffused = layer.diffusion.conv2(layer.diffusion.norm(hidden).relu())
-    fused = torch.cat([features, diffused], dim=1) if fusion == "concat" else features + diffused
+    added = features + gain[:, None, None] * diffused
+    fused = torch.cat([features, diffused], dim=1) if fusion == "concat" else added
     output = layer(features, KEYPOINTS)
     torch.testing.assert_close(output.features, fused)
     torch.testing.assert_close(output.tokens, tokens)
@@ -36,6 +39,66 @@ def test_steps_of_figure_1(fusion: str) -> None:
 def test_add_starts_as_the_exact_identity(training: bool) -> None:
     features = map_of(4)
     assert torch.equal(KAFLayer(4, fusion="add", **SMALL).train(training)(features, KEYPOINTS).features, features)
+
+
+def test_addition_grows_at_a_bounded_rate() -> None:
+    """A step of Adam adds no more than the learning rate times the diffused map, however many inputs that has."""
+    layer = KAFLayer(4, fusion="add", **SMALL)
+    features = map_of(4)
+    diffused = layer.diffusion(layer(features, KEYPOINTS).tokens, KEYPOINTS, (6, 10))
+    optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2)
+    (layer(features, KEYPOINTS).features * torch.randn(3, 4, 6, 10)).sum().backward()
+    optimizer.step()
+    added = layer(features, KEYPOINTS).features - features
+    assert 0 < added.abs().max() <= 1.01 * 1e-2 * diffused.abs().max()
+
+
+def test_addition_is_learned() -> None:
+    """What a far keypoint tells is learned, behind a map that cannot know it."""
+    generator = torch.Generator().manual_seed(0)
+    keypoints = Keypoints(
+        torch.tensor([[4.0, 4.0], [60.0, 40.0]]).expand(64, -1, -1), torch.ones(64, 2).bool(), (48, 64)
+    )
+    classes = torch.randint(2, (64,), generator=generator)
+    features = 0.1 * torch.randn(64, 4, 24, 32, generator=generator)
+    features[:, 0, 20, 30] += 2.0 * classes - 1
+    torch.manual_seed(0)
+    layer, head = KAFLayer(4, fusion="add", **SMALL), nn.Conv2d(4, 2, 1)
+    optimizer = torch.optim.Adam([*layer.parameters(), *head.parameters()], lr=3e-3)
+    for _ in range(150):
+        loss = F.cross_entropy(head(layer(features, keypoints).features)[:, :, 2, 2], classes)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    alone = F.cross_entropy(head(features)[:, :, 2, 2], classes)
+    assert loss < 0.1
+    assert alone > 0.5
+
+
+def test_weights_from_before_the_gain() -> None:
+    """They were added as they were; their convolution had started at zero."""
+    layer = KAFLayer(4, fusion="add", **SMALL).eval()
+    new = KAFLayer(4, **SMALL).state_dict()
+    old = dict(new)  # without the version
+    before = set(old)
+    assert layer.load_state_dict(old) == ([], [])
+    assert set(old) == before
+    assert layer.gain.eq(1).all()
+    plain = KAFLayer(4, **SMALL).eval()
+    plain.load_state_dict(old)
+    features = map_of(4)
+    torch.testing.assert_close(
+        layer(features, KEYPOINTS).features, features + plain(features, KEYPOINTS).features[:, 4:]
+    )
+    nested = nn.Sequential(KAFLayer(4, fusion="add", **SMALL))
+    nested.load_state_dict({f"0.{name}": value for name, value in old.items()})
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*gain"):
+        plain.load_state_dict(layer.state_dict())
+    with pytest.raises(RuntimeError, match=r"Missing key.*gain"):
+        layer.load_state_dict(new)
+    fresh = KAFLayer(4, fusion="add", **SMALL)
+    fresh.load_state_dict({"embed.bias": fresh.embed.bias}, strict=False)
+    assert not fresh.gain.any()
 
 
 def test_attention_is_long_range() -> None:

@@ -42,7 +42,7 @@ def small_model(backbone: nn.Module | None = None, **options: Any) -> KAFBackbon
 
 def awake(model: KAFBackbone) -> KAFBackbone:
     for layer in model.layers.values():
-        nn.init.normal_(layer.diffusion.conv2.weight)
+        nn.init.normal_(layer.gain)
     return model
 
 
@@ -520,7 +520,7 @@ def check_backbone(backbone: nn.Module, names: dict[str, int] | list[str], image
     model.train()
     sum(x.square().mean() for x in torch.utils._pytree.tree_leaves(model(images))).backward()
     assert all(p.grad.isfinite().all() for p in model.layers.parameters())
-    assert all(layer.diffusion.conv2.weight.grad.any() for layer in model.layers.values())
+    assert all(layer.gain.grad.any() for layer in model.layers.values())
     model.backbone.load_state_dict(state)
     changed = model.eval()(images)
     duplicate.load_state_dict(model.state_dict())
