@@ -6,37 +6,42 @@
 
 A method is a network of finetune.py --model, trained from random weights; behind a "+" is what its encoder is
 pretrained by on all training subjects of the fold: "pcl", the positional contrast alone, or "kaf", all of Eq. 3.
-Other options go to pretrain.py and finetune.py, those in --pretrain "..." and --finetune "..." to one of them. What was
+Options of its own may follow, for ablations: --methods kaf-unet "kaf-unet --fusion add" "kaf-unet+kaf --depth 2". Other
+options go to pretrain.py and finetune.py, those in --pretrain "..." and --finetune "..." to one of them. What was
 killed goes on where it was, by the same command. Writes table.md, results.json, options.json, split.json to --output.
-Published rows go beside ours with --beside rows.json: {"UNet, Table 1 of the paper": {"1": 0.5, "2": 0.6}, ...}
+Each method is compared with kaf-unet, or with what --reference says: the mean difference over the
+volumes tested and the p-value of a Wilcoxon signed-rank test, as in the paper's Table 11. Published rows stand beside
+ours, the paper's for its presets, others by --beside rows.json: {"UNet, Table 1": {"1": 0.5, "2": 0.6}, ...}
 """
 
 import argparse
 import os
 import shlex
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from itertools import product
-from math import isnan, nan
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import mean, stdev
-from typing import Any
+from statistics import mean
 
 import finetune
 import pretrain
 import torch
+from comparison import Result, compare, spread
 from data import Stack, load_volumes
 from files import read_json, write_json
 from recipes import MODELS, keep_split, load_split, load_stacks, parse, parser_of
 from splits import Fold
 from training import settings
 
+PUBLISHED = Path(__file__).parent / "published"  # the paper's rows, by preset
 PRETRAINING = {"": [], "pcl": ["--weights", "1", "0", "0"], "kaf": []}
+NETWORK = ("resize", "patch", "normalise", "width", "levels", "scales", "fusion", "embed_dim", "depth")
+NETWORK += ("detector", "max_keypoints", "spacing", "drop_keypoints")
 OWN = ("--lr", "--epochs", "--batch", "--steps-per-epoch", "--save-every")  # what may differ between the two stages
-Result = dict[str, Any]  # what finetune.py writes, with the method, fold and labels
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,20 +51,29 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, help="a folder")
     parser.add_argument("--methods", nargs="+", type=method, default=["unet", "kaf-unet"])
     parser.add_argument("--labelled", nargs="+", type=int, default=[1, 2, 6], metavar="M")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the training; --seed draws the folds")
+    parser.add_argument("--reference", type=method, help="the method that the others are compared with")
     parser.add_argument("--test-folds", nargs="+", type=int, metavar="FOLD", help="only these of --folds")
-    pretraining, finetuning = only(*OWN, "--weights", "--temperature", "--threshold"), only(*OWN, "--layer-lr")
+    pretraining, finetuning = only(*OWN, "--weights", "--temperature", "--threshold"), only(*OWN, "--loss")
     parser.add_argument("--pretrain", type=pretraining, default=[], metavar="OPTIONS", help="for pretrain.py alone")
     parser.add_argument("--finetune", type=finetuning, default=[], metavar="OPTIONS", help="for finetune.py alone")
-    parser.add_argument("--beside", type=published, default={}, metavar="FILE", help="Dice of others, by row and M")
+    parser.add_argument("--beside", type=published, metavar="FILE", help="Dice of others, by row and M")
     parser.add_argument("--jobs", type=int, default=1, help="folds at a time")
     return parser
 
 
 def method(name: str) -> str:
-    model, _, pretraining = name.partition("+")
+    model, pretraining, _ = parts(name)
     if model not in MODELS or pretraining not in PRETRAINING:
         raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(MODELS)}, with or without +pcl or +kaf")
     return name
+
+
+def parts(name: str) -> tuple[str, str, list[str]]:
+    """A method's network, pretraining and options."""
+    network, *options = shlex.split(name)
+    model, _, pretraining = network.partition("+")
+    return model, pretraining, options
 
 
 def only(*names: str) -> Callable[[str], list[str]]:
@@ -83,6 +97,20 @@ def published(path: str) -> dict[str, dict[str, float]]:
         raise argparse.ArgumentTypeError(f'{path} must hold {{"title": {{"M": Dice, ...}}, ...}}: {error}') from error
 
 
+def complete(own: argparse.Namespace, options: argparse.Namespace) -> None:
+    """Finds the reference and the rows to stand beside; refuses those that have nothing in common with the runs."""
+    if own.reference is None:
+        own.reference = "kaf-unet" if "kaf-unet" in own.methods else None
+    elif own.reference not in own.methods:
+        raise ValueError(f"--reference must be among --methods, got {own.reference!r} and {own.methods}")
+    if own.beside is None:
+        rows = PUBLISHED / f"{options.preset}.json"
+        own.beside = published(str(rows)) if rows.is_file() else {}
+    elif not {str(count) for count in own.labelled} & {count for row in own.beside.values() for count in row}:
+        found = sorted({int(count) for row in own.beside.values() for count in row})
+        raise ValueError(f"--beside has rows for M = {found}, none of which --labelled asks for, got {own.labelled}")
+
+
 def keep_options(own: argparse.Namespace, shared: argparse.Namespace, split: Sequence[Fold]) -> None:
     """Writes down what the runs in --output are trained by; refuses to mix them with others."""
     path = own.output / "options.json"
@@ -94,7 +122,7 @@ def keep_options(own: argparse.Namespace, shared: argparse.Namespace, split: Seq
     write_json(now, path)
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=4)
 def load_once(*arguments: str) -> list[Stack]:
     """The slices, for all folds that this process runs."""
     return load_stacks(parse(parser_of(None), arguments))
@@ -102,12 +130,13 @@ def load_once(*arguments: str) -> list[Stack]:
 
 def run_fold(fold: int, own: argparse.Namespace, shared: list[str]) -> list[Result]:
     """All methods and numbers of labels on one fold."""
-    stacks = load_once(*shared, "--output", str(own.output))
     results = []
-    for name in own.methods:
-        model, _, pretraining = name.partition("+")
-        folder = own.output / f"fold{fold}" / name
-        common = [*shared, "--model", model, "--fold", str(fold), "--split", str(own.output / "split.json"), "--resume"]
+    for name, seed in product(own.methods, own.seeds):
+        model, pretraining, options = parts(name)
+        stacks = load_once(*shared, *options, "--output", str(own.output))
+        folder = own.output / f"fold{fold}" / name.replace(" ", "_") / f"seed{seed}"
+        common = [*shared, "--model", model, "--fold", str(fold), "--seed", str(seed), *options]
+        common += ["--split", str(own.output / "split.json"), "--resume"]
         start: list[str] = []
         if pretraining:
             output = folder / "pretrain"
@@ -117,19 +146,14 @@ def run_fold(fold: int, own: argparse.Namespace, shared: list[str]) -> list[Resu
         for labelled in own.labelled:
             arguments = [*common, *own.finetune, *start, "--labelled", str(labelled)]
             result = finetune.main([*arguments, "--output", str(folder / f"M{labelled}")], stacks=stacks)
-            results.append(result | {"method": name, "fold": fold, "M": labelled})
+            results.append(result | {"method": name, "fold": fold, "seed": seed, "M": labelled})
     return results
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean and, of several values, their standard deviation, without the NaN of folds that lack a class."""
-    values = [value for value in values if not isnan(value)] or [nan]
-    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
-
-
 def title(name: str) -> str:
-    model, _, pretraining = name.partition("+")
-    return MODELS[model] + (f", pretrained by {pretraining.upper()}" if pretraining else "")
+    model, pretraining, options = parts(name)
+    pretrained = f", pretrained by {pretraining.upper()}" if pretraining else ""
+    return MODELS[model] + pretrained + (f", {' '.join(options)}" if options else "")
 
 
 def table(results: Sequence[Result], beside: Mapping[str, Mapping[str, float]]) -> str:
@@ -142,12 +166,8 @@ def table(results: Sequence[Result], beside: Mapping[str, Mapping[str, float]]) 
         lines.append(f"| method | parameters | {' | '.join(f'M = {m}' for m in counts)} | training |")
         lines.append("|---" * (len(counts) + 3) + "|")
         for name in methods:
-            cells = []
-            for count in counts:
-                rows = [r["scores"] for r in results if (r["method"], r["M"]) == (name, count)]
-                picked = [[s[1:] if chosen is None else s[1 + chosen : 2 + chosen] for s in row] for row in rows]
-                cells.append(spread([finetune.mean_dice(row) for row in picked]))
             own = [result for result in results if result["method"] == name]
+            cells = [spread(over_folds([r for r in own if r["M"] == count], chosen)) for count in counts]
             seconds = mean(result["training_seconds"] for result in own)
             parameters = f"{own[0]['parameters'] / 1e6:.2f} M"
             lines.append(f"| {title(name)} | {parameters} | {' | '.join(cells)} | {seconds:.0f} s |")
@@ -157,8 +177,17 @@ def table(results: Sequence[Result], beside: Mapping[str, Mapping[str, float]]) 
     return "\n".join(lines)
 
 
+def over_folds(results: Sequence[Result], chosen: int | None) -> list[float]:
+    """Dice of each fold, the mean over its seeds: of one class, or over all if None."""
+    folds = defaultdict(list)
+    for result in results:
+        rows = [row[1:] if chosen is None else row[1 + chosen : 2 + chosen] for row in result["scores"]]
+        folds[result["fold"]].append(finetune.mean_dice(rows))
+    return [mean(values) for values in folds.values()]
+
+
 def report(results: Sequence[Result], command: str, data: str, own: argparse.Namespace, *, folds: int) -> str:
-    """The table, and what one needs to know to read it and to make it again."""
+    """The tables, and what one needs to know to read them and to make them again."""
     first = results[0]
     chosen, versions = first["settings"], first["versions"]
     tested = sorted({result["fold"] for result in results})
@@ -167,18 +196,18 @@ def report(results: Sequence[Result], command: str, data: str, own: argparse.Nam
         "command": f"`{command}`",
         "data": data,
         "folds": f"{len(tested)} ({', '.join(map(str, tested))}) of {folds}; mean ± deviation over them",
-        "seed": str(chosen["seed"]),
+        "seeds": ", ".join(map(str, own.seeds)),
         "fine-tuning": f"{chosen['epochs']} epochs of {steps}, batch {chosen['batch']}, learning rate {chosen['lr']}, "
-        f"{chosen['layer_lr']:g} times that for KAF layers",
+        f"loss {chosen['loss']}",
         "pretraining": f"`{shlex.join(own.pretrain)}`" if own.pretrain else "pretrain.py's defaults",
-        "network": ", ".join(
-            f"{name} {chosen[name]}"
-            for name in ("patch", "normalise", "width", "scales", "fusion", "embed_dim", "depth", "detector")
-        ),
+        "network": ", ".join(f"{name} {chosen[name]}" for name in NETWORK),
         "hardware": f"{os.cpu_count()} CPU cores" if not torch.cuda.is_available() else torch.cuda.get_device_name(),
         "versions": ", ".join(f"{name} {number}" for name, number in versions.items()),
     }
-    return "\n".join([*(f"- {name}: {fact}" for name, fact in facts.items()), table(results, own.beside)]) + "\n"
+    lines = [*(f"- {name}: {fact}" for name, fact in facts.items()), table(results, own.beside)]
+    if own.reference and len(own.methods) > 1:
+        lines += ["", *compare(results, own.reference, {name: title(name) for name in own.methods})]
+    return "\n".join(lines) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Result]:
@@ -187,6 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     own, shared = parser().parse_known_args(arguments)
     options = parse(parser_of(None), [*shared, "--output", str(own.output)])
+    complete(own, options)
     volumes = load_volumes(options.data, limit=options.limit, classes=options.classes)
     split = load_split(options, volumes)
     folds = own.test_folds or range(len(split))

@@ -152,9 +152,10 @@ def num_classes(volumes: Sequence[Volume]) -> int:
 
 @dataclass
 class Stack:
-    """A volume's slices, padded and cropped about the centre to a patch (H, W), each with its keypoints.
+    """A volume's slices, resized, then padded and cropped about the centre to a patch (H, W), each with its keypoints.
 
-    ``positions`` (Z,) are relative, from 0 to below 1; ``margins`` were added on the left, right, above and below.
+    ``positions`` (Z,) are relative, from 0 to below 1; ``margins`` were added on the left, right, above and below to
+    slices of ``resized`` pixels.
     """
 
     volume: Volume
@@ -163,45 +164,74 @@ class Stack:
     keypoints: list[Keypoints]
     positions: Tensor
     margins: tuple[int, int, int, int]
+    resized: tuple[int, int]
 
     def restore(self, labels: Tensor) -> Tensor:
         """Labels (Z, H, W) of the patches, in the volume's size; background outside the patch."""
-        return F.pad(labels, [-margin for margin in self.margins])
+        return resize_labels(F.pad(labels, [-margin for margin in self.margins]), self.volume.label.shape[1:])
 
     def crop(self, labels: Tensor) -> Tensor:
         """Labels (Z, H, W) of the volume, in the patch's size."""
-        return F.pad(labels, self.margins)
+        return F.pad(resize_labels(labels, self.resized), self.margins)
 
 
 def prepare(
-    volumes: Sequence[Volume], detector: KeypointDetector, *, patch: tuple[int, int], by_slice: bool = False
+    volumes: Sequence[Volume],
+    detector: KeypointDetector,
+    *,
+    patch: tuple[int, int],
+    resize: float = 1.0,
+    by_slice: bool = False,
 ) -> list[Stack]:
     """Detects the keypoints of each original slice, once, and brings everything to the patch's size.
 
-    ``by_slice`` normalises each patch by itself, for data whose slices are not on one scale.
+    Args:
+        volumes: what to cut patches from.
+        detector: of the keypoints.
+        patch: (H, W), to which resized slices are padded and cropped about the centre.
+        resize: the factor by which height and width change before: images by area, labels to the nearest.
+        by_slice: normalise each patch by itself, for data whose slices are not on one scale.
     """
     stacks = []
     for volume in tqdm(volumes, desc="keypoints", leave=False):
+        before = volume.image.shape[1:]
+        resized = tuple(max(1, round(edge * resize)) for edge in before)
         rows, columns = (
-            (-(-(after - before) // 2), (after - before) // 2)
-            for before, after in zip(volume.image.shape[1:], patch, strict=True)
+            (-(-(after - edge) // 2), (after - edge) // 2) for edge, after in zip(resized, patch, strict=True)
         )
         margins, shift = (*columns, *rows), torch.tensor([columns[0], rows[0]])
-        images = volume.image[:, None]
-        keypoints = move_keypoints(detector(images), lambda positions, shift=shift: positions + shift, patch)
+        ratio = torch.tensor([resized[1] / before[1], resized[0] / before[0]])
+
+        def into_patch(positions: Tensor, shift: Tensor = shift, ratio: Tensor = ratio) -> Tensor:
+            return (positions + 0.5) * ratio - 0.5 + shift
+
+        keypoints = move_keypoints(detector(volume.image[:, None]), into_patch, patch)
+        images = F.interpolate(volume.image[:, None], resized, mode="area")
+        labels = resize_labels(volume.label, resized)
+        if volume.label.any() and not labels.any():
+            where = volume.file or volume.subject
+            raise ValueError(f"{where} has no foreground left at --resize {resize:g}, give a factor nearer to 1")
         depth = len(images)
         patches = F.pad(images, margins, value=float(images.min()))
         stacks.append(
             Stack(
                 volume,
                 torch.stack([normalise(image) for image in patches]) if by_slice else patches,
-                F.pad(volume.label, margins),
+                F.pad(labels, margins),
                 [compact(keypoints[z]) for z in range(depth)],
                 torch.arange(depth) / depth,
                 margins,
+                resized,
             )
         )
     return stacks
+
+
+def resize_labels(labels: Tensor, size: Sequence[int]) -> Tensor:
+    """Labels (Z, H, W) in another size, each pixel that of the nearest."""
+    if labels.shape[1:] == tuple(size):
+        return labels
+    return F.interpolate(labels[:, None].float(), tuple(size), mode="nearest-exact")[:, 0].to(labels.dtype)
 
 
 def say(stack: Stack, what: str) -> None:

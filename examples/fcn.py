@@ -15,9 +15,10 @@ from kaf_layer import KAFEncoder, KAFLayer, Keypoints
 
 
 class FCN(nn.Module):
-    """Five blocks, each of the first four followed by its layer, if any; the last three vote (FCN-8s).
+    """Blocks, each but the last followed by its layer, if any; the last three vote (FCN-8s).
 
-    ``layers`` are modules from (map, keypoints) to (fused map, tokens) with ``fused_channels``.
+    ``layers`` are modules from (map, keypoints) to (fused map, tokens) with ``fused_channels``; there is one block
+    more than layers, five in the paper.
     """
 
     def __init__(
@@ -29,19 +30,19 @@ class FCN(nn.Module):
         layers: Sequence[nn.Module | None] = (None,) * 4,
     ) -> None:
         super().__init__()
-        widths = [width, 2 * width, 4 * width, 8 * width, 8 * width]
+        widths = [width * 2 ** min(i, 3) for i in range(len(layers) + 1)]
         fused = [w if layer is None else layer.fused_channels for w, layer in zip(widths, [*layers, None], strict=True)]
         stages = [
             nn.Sequential(nn.MaxPool2d(2) if i else nn.Identity(), conv_block(before, w), conv_block(w, w))
             for i, (before, w) in enumerate(zip([in_channels, *fused[:-1]], widths, strict=True))
         ]
         self.encoder = KAFEncoder(stages, [*layers, None])
-        self.votes = nn.ModuleList(nn.Conv2d(channels, num_classes, 1) for channels in fused[2:])
+        self.votes = nn.ModuleList(nn.Conv2d(channels, num_classes, 1) for channels in fused[-3:])
 
     def forward(self, images: Tensor, keypoints: Keypoints | None = None) -> Tensor:
         """Images (B, C, H, W) of at least 16x16 pixels to logits (B, num_classes, H, W)."""
         features = self.encoder(images, keypoints).features
-        *shallower, logits = [vote(x) for vote, x in zip(self.votes, features[2:], strict=True)]
+        *shallower, logits = [vote(x) for vote, x in zip(self.votes, features[-3:], strict=True)]
         for vote in reversed(shallower):
             logits = vote + F.interpolate(logits, vote.shape[2:], mode="bilinear")
         return F.interpolate(logits, images.shape[2:], mode="bilinear")

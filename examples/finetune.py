@@ -18,17 +18,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from data import Stack
 from files import read_json, save, write_json
+from monai.losses import DiceCELoss
 from monai.metrics import DiceMetric
 from recipes import build_model, keep_split, load_split, load_stacks, parse, parser_of
 from torch import Tensor, nn
 from tqdm import tqdm
 from training import Augmentation, load_pretrained, seed_of, settings, start, train
 
-from kaf_layer import KAFLayer, Keypoints
+from kaf_layer import GridDetector, Keypoints
 
+LOSSES = {  # by the weight of the Dice loss
+    "ce": 0.0,
+    "dice_ce": 1.0,
+}
 Sample = tuple[Stack, int]  # a slice: the volume, and its number in there
 
 
@@ -100,9 +104,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--labelled", type=int, default=2, metavar="M", help="subjects to train on")
     parser.add_argument("--pretrained", type=Path, help="weights to start from, as pretrain.py writes them")
     parser.add_argument("--lr", type=float, help="falls to zero along a cosine")
-    parser.add_argument("--layer-lr", type=float, metavar="FACTOR", help="of KAF layers, relative to --lr")
+    parser.add_argument("--loss", choices=LOSSES, help="cross-entropy, alone or with the Dice loss")
     parser.add_argument("--epochs", type=int)
-    parser.add_argument("--batch", type=int, default=10, help="slices, over all processes")
+    parser.add_argument("--batch", type=int, help="slices, over all processes")
     return parser
 
 
@@ -126,21 +130,18 @@ def main(arguments: Sequence[str] | None = None, *, stacks: list[Stack] | None =
     model = build_model(options)
     if options.pretrained:
         accelerator.print(load_pretrained(model, options.pretrained))
-    augment = Augmentation()
+    grid = GridDetector(options.spacing * options.resize) if options.detector == "grid" else None
+    augment = Augmentation(drop_keypoints=options.drop_keypoints, detector=grid)
+    criterion = DiceCELoss(to_onehot_y=True, softmax=True, lambda_dice=LOSSES[options.loss])
 
     def compute(module: nn.Module, samples: list[Sample]) -> dict[str, Tensor]:
         images, keypoints, labels = augment(*gather(samples, accelerator.device))
         logits = module(images, keypoints)
-        return {"loss": F.cross_entropy(logits, labels), "dice": overlap(logits, labels)}
+        return {"loss": criterion(logits, labels[:, None]), "dice": overlap(logits, labels)}
 
     slices = [(stack, z) for stack in training for z in range(len(stack.images))]
-    layers = {p for module in model.modules() if isinstance(module, KAFLayer) for p in module.parameters()}
-    groups = [
-        {"params": [p for p in model.parameters() if p not in layers]},
-        {"params": [p for p in model.parameters() if p in layers], "lr": options.layer_lr * options.lr},
-    ]
-    optimizer = torch.optim.Adam(groups, lr=options.lr)
-    model, seconds = train(model, slices, compute, optimizer, accelerator, options)
+    optimizer = torch.optim.Adam(model.parameters(), lr=options.lr)
+    model, history = train(model, slices, compute, optimizer, accelerator, options)
     result: dict[str, Any] = {}
     if accelerator.is_main_process:
         scores = evaluate(model, unseen, classes=options.classes)
@@ -148,14 +149,16 @@ def main(arguments: Sequence[str] | None = None, *, stacks: list[Stack] | None =
             "dice": mean_dice(scores),
             "scores": [[stack.volume.subject, *row] for stack, row in zip(unseen, scores, strict=True)],
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "training_seconds": round(seconds, 1),
+            "training_seconds": round(history.seconds, 1),
+            "losses": [round(loss, 5) for loss in history.losses],
             "settings": settings(options),
             "versions": versions(),
         }
         save(model.state_dict(), options.output / "weights.pt")
         keep_split(split, options)
         write_json(result, options.output / "result.json")
-        print(f"{options.output}: Dice {result['dice']:.3f} on {len(unseen)} volumes after {seconds:.0f} s of training")
+        trained = f"after {history.seconds:.0f} s of training"
+        print(f"{options.output}: Dice {result['dice']:.3f} on {len(unseen)} volumes {trained}")
     accelerator.wait_for_everyone()
     return result
 

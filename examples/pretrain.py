@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None, *, stacks: list[Stack] | None =
     torch.manual_seed(seed_of(options.seed))
     encoder: Any = build_model(options).encoder
     module = Pretraining(encoder, build_loss(encoder, options))
-    augment = Augmentation()
+    augment = Augmentation(drop_keypoints=options.drop_keypoints)  # a grid's are moved too: the matches are theirs
 
     def compute(module: nn.Module, samples: list[Pair]) -> dict[str, Tensor]:
         slices = [(stack, a) for stack, a, _, _ in samples] + [(stack, b) for stack, _, b, _ in samples]

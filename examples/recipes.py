@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from data import Stack, load_volumes, prepare, say
 from fcn import FCN
 from files import write
@@ -27,9 +28,15 @@ class Recipe:
     lr: float  # of fine-tuning
     epochs: int  # of fine-tuning
     normalise: str = "volume"
-    fusion: str = "concat"
-    scales: tuple[int, ...] = (0, 1, 2, 3)
-    layer_lr: float = 1.0  # of KAF layers in fine-tuning, relative to lr
+    resize: float = 1.0
+    levels: int = 5
+    loss: str = "ce"
+    batch: int = 10  # of fine-tuning
+    steps_per_epoch: int | None = None  # as many as the slices fill batches
+    embed_dim: int = 256
+    depth: int = 6
+    detector: str = "sift"
+    spacing: float = 12.0
 
 
 # Sections 4 and B of the paper; the last two are ours. How Sunnybrook differs was found on the subjects of
@@ -39,15 +46,21 @@ PRESETS = {
     "chd": Recipe(classes=8, patch=(512, 512), width=32, threshold=0.1, lr=5e-5, epochs=100),
     "sunnybrook": Recipe(
         classes=2,
-        patch=(160, 160),
-        width=32,
+        patch=(128, 128),
+        width=8,
         threshold=0.35,
-        lr=5e-4,
-        epochs=200,
+        lr=3e-3,
+        epochs=40,
         normalise="slice",
-        fusion="add",
-        scales=(2, 3),
-        layer_lr=0.1,
+        resize=0.5,
+        levels=4,
+        loss="dice_ce",
+        batch=6,
+        steps_per_epoch=10,
+        embed_dim=64,
+        depth=2,
+        detector="grid",
+        spacing=32.0,
     ),
     "phantom": Recipe(classes=4, patch=(128, 128), width=8, threshold=0.35, lr=3e-3, epochs=40),
 }
@@ -77,16 +90,21 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     add("--mixed-precision", choices=("no", "fp16", "bf16"))
     add("--model", choices=MODELS, default="kaf-unet")
     add("--classes", type=int, help="the background included")
+    add("--resize", type=float, metavar="FACTOR", help="of a slice's height and width, before it is cut to the patch")
     add("--patch", type=int, nargs=2, metavar=("H", "W"), help="slices are padded and cropped to this size")
     add("--normalise", choices=("volume", "slice"), help="whether patches are brought to one scale slice by slice too")
     add("--width", type=int, help="channels of the first block")
-    add("--scales", type=int, nargs="*", help="which encoder blocks a KAF layer follows")
-    add("--depth", type=int, default=6, help="attention blocks of each KAF layer")
-    add("--embed-dim", type=int, default=256, help="channels of a token")
-    add("--fusion", choices=("concat", "add"), help="of a KAF layer's map with the features")
-    add("--detector", choices=("sift", "grid", "none"), default="sift")
+    add("--levels", type=int, help="encoder blocks of a UNet or an FCN, each at half the size of the one before")
+    add("--scales", type=int, nargs="*", help="which encoder blocks a KAF layer follows (default: all but the deepest)")
+    add("--depth", type=int, help="attention blocks of each KAF layer")
+    add("--embed-dim", type=int, help="channels of a token")
+    add("--fusion", choices=("concat", "add"), default="concat", help="of a KAF layer's map with the features")
+    add("--detector", choices=("sift", "grid", "none"), help="of the keypoints")
     add("--max-keypoints", type=int, default=512, help="SIFT keypoints of an original slice")
-    add("--spacing", type=float, default=12.0, help="of the grid's keypoints, in pixels")
+    add("--spacing", type=float, help="of the grid's keypoints, in pixels of an original slice")
+    add(
+        "--drop-keypoints", type=float, default=0.0, metavar="SHARE", help="train without up to this share of a slice's"
+    )
     add("--steps-per-epoch", type=int, help="default: as many as the slices fill batches")
     return parser
 
@@ -95,7 +113,26 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
     known, _ = parser.parse_known_args(arguments)
     of_preset = asdict(PRESETS[known.preset])
     parser.set_defaults(**{name: of_preset[name] for name in of_preset if getattr(known, name, 0) is None})
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    check(options)
+    return options
+
+
+def check(options: argparse.Namespace) -> None:
+    """Completes and refuses what does not fit together, by the options' names."""
+    if not options.resize > 0:
+        raise ValueError(f"--resize must be a factor above 0, got {options.resize}")
+    if not 0 <= options.drop_keypoints <= 1:
+        raise ValueError(f"--drop-keypoints must be a share from 0 to 1, got {options.drop_keypoints}")
+    if options.levels < 3:
+        raise ValueError(f"--levels must be 3 or more, got {options.levels}")
+    divisor = 2 ** (options.levels - 1)
+    if options.model != "swin-unetr" and any(edge % divisor for edge in options.patch):
+        raise ValueError(f"--levels {options.levels} needs a --patch divisible by {divisor}, got {options.patch}")
+    if options.scales is None:
+        options.scales = list(range(options.levels - 1))
+    if not set(options.scales) <= set(range(options.levels - 1)):
+        raise ValueError(f"--scales must be among 0 to {options.levels - 2}, got {options.scales}")
 
 
 def build_detector(options: argparse.Namespace) -> KeypointDetector:
@@ -113,7 +150,11 @@ def no_keypoints(images: Tensor) -> Keypoints:
 def load_stacks(options: argparse.Namespace, *, labelled: bool = True) -> list[Stack]:
     volumes = load_volumes(options.data, limit=options.limit, classes=options.classes, labelled=labelled)
     stacks = prepare(
-        volumes, build_detector(options), patch=tuple(options.patch), by_slice=options.normalise == "slice"
+        volumes,
+        build_detector(options),
+        patch=tuple(options.patch),
+        resize=options.resize,
+        by_slice=options.normalise == "slice",
     )
     for stack in stacks if options.detector != "none" else ():
         if empty := [z for z, keypoints in enumerate(stack.keypoints) if not keypoints.valid.any()]:
@@ -158,11 +199,10 @@ def build_model(options: argparse.Namespace) -> nn.Module:
         features = 12 * -(-width // 8)  # a multiple of 12; 48 beside a UNet of width 32
         return WithoutKeypoints(SwinUNETR(1, classes, feature_size=features, spatial_dims=2))
     if options.model == "unet-c2":
-        return UNetC2(1, classes, width=width)
-    if not set(options.scales) <= set(range(4)):
-        raise ValueError(f"--scales must be among 0, 1, 2 and 3, got {options.scales}")
+        return UNetC2(1, classes, width=width, levels=options.levels)
     chosen = options.scales if options.model.startswith("kaf") else ()
-    layers = [build_layer(width * 2**i, options) if i in chosen else None for i in range(4)]
+    with torch.random.fork_rng():  # the rest starts as it does without layers, for paired comparisons
+        layers = [build_layer(width * 2**i, options) if i in chosen else None for i in range(options.levels - 1)]
     return (FCN if options.model.endswith("fcn") else UNet)(1, classes, width=width, layers=layers)
 
 

@@ -8,8 +8,9 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -20,11 +21,19 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from kaf_layer import KeypointDetector
 from kaf_layer.augmentation import KeypointAugmentation
 
 Sample = TypeVar("Sample")
 # Options that a resumed run may change; of the last three the content is compared.
 PLACES = ("output", "resume", "save_every", "data", "split", "pretrained")
+
+
+class History(NamedTuple):
+    """Of a training, before a resumption too: its seconds, and the mean loss of each epoch."""
+
+    seconds: float
+    losses: list[float]
 
 
 def train(
@@ -34,7 +43,7 @@ def train(
     optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,
     options: argparse.Namespace,
-) -> tuple[nn.Module, float]:
+) -> tuple[nn.Module, History]:
     """Trains on all samples, by a learning rate that falls to zero along a cosine.
 
     Args:
@@ -46,7 +55,7 @@ def train(
         options: of the command line: epochs, batch, steps_per_epoch, seed, output, resume, save_every.
 
     Returns:
-        the module, as it was given, and the seconds of training, before a resumption too.
+        the module, as it was given, and the training's history.
     """
     if options.batch % accelerator.num_processes:
         raise ValueError(
@@ -54,8 +63,9 @@ def train(
         )
     checkpoint = options.output / "checkpoint.pt"
     resumed = options.resume and checkpoint.is_file()
-    first, seconds = restore(checkpoint, module, optimizer, options) if resumed else (0, 0.0)
-    began = time.perf_counter() - seconds
+    before = restore(checkpoint, module, optimizer, options) if resumed else History(0.0, [])
+    first, losses = len(before.losses), before.losses
+    began = time.perf_counter() - before.seconds
     module, optimizer = accelerator.prepare(module, optimizer)
     is_main, rank = accelerator.is_main_process, accelerator.process_index
     steps = options.steps_per_epoch or math.ceil(len(samples) / options.batch)
@@ -78,20 +88,21 @@ def train(
             totals = {name: totals.get(name, 0) + value.detach() / steps for name, value in values.items()}
             bar.update()
         means = {name: float(value) for name, value in totals.items()}
+        losses.append(means["loss"])
         bar.set_postfix({name: f"{value:.3f}" for name, value in means.items()})
         if writer:
             for name, value in means.items():
                 writer.add_scalar(name, value, epoch + 1)
             if (epoch + 1) % options.save_every == 0 or epoch + 1 == options.epochs:
                 state = accelerator.unwrap_model(module).state_dict()
-                fields = {"epoch": epoch + 1, "module": state, "optimizer": optimizer.state_dict()}
-                fields |= {"settings": settings(options), "seconds": time.perf_counter() - began}
+                fields = {"module": state, "optimizer": optimizer.state_dict()}
+                fields |= {"settings": settings(options), "seconds": time.perf_counter() - began, "losses": losses}
                 save(fields, checkpoint)
     bar.close()
     if writer:
         writer.close()
     accelerator.wait_for_everyone()
-    return accelerator.unwrap_model(module), time.perf_counter() - began
+    return accelerator.unwrap_model(module), History(time.perf_counter() - began, losses)
 
 
 def start(options: argparse.Namespace, **handlers: Any) -> Accelerator:
@@ -121,16 +132,33 @@ def seed_of(*numbers: int) -> int:
 
 
 class Augmentation(nn.Module):
-    """Rotates, shifts and scales images, keypoints and labels, and changes contrast and brightness."""
+    """Rotates, shifts and scales images, keypoints and labels, and changes contrast and brightness.
 
-    def __init__(self) -> None:
+    What comes into view is the image mirrored at its border: an empty frame would tell attention, which sees all of the
+    image, how it was moved, and so where the organs of the few training subjects are.
+
+    Args:
+        drop_keypoints: each sample loses a random share of its keypoints, from none up to this.
+        detector: finds keypoints anew instead of moving them, for those of a grid, which tell by themselves how they
+            were moved.
+    """
+
+    def __init__(self, *, drop_keypoints: float = 0.0, detector: KeypointDetector | None = None) -> None:
         super().__init__()
-        self.move = KeypointAugmentation(RandomAffine(15.0, translate=(0.1, 0.1), scale=(0.8, 1.25), p=1.0))
+        self.drop_keypoints, self.detector = drop_keypoints, detector
+        affine = RandomAffine(15.0, translate=(0.1, 0.1), scale=(0.8, 1.25), p=1.0, padding_mode="reflection")
+        self.move = KeypointAugmentation(affine)
 
     def forward(self, images: Tensor, keypoints: Any, labels: Tensor | None = None) -> Any:
         images, keypoints, labels = self.move(images, keypoints, labels)
+        if self.detector is not None:
+            keypoints = self.detector(images)
         contrast = torch.empty(len(images), 1, 1, 1).uniform_(0.6, 1.5).to(images)
         brightness = torch.empty(len(images), 1, 1, 1).uniform_(-0.2, 0.2).to(images)
+        if self.drop_keypoints:
+            shares = self.drop_keypoints * torch.rand(len(images), 1)
+            kept = torch.rand(keypoints.valid.shape) >= shares
+            keypoints = replace(keypoints, valid=keypoints.valid & kept.to(keypoints.valid.device), padded=True)
         return images * contrast + brightness, keypoints, labels
 
 
@@ -140,16 +168,14 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}
 
 
-def restore(
-    path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, options: argparse.Namespace
-) -> tuple[int, float]:
-    """Puts a checkpoint's content in place; returns the number of epochs done, and the seconds they took."""
+def restore(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, options: argparse.Namespace) -> History:
+    """Puts a checkpoint's content in place; returns what was done until then."""
     content, now = load(path), settings(options)
     if different := [name for name, value in content["settings"].items() if now.get(name) != value]:
         raise ValueError(f"{path} was written with other options than these, differing in {', '.join(different)}")
     module.load_state_dict(content["module"])
     optimizer.load_state_dict(content["optimizer"])
-    return content["epoch"], content["seconds"]
+    return History(content["seconds"], content["losses"])
 
 
 def load_pretrained(module: nn.Module, path: Path) -> str:

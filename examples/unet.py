@@ -19,7 +19,7 @@ def conv_block(in_channels: int, out_channels: int) -> nn.Sequential:
 
 
 class Decoder(nn.Module):
-    """Four times: double the size, concatenate the encoder's map of that size, convolve twice."""
+    """For each level: double the size, concatenate the encoder's map of that size, convolve twice."""
 
     def __init__(self, skip_channels: Sequence[int], widths: Sequence[int], num_classes: int) -> None:
         super().__init__()
@@ -37,10 +37,11 @@ class Decoder(nn.Module):
 
 
 class UNet(nn.Module):
-    """Five encoder blocks, each of the first four followed by its layer, if any, and four decoder blocks.
+    """Encoder blocks, each but the deepest followed by its layer, if any, and a decoder block for each of these.
 
-    ``layers`` are modules from (map, keypoints) to (fused map, tokens) with ``fused_channels``. Where
-    layers concatenate, the decoder and the deepest block are twice as wide, as in the authors' code.
+    ``layers`` are modules from (map, keypoints) to (fused map, tokens) with ``fused_channels``; there is one block
+    more than layers, five in the paper. Where layers concatenate, the decoder and the deepest block are twice as wide,
+    as in the authors' code.
     """
 
     def __init__(
@@ -52,30 +53,31 @@ class UNet(nn.Module):
         layers: Sequence[nn.Module | None] = (None,) * 4,
     ) -> None:
         super().__init__()
-        widths = [width * 2**i for i in range(5)]
-        fused = [w if layer is None else layer.fused_channels for w, layer in zip(widths[:4], layers, strict=True)]
-        factor = 1 if fused == widths[:4] else 2
+        *shallow, deep = (width * 2**i for i in range(len(layers) + 1))
+        fused = [w if layer is None else layer.fused_channels for w, layer in zip(shallow, layers, strict=True)]
+        factor = 1 if fused == shallow else 2
         stages: list[nn.Module] = [
             nn.Sequential(nn.MaxPool2d(2) if i else nn.Identity(), conv_block(before, w), conv_block(w, w))
-            for i, (before, w) in enumerate(zip([in_channels, *fused], widths[:4], strict=False))
+            for i, (before, w) in enumerate(zip([in_channels, *fused], shallow, strict=False))
         ]
-        deepest = factor * widths[4]
+        deepest = factor * deep
         stages.append(
             nn.Sequential(
                 nn.MaxPool2d(2),
-                nn.Conv2d(fused[3], deepest, 3, padding=1),
+                nn.Conv2d(fused[-1], deepest, 3, padding=1),
                 nn.ReLU(inplace=True),
                 nn.Conv2d(deepest, deepest, 3, padding=1),
                 nn.ReLU(inplace=True),
             )
         )
         self.encoder = KAFEncoder(stages, [*layers, None])
-        self.decoder = Decoder(fused, [factor * w for w in widths], num_classes)
+        self.decoder = Decoder(fused, [factor * w for w in (*shallow, deep)], num_classes)
 
     def forward(self, images: Tensor, keypoints: Keypoints | None = None) -> Tensor:
-        """Images (B, C, H, W), H and W divisible by 16, to logits (B, num_classes, H, W)."""
-        if images.shape[2] % 16 or images.shape[3] % 16:
-            raise ValueError(f"the image's height and width must be divisible by 16, got {images.shape=}")
+        """Images (B, C, H, W), H and W divisible by 16 (with five blocks), to logits (B, num_classes, H, W)."""
+        divisor = 2 ** len(self.decoder.blocks)
+        if images.shape[2] % divisor or images.shape[3] % divisor:
+            raise ValueError(f"the image's height and width must be divisible by {divisor}, got {images.shape=}")
         return self.decoder(self.encoder(images, keypoints).features)
 
 
@@ -93,16 +95,18 @@ class Repeat(nn.Module):
 class UNetC2(UNet):
     """The paper's control "UNet (c2)": the convolutions of the KAF-UNet, without attention."""
 
-    def __init__(self, in_channels: int = 1, num_classes: int = 4, *, width: int = 32) -> None:
-        layers = [Repeat(width * 2**i) for i in range(4)]
+    def __init__(self, in_channels: int = 1, num_classes: int = 4, *, width: int = 32, levels: int = 5) -> None:
+        layers = [Repeat(width * 2**i) for i in range(levels - 1)]
         super().__init__(in_channels, num_classes, width=width, layers=layers)
 
 
 class KAFUNet(UNet):
-    """The UNet with a KAF layer after each of the first four encoder blocks; ``options`` are KAFLayer's."""
+    """The UNet with a KAF layer after each encoder block but the deepest; ``options`` are KAFLayer's."""
 
-    def __init__(self, in_channels: int = 1, num_classes: int = 4, *, width: int = 32, **options: Any) -> None:
-        layers = [KAFLayer(width * 2**i, **options) for i in range(4)]
+    def __init__(
+        self, in_channels: int = 1, num_classes: int = 4, *, width: int = 32, levels: int = 5, **options: Any
+    ) -> None:
+        layers = [KAFLayer(width * 2**i, **options) for i in range(levels - 1)]
         super().__init__(in_channels, num_classes, width=width, layers=layers)
 
 

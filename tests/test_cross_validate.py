@@ -21,9 +21,9 @@ def test_table_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert [(r["method"], r["fold"], r["M"]) for r in results] == [(m, 1, 1) for m in methods[1:]]
     text = (tmp_path / "table.md").read_text()
     assert f"| {results[0]['dice']:.3f} |" in text
-    for expected in ("- seed: 0", "phantoms, 3 subjects", "torch ", "KAF-UNet, pretrained by KAF", "Dice of class 3"):
+    for expected in ("- seeds: 0", "phantoms, 3 subjects", "torch ", "KAF-UNet, pretrained by KAF", "Dice of class 3"):
         assert expected in text
-    kept = (tmp_path / "fold1" / "kaf-unet+kaf" / "M1" / "weights.pt").stat().st_mtime_ns
+    kept = (tmp_path / "fold1" / "kaf-unet+kaf" / "seed0" / "M1" / "weights.pt").stat().st_mtime_ns
     with pytest.raises(ValueError, match="holds runs with another width and finetune: choose"):
         cross_validate.main([*arguments, *methods, "--finetune", "--epochs 2 --batch 4", "--width", "8"])
     split = json.loads((tmp_path / "split.json").read_text())
@@ -32,11 +32,11 @@ def test_table_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         cross_validate.main([*arguments, *methods, "--split", str(tmp_path / "other.json")])
     assert json.loads((tmp_path / "split.json").read_text()) == split
     assert cross_validate.main([*arguments, *methods]) == results  # nothing is done twice
-    assert (tmp_path / "fold1" / "kaf-unet+kaf" / "M1" / "weights.pt").stat().st_mtime_ns == kept
+    assert (tmp_path / "fold1" / "kaf-unet+kaf" / "seed0" / "M1" / "weights.pt").stat().st_mtime_ns == kept
 
     figures = pytest.importorskip("figures", reason="the extra plot is not here")
     capsys.readouterr()
-    runs = [str(tmp_path / "fold1" / name / "M1") for name in methods[1:]]
+    runs = [str(tmp_path / "fold1" / name / "seed0" / "M1") for name in methods[1:]]
     figures.main(["--limit", "3", "--output", str(tmp_path / "figures"), "--runs", *runs])
     names = {path.stem: path.stat().st_size for path in (tmp_path / "figures").glob("*.png")}
     assert names.keys() == {"keypoints", "correspondences", "threshold", "segmentations", "similarity"}
@@ -53,7 +53,15 @@ def test_table_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_means_and_deviations() -> None:
     def result(fold: int, *scores: float) -> dict:
         rows = [["a", *scores], ["b", *scores]]
-        return {"method": "unet", "fold": fold, "M": 1, "scores": rows, "parameters": 2e6, "training_seconds": 3.0}
+        return {
+            "method": "unet",
+            "fold": fold,
+            "seed": 0,
+            "M": 1,
+            "scores": rows,
+            "parameters": 2e6,
+            "training_seconds": 3.0,
+        }
 
     results = [result(0, 0.5, 0.7), result(1, 0.7, 0.9)]
     lines = cross_validate.table(results, {"Theirs": {"1": 0.25}, "Others'": {"6": 0.5}}).splitlines()
@@ -76,6 +84,8 @@ def test_means_and_deviations() -> None:
         (["--test-folds", "2"], "--test-folds must be among 0 to 1"),
         (["--labelled", "9"], "subjects to train on, got 9"),
         (["--labelled", "1", "0"], "subjects to train on, got 0"),
+        (["--reference", "swin-unetr"], "--reference must be among --methods, got 'swin-unetr'"),
+        (["--levels", "8"], "--levels 8 needs a --patch divisible by 128"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_trained(
@@ -111,3 +121,35 @@ def test_what_belongs_to_all_scripts_is_not_given_to_one(tmp_path: Path, capsys:
     with pytest.raises(SystemExit):
         cross_validate.main([*SMALL, "--output", str(tmp_path), "--finetune", "--epochs 1 --detector=none --fold 1"])
     assert "--detector=none, --fold must be given to all scripts" in capsys.readouterr().err
+
+
+def test_published_rows_of_other_numbers_of_subjects(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text('{"Theirs": {"3": 0.5, "12": 0.6}}')
+    with pytest.raises(ValueError, match=r"--beside has rows for M = \[3, 12\], none .* --labelled .* got \[1\]"):
+        cross_validate.main([*SMALL, "--output", str(tmp_path), "--labelled", "1", "--beside", str(path)])
+
+
+def test_methods_with_options_and_seeds(tmp_path: Path) -> None:
+    methods = ["unet", "kaf-unet", "kaf-unet --fusion add --detector none"]
+    arguments = [*SMALL, "--output", str(tmp_path), "--labelled", "1", "--seeds", "0", "1", "--test-folds", "0"]
+    results = cross_validate.main([*arguments, "--methods", *methods])
+    assert [(r["method"], r["seed"], r["settings"]["fusion"]) for r in results] == [
+        (name, seed, "add" if "add" in name else "concat") for name in methods for seed in (0, 1)
+    ]
+    assert results[0]["losses"] != results[1]["losses"]
+    text = (tmp_path / "table.md").read_text()
+    assert "| KAF-UNet, --fusion add --detector none |" in text
+    assert "KAF-UNet ahead of (Dice, mean over volumes; p; folds)" in text
+    with pytest.raises(SystemExit):
+        cross_validate.main([*arguments, "--methods", "unet", "--fussion add"])
+
+
+@pytest.mark.parametrize("preset", ["acdc", "chd"])
+def test_the_papers_rows_stand_beside_its_presets(preset: str) -> None:
+    rows = cross_validate.published(str(cross_validate.PUBLISHED / f"{preset}.json"))
+    assert all("the paper's" in name and 0 < dice < 1 for name, row in rows.items() for dice in row.values())
+    source = Path(__file__).parents[2] / "shared" / "paper" / f"{preset}.json"
+    if not source.is_file():
+        pytest.skip("the paper's numbers are not beside the project")
+    assert list(rows.values()) == list(json.loads(source.read_text()).values())

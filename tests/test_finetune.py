@@ -71,13 +71,13 @@ def killed_after(checkpoints: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 def test_a_resumed_run_is_the_uninterrupted_one(
     stacks: list[Stack], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = ["--layer-lr", "0.5", "--scales", "2"]
+    options = ["--drop-keypoints", "0.5", "--scales", "2"]
     run(tmp_path / "whole", stacks, *options)
     with killed_after(2, monkeypatch):
         run(tmp_path / "killed", stacks, *options)
     checkpoint = tmp_path / "killed" / "checkpoint.pt"
     content = files.load(checkpoint)
-    assert content["epoch"] == 2
+    assert len(content["losses"]) == 2
     files.save(content | {"seconds": 1e4}, checkpoint)
     torch.manual_seed(99)
     result = run(tmp_path / "killed", stacks, *options, "--resume")
@@ -97,15 +97,6 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     (tmp_path / "killed" / "result.json").write_text('{"settings')
     with pytest.raises(ValueError, match=r"result\.json is no JSON"):
         run(tmp_path / "killed", stacks, *options, "--resume")
-
-
-def test_layers_learn_at_their_own_rate(stacks: list[Stack], tmp_path: Path) -> None:
-    options = run(tmp_path, stacks, "--layer-lr", "0", "--fusion", "add", "--scales", "1")["settings"]
-    torch.manual_seed(training.seed_of(0))
-    start = dict(build_model(argparse.Namespace(**options)).named_parameters())
-    learnt = weights(tmp_path)
-    for name, value in start.items():
-        assert torch.equal(learnt[name], value) == (".layers." in name), name
 
 
 def test_logs_and_progress(stacks: list[Stack], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,7 +165,8 @@ def test_the_papers_recipe() -> None:
     for preset, lr, epochs in (("acdc", 5e-4, 200), ("chd", 5e-5, 100)):
         options = parse(finetune.parser(), ["--preset", preset, "--output", "x"])
         assert (options.lr, options.epochs, options.batch, options.folds) == (lr, epochs, 10, 5)
-        assert (options.scales, options.fusion, options.layer_lr) == ((0, 1, 2, 3), "concat", 1.0)
+        assert (options.scales, options.fusion, options.loss) == ([0, 1, 2, 3], "concat", "ce")
+        assert (options.resize, options.levels, options.depth, options.detector) == (1.0, 5, 6, "sift")
     assert parse(finetune.parser(), ["--preset", "acdc", "--output", "x", "--lr", "0.1"]).lr == 0.1
 
 
@@ -211,9 +203,58 @@ def test_ablations_by_flag() -> None:
     assert build_detector(options)(image).valid.sum() == 6
     options = parse(finetune.parser(), [*flags, "--detector", "none"])
     assert not build_detector(options)(image).valid.any()
-    options = parse(finetune.parser(), [*flags[:-4], "--scales", "4"])
-    with pytest.raises(ValueError, match=r"--scales must be among 0, 1, 2 and 3, got \[4\]"):
-        build_model(options)
+    options = parse(finetune.parser(), [*flags[:6], "--levels", "3", "--depth", "1"])
+    assert list(build_model(options).encoder.layers) == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--scales", "4"], r"--scales must be among 0 to 3, got \[4\]"),
+        (["--levels", "3", "--scales", "2"], r"--scales must be among 0 to 1, got \[2\]"),
+        (["--levels", "2"], "--levels must be 3 or more, got 2"),
+        (["--levels", "6", "--patch", "64", "48"], r"--levels 6 needs a --patch divisible by 32, got \[64, 48\]"),
+        (["--resize", "0"], "--resize must be a factor above 0, got 0.0"),
+        (["--drop-keypoints", "1.5"], "--drop-keypoints must be a share from 0 to 1, got 1.5"),
+    ],
+)
+def test_options_that_do_not_fit_together(flags: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse(finetune.parser(), ["--output", "x", *flags])
+
+
+def test_losses(stacks: list[Stack], tmp_path: Path) -> None:
+    """--loss is MONAI's: at a learning rate of zero, batch norms aside, only the loss differs."""
+    first = {
+        loss: run(tmp_path / loss, stacks, "--loss", loss, "--lr", "0", "--epochs", "1")["losses"][0]
+        for loss in ("ce", "dice_ce")
+    }
+    assert 0.3 < first["dice_ce"] - first["ce"] <= 1
+
+
+def test_keypoints_can_be_dropped_or_found_anew() -> None:
+    images = torch.rand(300, 1, 32, 48)
+    keypoints = GridDetector(8)(images)
+    torch.manual_seed(0)
+    _, dropped, _ = training.Augmentation(drop_keypoints=0.5)(images, keypoints)
+    torch.manual_seed(0)
+    _, kept, _ = training.Augmentation()(images, keypoints)
+    shares = dropped.valid.sum(1) / kept.valid.sum(1)
+    assert shares.mean() == pytest.approx(0.75, abs=0.03)
+    assert shares.min() < 0.6
+    assert shares.max() > 0.9
+    assert not (dropped.valid & ~kept.valid).any()
+    _, found, _ = training.Augmentation(detector=GridDetector(8))(images, keypoints)
+    assert torch.equal(found.positions, keypoints.positions)
+    assert not torch.equal(kept.positions, keypoints.positions)
+
+
+def test_nothing_tells_where_the_frame_was() -> None:
+    """What comes into view has the image's own grey levels: none is far from those that were there."""
+    torch.manual_seed(0)
+    images = 5 + torch.rand(20, 1, 32, 48)
+    moved, *_ = training.Augmentation().move(images, GridDetector(8)(images))
+    assert moved.min() >= 5
 
 
 def test_splits_can_be_given_back(tmp_path: Path) -> None:

@@ -1,0 +1,66 @@
+"""What cross-validation says of two methods: mean and deviation over folds, and paired differences over volumes."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from math import isnan, nan
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+from scipy.stats import wilcoxon
+
+Result = dict[str, Any]  # what finetune.py writes, with the method, fold, seed and number of labelled subjects
+Volume = tuple[int, int]  # a fold, and a volume's number among those that it tests
+
+
+class Difference(NamedTuple):
+    """How far one method is ahead of another: Dice, its p-value, and in how many folds of how many."""
+
+    dice: float
+    p: float
+    ahead: int
+    folds: int
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and, of several values, their standard deviation, without the NaN of folds that lack a class."""
+    values = [value for value in values if not isnan(value)] or [nan]
+    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def volume_scores(results: Sequence[Result]) -> dict[Volume, float]:
+    """Dice of each volume tested: the mean over seeds of the mean over the classes that it has."""
+    scores = defaultdict(list)
+    for result in results:
+        for number, (_, *classes) in enumerate(result["scores"]):
+            present = [value for value in classes if not isnan(value)]
+            if present:
+                scores[result["fold"], number].append(mean(present))
+    return {volume: mean(values) for volume, values in scores.items()}
+
+
+def difference(results: Sequence[Result], others: Sequence[Result]) -> Difference:
+    """Compares two methods on the volumes that both were tested on, by a Wilcoxon signed-rank test (two-sided)."""
+    ours, theirs = volume_scores(results), volume_scores(others)
+    pairs = {volume: ours[volume] - theirs[volume] for volume in ours if volume in theirs}
+    if not pairs:
+        raise ValueError("the methods to be compared share no volume, give both the same folds and --labelled")
+    folds = defaultdict(list)
+    for (fold, _), value in pairs.items():
+        folds[fold].append(value)
+    differences = list(pairs.values())
+    p = float(wilcoxon(differences).pvalue) if any(differences) else 1.0
+    return Difference(mean(differences), p, sum(mean(values) > 0 for values in folds.values()), len(folds))
+
+
+def compare(results: Sequence[Result], reference: str, titles: dict[str, str]) -> list[str]:
+    """A table of how far the reference is ahead of each other method, for each number of labelled subjects."""
+    counts = list(dict.fromkeys(result["M"] for result in results))
+    of = {key: [r for r in results if (r["method"], r["M"]) == key] for key in {(r["method"], r["M"]) for r in results}}
+    lines = [f"{titles[reference]} ahead of (Dice, mean over volumes; p; folds)", ""]
+    lines += [f"| method | {' | '.join(f'M = {m}' for m in counts)} |", "|---" * (len(counts) + 1) + "|"]
+    for method, title in titles.items():
+        if method != reference:
+            found = [difference(of[reference, m], of[method, m]) for m in counts]
+            cells = [f"{d.dice:+.3f}, p = {d.p:.2g}, {d.ahead} of {d.folds}" for d in found]
+            lines.append(f"| {title} | {' | '.join(cells)} |")
+    return lines

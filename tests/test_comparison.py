@@ -1,0 +1,52 @@
+"""Paired differences over volumes: by hand, and by the signed-rank test's definition."""
+
+from itertools import product
+from math import nan
+
+import pytest
+
+comparison = pytest.importorskip("comparison", reason="the extra train is not here")
+
+
+def result(fold: int, scores: list[tuple[float, ...]], *, seed: int = 0, method: str = "a", labelled: int = 1) -> dict:
+    rows = [[f"subject{i}", *row] for i, row in enumerate(scores)]
+    return {"method": method, "fold": fold, "seed": seed, "M": labelled, "scores": rows}
+
+
+def test_scores_are_means_over_seeds_of_means_over_classes() -> None:
+    results = [
+        result(0, [(0.2, 0.4), (nan, 0.8)]),
+        result(0, [(0.4, 0.6), (nan, 0.6)], seed=1),
+        result(1, [(0.1, nan)]),
+    ]
+    assert comparison.volume_scores(results) == pytest.approx({(0, 0): 0.4, (0, 1): 0.7, (1, 0): 0.1})
+
+
+def test_the_p_value_is_that_of_all_signs() -> None:
+    """Under the null hypothesis each difference has either sign; ranks of one sign are as uneven in this share."""
+    ours = [(0.5,), (0.62,), (0.7,), (0.41,), (0.9,)]
+    theirs = [(0.4,), (0.6,), (0.75,), (0.2,), (0.6,)]
+    d = comparison.difference(
+        [result(0, ours[:3]), result(1, ours[3:])], [result(0, theirs[:3]), result(1, theirs[3:])]
+    )
+    assert d.dice == pytest.approx((0.1 + 0.02 - 0.05 + 0.21 + 0.3) / 5)
+    assert (d.ahead, d.folds) == (2, 2)
+    ranks = [3, 1, 2, 4, 5]  # of the sizes .1 .02 .05 .21 .3
+    sums = [sum(r for r, s in zip(ranks, signs, strict=True) if s) for signs in product([0, 1], repeat=5)]
+    ours_sum = 3 + 1 + 4 + 5
+    assert d.p == pytest.approx(sum(abs(s - 7.5) >= abs(ours_sum - 7.5) for s in sums) / len(sums))
+
+
+def test_only_shared_volumes_are_compared() -> None:
+    ours, theirs = [result(0, [(0.5,)]), result(1, [(0.9,)])], [result(1, [(0.9,)]), result(2, [(0.1,)])]
+    assert comparison.difference(ours, theirs) == comparison.Difference(0.0, 1.0, 0, 1)
+    with pytest.raises(ValueError, match="share no volume, give both the same folds"):
+        comparison.difference(ours[:1], theirs[1:])
+
+
+def test_the_table_names_who_is_ahead() -> None:
+    scores = {"a": 0.6, "b": 0.5}
+    results = [result(0, [(value,)] * 3, method=name) for name, value in scores.items()]
+    lines = comparison.compare(results, "a", {"a": "Ours", "b": "Theirs"})
+    assert lines[0].startswith("Ours ahead of")
+    assert lines[-1] == "| Theirs | +0.100, p = 0.25, 1 of 1 |"
