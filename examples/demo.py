@@ -1,26 +1,29 @@
-"""Trains the UNet and the KAF-UNet for the same time on two subjects, and compares them on unseen ones.
+"""Trains a UNet and a KAF-UNet for the same steps on a task that needs context, and compares them on unseen subjects.
 
-    python examples/demo.py                                   # phantoms, about 4 minutes on 2 cores
+    python examples/demo.py                                   # synthetic volumes, about 4 minutes on 2 cores
     python examples/demo.py --data ../shared/data/sunnybrook  # any folder that data.py reads
 
-Prints a table of Dice scores and writes outputs/demo.png.
+The synthetic volumes are those of situs.py: which of two like organs is which is told by a third, which lies farther
+away than the UNet's receptive field reaches. Prints a table of Dice scores and writes outputs/demo.png.
 """
 
 import argparse
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, stdev
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import torch.nn.functional as F
-from data import load_volumes, num_classes
+from data import load_volumes, normalise, num_classes
 from kornia.augmentation import RandomAffine
 from monai.losses import DiceCELoss
 from monai.metrics import DiceMetric
 from phantom import Volume
+from situs import situs
 from torch import Tensor, nn
+from torch.nn import functional as F
 from tqdm import tqdm
 from unet import KAFUNet, UNet
 
@@ -40,10 +43,16 @@ class Slices:
     subject: str
 
 
+def synthetic(count: int) -> list[Volume]:
+    """So many subjects of situs.py, normalised as load_volumes does."""
+    volumes = [situs(subject) for subject in range(count)]
+    return [Volume(normalise(volume.image), volume.label, volume.subject) for volume in volumes]
+
+
 def prepare(volumes: list[Volume]) -> list[Slices]:
     """Pads all slices to one size, to the right and below, and detects the keypoints of each slice, once."""
     height, width = (max(-(-volume.image.shape[axis] // 16) * 16 for volume in volumes) for axis in (1, 2))
-    detector, prepared = SIFTDetector(max_keypoints=256, descriptors=False), []
+    detector, prepared = SIFTDetector(max_keypoints=128, descriptors=False), []
     for volume in tqdm(volumes, desc="keypoints", leave=False):
         missing = (0, width - volume.image.shape[2], 0, height - volume.image.shape[1])
         images = F.pad(volume.image[:, None], missing, mode="replicate")
@@ -52,17 +61,16 @@ def prepare(volumes: list[Volume]) -> list[Slices]:
     return prepared
 
 
-def train(model: nn.Module, volumes: list[Slices], *, seconds: float, batch: int, name: str) -> int:
-    """Trains on random batches of augmented slices until the time is over; returns the number of steps."""
-    augment = KeypointAugmentation(RandomAffine(15.0, translate=(0.1, 0.1), scale=(0.8, 1.25), p=1.0))
+def train(model: nn.Module, volumes: list[Slices], *, steps: int, batch: int, name: str) -> None:
+    """Trains on random batches of augmented slices."""
+    affine = RandomAffine(15.0, translate=(0.1, 0.1), scale=(0.8, 1.25), p=1.0, padding_mode="reflection")
+    augment = KeypointAugmentation(affine)
     slices = [(v.images[i], v.labels[i], v.keypoints[i]) for v in volumes for i in range(len(v.images))]
-    optimizer = torch.optim.Adam(model.parameters())
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     loss_function = DiceCELoss(to_onehot_y=True, softmax=True)
-    start, steps, bar = time.perf_counter(), 0, tqdm(total=round(seconds), desc=name, unit="s", leave=False)
     model.train()
-    while (elapsed := time.perf_counter() - start) < seconds:
-        for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * (1 - elapsed / seconds)
+    for _ in (bar := tqdm(range(steps), desc=name, unit="step", leave=False)):
         images, labels, keypoints = zip(*(slices[i] for i in torch.randperm(len(slices))[:batch]), strict=True)
         batch_of = augment(torch.stack(images), Keypoints.stack(keypoints), torch.stack(labels))
         contrast = torch.empty(len(images), 1, 1, 1).uniform_(0.6, 1.5)
@@ -70,11 +78,8 @@ def train(model: nn.Module, volumes: list[Slices], *, seconds: float, batch: int
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        steps += 1
-        bar.set_postfix(loss=f"{loss.item():.3f}", steps=steps)
-        bar.update(min(round(elapsed), bar.total) - bar.n)
-    bar.close()
-    return steps
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
 @torch.no_grad()
@@ -119,48 +124,54 @@ def draw(volumes: list[Slices], predictions: dict[str, list[Tensor]], path: Path
     plt.close(figure)
 
 
+def spread(values: list[float]) -> str:
+    """Mean and, of several seeds, their standard deviation."""
+    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="a folder of NIfTI volumes (default: the phantoms)")
-    parser.add_argument("--subjects", type=int, default=10, help="in all; two are for training")
-    parser.add_argument("--seconds", type=float, default=100, help="training time of each model")
+    parser.add_argument("--data", type=Path, help="a folder of NIfTI volumes (default: synthetic volumes)")
+    parser.add_argument("--subjects", type=int, default=16, help="in all; the first half is for training")
+    parser.add_argument("--steps", type=int, default=200, help="of each training")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one training of each model with each")
     parser.add_argument("--width", type=int, default=8, help="channels of the first block")
     parser.add_argument("--batch", type=int, default=6)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("outputs/demo.png"))
     options = parser.parse_args(arguments)
 
-    volumes = load_volumes(options.data, limit=options.subjects)
+    volumes = load_volumes(options.data, limit=options.subjects) if options.data else synthetic(options.subjects)
     classes = num_classes(volumes)
     names = sorted({volume.subject for volume in volumes})
-    if len(names) < 3:
-        parser.error(f"two subjects to train on and one to test on are needed, got {names}")
-    prepared = prepare(volumes)
-    training, unseen = (
-        [volume for volume in prepared if (volume.subject in names[:2]) == known] for known in (True, False)
-    )
+    if len(names) < 2:
+        parser.error(f"at least one subject to train on and one to test on are needed, got {names}")
+    prepared, known = prepare(volumes), names[: len(names) // 2]
+    training, unseen = ([v for v in prepared if (v.subject in known) == wanted] for wanted in (True, False))
 
     models = {
-        "UNet": lambda: UNet(1, classes, width=options.width),
-        "KAF-UNet": lambda: KAFUNet(1, classes, width=options.width, embed_dim=64, depth=2),
+        "UNet": lambda: UNet(1, classes, width=options.width, layers=[None] * 2),
+        "KAF-UNet": lambda: KAFUNet(1, classes, width=options.width, levels=3, embed_dim=64, depth=2),
     }
     predictions: dict[str, list[Tensor]] = {}
-    print(
-        f"Trained on {', '.join(names[:2])} for {options.seconds:g} s each, tested on {len(names) - 2} unseen subjects."
-    )
-    print(f"\n| model | parameters | steps | {' | '.join(f'Dice {c}' for c in range(1, classes))} | mean |")
+    print(f"{options.steps} steps on {len(known)} subjects, tested on {len(names) - len(known)} others, seeds", end=" ")
+    print(f"{', '.join(map(str, options.seeds))}; mean ± deviation over the seeds.\n")
+    print(f"| model | parameters | seconds | {' | '.join(f'Dice {c}' for c in range(1, classes))} | mean |")
     print("|---" * (classes + 3) + "|")
     for name, build in models.items():
-        torch.manual_seed(options.seed)
-        model = build()
-        steps = train(model, training, seconds=options.seconds, batch=options.batch, name=name)
-        predictions[name] = [predict(model, volume) for volume in tqdm(unseen, desc=f"{name}: test", leave=False)]
-        scores = dice(predictions[name], unseen, classes)
+        scores, start = [], time.perf_counter()
+        for seed in options.seeds:
+            torch.manual_seed(seed)
+            model = build()
+            train(model, training, steps=options.steps, batch=options.batch, name=f"{name}, seed {seed}")
+            predictions[name] = [predict(model, volume) for volume in unseen]
+            of_class = dice(predictions[name], unseen, classes)
+            scores.append([*of_class.tolist(), of_class.mean().item()])
+        seconds = (time.perf_counter() - start) / len(options.seeds)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        cells = " | ".join(f"{score:.3f}" for score in [*scores.tolist(), scores.mean().item()])
-        print(f"| {name} | {parameters / 1e6:.1f} M | {steps} | {cells} |")
+        cells = " | ".join(spread(list(column)) for column in zip(*scores, strict=True))
+        print(f"| {name} | {parameters / 1e6:.1f} M | {seconds:.0f} | {cells} |", flush=True)
     draw(unseen, predictions, options.output)
-    print(f"\nPictures: {options.output}")
+    print(f"\nPictures of seed {options.seeds[-1]}: {options.output}")
 
 
 if __name__ == "__main__":

@@ -141,6 +141,11 @@ def test_methods_with_options_and_seeds(tmp_path: Path) -> None:
     text = (tmp_path / "table.md").read_text()
     assert "| KAF-UNet, --fusion add --detector none |" in text
     assert "KAF-UNet ahead of (Dice, mean over volumes; p; folds)" in text
+    curves = pytest.importorskip("curves", reason="the extra plot is not here")
+    curves.main([str(tmp_path)])
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    (axis,) = curves.draw_curves(results).axes
+    assert axis.lines[0].get_ydata() == pytest.approx([mean(r["losses"][0] for r in results[:2])])
     with pytest.raises(SystemExit):
         cross_validate.main([*arguments, "--methods", "unet", "--fussion add"])
 
