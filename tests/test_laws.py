@@ -200,3 +200,42 @@ def test_state_dict_round_trip(case: Case, module: nn.Module) -> None:
     keypoints = case.keypoints()
     values = case.values(keypoints)
     assert_equal(case.run(other, values, keypoints), case.run(module, values, keypoints), tolerance=0)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(case: Case, module: nn.Module, dtype: torch.dtype, training: bool) -> None:
+    """Weights, maps and tokens in half precision give what they give in double precision, nearly."""
+    keypoints = case.keypoints()
+    values = fill_padding(v, keypoints, 0.0) if (v := case.values(keypoints)).ndim == 3 else v
+    values, module = values.to(dtype), module.to(dtype).train(training)
+    exact = case.build().double().train(training)
+    exact.load_state_dict(module.state_dict())
+    expected = case.run(exact, values.double(), keypoints)
+    half = values.clone().requires_grad_()
+    actual = case.run(module, half, keypoints)
+    sum(value.float().mean() for value in actual.values()).backward()
+    for name, value in actual.items():
+        assert value.dtype == dtype
+        error = (value.double() - expected[name]).norm() / expected[name].norm()
+        assert error < (0.1 if dtype == torch.bfloat16 else 0.02), (name, error)
+    assert half.grad is not None
+    assert half.grad.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in module.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("method", ["rows", "hybrid", "dense"])
+@pytest.mark.parametrize("three_d", [False, True])
+def test_half_precision_in_every_way_to_compute(method: str, three_d: bool, training: bool) -> None:
+    case = CASES["diffusion-3d" if three_d else "diffusion"]
+    keypoints = case.keypoints()
+    tokens = fill_padding(case.values(keypoints), keypoints, 0.0).bfloat16()
+    half = case.build().bfloat16().train(training)
+    exact = case.build().double().train(training)
+    exact.load_state_dict(half.state_dict())
+    half.method, exact.method = method, "dense"
+    expected = exact(tokens.double(), keypoints, case.map_size)
+    actual = half(tokens, keypoints, case.map_size)
+    assert actual.dtype == torch.bfloat16
+    assert (actual.double() - expected).norm() < 0.05 * expected.norm()

@@ -14,7 +14,7 @@ from kaf_layer.diffusion.karatsuba import karatsuba_matrices
 from kaf_layer.diffusion.neighbours import find_rows
 from kaf_layer.diffusion.patches import memory_format, rows_to_map
 from kaf_layer.diffusion.pixels import pixels_to_map
-from kaf_layer.diffusion.rows import convolve_tokens, moments
+from kaf_layer.diffusion.rows import convolve_tokens, moments, wide
 from kaf_layer.keypoints import Keypoints
 from kaf_layer.scattering import Reduce, check_reduce, check_tokens, scatter_keypoints, weigh_tokens
 
@@ -162,7 +162,7 @@ class KeypointDiffusion(nn.Module):
     def _normalisation(self, rows: Tensor, *, pixels: int) -> tuple[Tensor, Tensor]:
         """Batch normalisation as a factor and a summand, for rows that lack the first convolution's bias."""
         norm, bias = self.norm, self.conv1.bias
-        mean, var = norm.running_mean, norm.running_var
+        mean, var = norm.running_mean.to(wide(rows)), norm.running_var.to(wide(rows))
         if norm.training:
             if pixels == 1:
                 raise ValueError(f"batch statistics need more than one pixel, got {pixels=}; call .eval()")
