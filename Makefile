@@ -18,7 +18,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 test: $(VENV)/.installed  ## run all tests and doctests, with branch coverage
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term --cov-fail-under=95
 
-demo: $(VENV)/.installed  ## train a UNet and a KAF-UNet on phantoms, compare them, draw outputs/demo.png
+demo: $(VENV)/.installed  ## train a UNet and a KAF-UNet on synthetic volumes, compare them, draw outputs/demo.png
 	$(BIN)/python examples/demo.py
 
 benchmarks: export RESULTS := outputs/benchmarks
@@ -26,6 +26,8 @@ benchmarks: $(VENV)/.installed  ## every benchmark at a small size, into outputs
 	$(BIN)/python benchmarks/flops.py --edges 128 256 --attentions 20
 	$(BIN)/python benchmarks/memory.py --edges 128 256 --attentions 20
 	$(BIN)/python benchmarks/speed.py --parts diffusion --edges 64 --repeats 3
+	$(BIN)/python benchmarks/context.py synthetic --steps 20 --images 100 --output outputs/benchmarks/context
+	$(BIN)/python benchmarks/addition.py --steps 5 --images 20
 	$(BIN)/python benchmarks/detection.py --only agreement
 	$(BIN)/python benchmarks/matching.py --only sinkhorn --points 128 --repeats 3
 

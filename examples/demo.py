@@ -45,7 +45,7 @@ class Slices:
 
 def synthetic(count: int) -> list[Volume]:
     """So many subjects of situs.py, normalised as load_volumes does."""
-    volumes = [situs(subject) for subject in range(count)]
+    volumes = [situs(subject, size=(96, 96)) for subject in range(count)]
     return [Volume(normalise(volume.image), volume.label, volume.subject) for volume in volumes]
 
 
@@ -66,7 +66,7 @@ def train(model: nn.Module, volumes: list[Slices], *, steps: int, batch: int, na
     affine = RandomAffine(15.0, translate=(0.1, 0.1), scale=(0.8, 1.25), p=1.0, padding_mode="reflection")
     augment = KeypointAugmentation(affine)
     slices = [(v.images[i], v.labels[i], v.keypoints[i]) for v in volumes for i in range(len(v.images))]
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     loss_function = DiceCELoss(to_onehot_y=True, softmax=True)
     model.train()
@@ -132,8 +132,8 @@ def spread(values: list[float]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="a folder of NIfTI volumes (default: synthetic volumes)")
-    parser.add_argument("--subjects", type=int, default=16, help="in all; the first half is for training")
-    parser.add_argument("--steps", type=int, default=200, help="of each training")
+    parser.add_argument("--subjects", type=int, default=40, help="in all; the first half is for training")
+    parser.add_argument("--steps", type=int, default=300, help="of each training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one training of each model with each")
     parser.add_argument("--width", type=int, default=8, help="channels of the first block")
     parser.add_argument("--batch", type=int, default=6)

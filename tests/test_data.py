@@ -241,3 +241,26 @@ def test_hippocampus() -> None:
     volumes = load_volumes(SHARED / "hippocampus", limit=3)
     assert volumes[0].subject == "hippocampus_001"
     assert num_classes(volumes) == 3
+
+
+def test_resizing(tmp_path: Path) -> None:
+    """Images by area, labels to the nearest, keypoints along, and predictions back in the volume's size."""
+    image = torch.zeros(2, 24, 40)
+    image[:, 8:12, 16:24] = 1
+    label = (image > 0).long()
+    blob = [Keypoints(torch.tensor([[[19.5, 9.5], [0.0, 23.0]]] * 2), torch.ones(2, 2).bool(), (24, 40))]
+    (stack,) = prepare([Volume(image, label, "a")], lambda _: blob[0], patch=(16, 16), resize=0.5)
+    # Half of 24x40 is 12x20; two rows are added above and below, two columns cut on the left and right.
+    assert stack.resized == (12, 20)
+    expected = torch.zeros(2, 1, 16, 16)
+    expected[:, :, 6:8, 6:10] = 1
+    assert torch.equal(stack.images, expected)
+    assert torch.equal(stack.labels, expected[:, 0].long())
+    assert stack.keypoints[0].positions.tolist() == [[7.5, 6.5]]  # between the middle pixels; the other is cut off
+    assert torch.equal(stack.restore(stack.labels), label)
+    assert torch.equal(stack.crop(label), stack.labels)
+    speck = torch.zeros_like(label)
+    speck[:, 8, 8] = 1
+    with pytest.raises(ValueError, match="a has no foreground left at --resize 0.2, give a factor nearer to 1"):
+        prepare([Volume(image, speck, "a")], lambda _: blob[0], patch=(16, 16), resize=0.2)
+    prepare([Volume(image, 0 * label, "a")], lambda _: blob[0], patch=(16, 16), resize=0.2)  # none was there before

@@ -76,7 +76,8 @@ def test_demo_needs_two_subjects(capsys: pytest.CaptureFixture[str]) -> None:
     assert "one subject to train on and one to test on" in capsys.readouterr().err
 
 
-def test_readme_runs_as_pasted() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+@pytest.mark.parametrize("page", ["README.md", "docs/paper.md"])
+def test_pages_run_as_pasted(page: str) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
     assert blocks
     exec("\n".join(blocks), {})
