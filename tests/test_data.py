@@ -243,7 +243,7 @@ def test_hippocampus() -> None:
     assert num_classes(volumes) == 3
 
 
-def test_resizing(tmp_path: Path) -> None:
+def test_resizing() -> None:
     """Images by area, labels to the nearest, keypoints along, and predictions back in the volume's size."""
     image = torch.zeros(2, 24, 40)
     image[:, 8:12, 16:24] = 1
@@ -261,6 +261,6 @@ def test_resizing(tmp_path: Path) -> None:
     assert torch.equal(stack.crop(label), stack.labels)
     speck = torch.zeros_like(label)
     speck[:, 8, 8] = 1
-    with pytest.raises(ValueError, match="a has no foreground left at --resize 0.2, give a factor nearer to 1"):
+    with pytest.raises(ValueError, match=r"a has no foreground left at --resize 0\.2, give a factor nearer to 1"):
         prepare([Volume(image, speck, "a")], lambda _: blob[0], patch=(16, 16), resize=0.2)
     prepare([Volume(image, 0 * label, "a")], lambda _: blob[0], patch=(16, 16), resize=0.2)  # none was there before
