@@ -24,10 +24,10 @@ from torch import nn
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 from comparison import difference, spread
-from data import Stack
 from files import read_json, write_json
 from finetune import evaluate, gather, mean_dice
 from recipes import WithoutKeypoints, load_split, load_stacks, parse, parser_of
+from stacks import Stack
 from training import Augmentation, cosine, draw_batches
 
 from kaf_layer import GridDetector, KAFLayer, attach

@@ -31,10 +31,11 @@ import finetune
 import pretrain
 import torch
 from comparison import Result, compare, spread
-from data import Stack, load_volumes
+from data import load_volumes
 from files import read_json, write_json
 from recipes import MODELS, keep_split, load_split, load_stacks, parse, parser_of
 from splits import Fold
+from stacks import Stack
 from training import settings
 
 PUBLISHED = Path(__file__).parent / "published"  # the paper's rows, by preset

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from cross_validate import title
-from data import Stack, load_volumes, match_slices, prepare
+from data import load_volumes
 from files import load, read_json
 from finetune import predict
 from kornia.augmentation import RandomAffine
@@ -23,6 +23,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from recipes import build_detector, build_model, parse, parser_of
+from stacks import Stack, match_slices, prepare
 from torch import Tensor, nn
 from tqdm import tqdm
 

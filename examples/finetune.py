@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from data import Stack
 from files import read_json, save, write_json
 from monai.losses import DiceCELoss
 from monai.metrics import DiceMetric
 from recipes import build_model, keep_split, load_split, load_stacks, parse, parser_of
+from stacks import Stack
 from torch import Tensor, nn
 from tqdm import tqdm
 from training import Augmentation, load_pretrained, seed_of, settings, start, train

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from accelerate import DistributedDataParallelKwargs
-from data import Stack, match_slices, say, stack_matches
 from files import save
 from finetune import gather
 from recipes import build_model, keep_split, load_split, load_stacks, parse, parser_of
+from stacks import Stack, match_slices, say, stack_matches
 from torch import Tensor, nn
 from tqdm import tqdm
 from training import Augmentation, seed_of, start, train

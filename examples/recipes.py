@@ -6,11 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from data import Stack, load_volumes, prepare, say
+from data import load_volumes
 from fcn import FCN
 from files import write
 from phantom import Volume
 from splits import Fold, make_split, read_split, write_split
+from stacks import Stack, prepare, say
 from torch import Tensor, nn
 from unet import UNet, UNetC2
 

@@ -17,9 +17,9 @@ import context
 import cross_validate
 import harness
 from context_task import EDGE, FARTHEST, IGNORED, NEAREST, GlobalAttention, Task, draw_task
-from data import prepare
 from phantom import Volume
 from splits import make_split
+from stacks import prepare
 from torch import nn
 
 from kaf_layer import GridDetector, Keypoints

@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data import list_files, load_volumes, normalise, num_classes, prepare, say
+from data import list_files, load_volumes, normalise, num_classes
 from phantom import Volume, phantom
 from recipes import parse, parser_of
+from stacks import prepare, say
 
 from kaf_layer import GridDetector, Keypoints
 

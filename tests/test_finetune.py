@@ -19,9 +19,9 @@ from unet import UNet
 
 finetune = pytest.importorskip("finetune", reason="the extra train is not here")
 import training  # noqa: E402  # after the skip
-from data import Stack, prepare  # noqa: E402
 from phantom import Volume  # noqa: E402
 from recipes import build_detector, build_model, parse  # noqa: E402
+from stacks import Stack, prepare  # noqa: E402
 
 from kaf_layer import GridDetector  # noqa: E402
 from kaf_layer.attention import TransformerBlock  # noqa: E402

@@ -7,9 +7,9 @@ import torch
 
 pretrain = pytest.importorskip("pretrain", reason="the extra train is not here")
 import training  # noqa: E402  # after the skip
-from data import Stack, prepare, stack_matches  # noqa: E402
 from phantom import Volume  # noqa: E402
 from recipes import build_model, load_stacks, no_keypoints, parse  # noqa: E402
+from stacks import Stack, prepare, stack_matches  # noqa: E402
 from test_finetune import killed_after, weights  # noqa: E402
 
 from kaf_layer import GridDetector, Matches  # noqa: E402

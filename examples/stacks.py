@@ -1,0 +1,123 @@
+"""Volumes as stacks of slices of one size, each slice with its keypoints, and what matches between slices."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from data import normalise
+from phantom import Volume
+from torch import Tensor
+from tqdm import tqdm
+
+from kaf_layer import KeypointDetector, Keypoints, Matches, match_keypoints
+from kaf_layer.augmentation import move_keypoints
+
+
+@dataclass
+class Stack:
+    """A volume's slices, resized, then padded and cropped about the centre to a patch (H, W), each with its keypoints.
+
+    ``positions`` (Z,) are relative, from 0 to below 1; ``margins`` were added on the left, right, above and below to
+    slices of ``resized`` pixels.
+    """
+
+    volume: Volume
+    images: Tensor  # Z 1 H W
+    labels: Tensor  # Z H W
+    keypoints: list[Keypoints]
+    positions: Tensor
+    margins: tuple[int, int, int, int]
+    resized: tuple[int, int]
+
+    def restore(self, labels: Tensor) -> Tensor:
+        """Labels (Z, H, W) of the patches, in the volume's size; background outside the patch."""
+        return resize_labels(F.pad(labels, [-margin for margin in self.margins]), self.volume.label.shape[1:])
+
+    def crop(self, labels: Tensor) -> Tensor:
+        """Labels (Z, H, W) of the volume, in the patch's size."""
+        return F.pad(resize_labels(labels, self.resized), self.margins)
+
+
+def prepare(
+    volumes: Sequence[Volume],
+    detector: KeypointDetector,
+    *,
+    patch: tuple[int, int],
+    resize: float = 1.0,
+    by_slice: bool = False,
+) -> list[Stack]:
+    """Detects the keypoints of each original slice, once, and brings everything to the patch's size.
+
+    Args:
+        volumes: what to cut patches from.
+        detector: of the keypoints.
+        patch: (H, W), to which resized slices are padded and cropped about the centre.
+        resize: the factor by which height and width change before: images by area, labels to the nearest.
+        by_slice: normalise each patch by itself, for data whose slices are not on one scale.
+    """
+    stacks = []
+    for volume in tqdm(volumes, desc="keypoints", leave=False):
+        before = volume.image.shape[1:]
+        resized = tuple(max(1, round(edge * resize)) for edge in before)
+        rows, columns = (
+            (-(-(after - edge) // 2), (after - edge) // 2) for edge, after in zip(resized, patch, strict=True)
+        )
+        margins, shift = (*columns, *rows), torch.tensor([columns[0], rows[0]])
+        ratio = torch.tensor([resized[1] / before[1], resized[0] / before[0]])
+
+        def into_patch(positions: Tensor, shift: Tensor = shift, ratio: Tensor = ratio) -> Tensor:
+            return (positions + 0.5) * ratio - 0.5 + shift
+
+        keypoints = move_keypoints(detector(volume.image[:, None]), into_patch, patch)
+        images = F.interpolate(volume.image[:, None], resized, mode="area")
+        labels = resize_labels(volume.label, resized)
+        if volume.label.any() and not labels.any():
+            where = volume.file or volume.subject
+            raise ValueError(f"{where} has no foreground left at --resize {resize:g}, give a factor nearer to 1")
+        depth = len(images)
+        patches = F.pad(images, margins, value=float(images.min()))
+        stacks.append(
+            Stack(
+                volume,
+                torch.stack([normalise(image) for image in patches]) if by_slice else patches,
+                F.pad(labels, margins),
+                [compact(keypoints[z]) for z in range(depth)],
+                torch.arange(depth) / depth,
+                margins,
+                resized,
+            )
+        )
+    return stacks
+
+
+def resize_labels(labels: Tensor, size: Sequence[int]) -> Tensor:
+    """Labels (Z, H, W) in another size, each pixel that of the nearest."""
+    if labels.shape[1:] == tuple(size):
+        return labels
+    return F.interpolate(labels[:, None].float(), tuple(size), mode="nearest-exact")[:, 0].to(labels.dtype)
+
+
+def say(stack: Stack, what: str) -> None:
+    """A remark about a volume, on stderr, beside the progress bars."""
+    tqdm.write(f"{stack.volume.file or stack.volume.subject}: {what}", file=sys.stderr)
+
+
+def compact(keypoints: Keypoints) -> Keypoints:
+    """One sample without its empty slots, save one if it has no keypoint at all."""
+    keep = keypoints.valid.clone()
+    keep[0] |= not keep.any()
+    return keypoints[keep]
+
+
+def match_slices(a: Keypoints, b: Keypoints, *, max_distance: float = 30.0) -> Matches:
+    """Matches of two slices; keypoints without descriptors, such as a grid's, match the nearest."""
+    pair = [replace(k, descriptors=k.positions) if k.descriptors is None else k for k in (a.stack([a]), b.stack([b]))]
+    return match_keypoints(*pair, max_distance=max_distance)
+
+
+def stack_matches(matches: Sequence[Matches], slots: int) -> Matches:
+    """Joins the matches of single pairs into a batch of so many slots on either side."""
+    padded = [[F.pad(side, (0, slots - side.shape[1]), value=-1) for side in (m.indices, m.inverse)] for m in matches]
+    return Matches(*(torch.cat(sides) for sides in zip(*padded, strict=True)))
