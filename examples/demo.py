@@ -45,7 +45,7 @@ class Slices:
 
 def synthetic(count: int) -> list[Volume]:
     """So many subjects of situs.py, normalised as load_volumes does."""
-    volumes = [situs(subject, size=(96, 96)) for subject in range(count)]
+    volumes = [situs(subject) for subject in range(count)]
     return [Volume(normalise(volume.image), volume.label, volume.subject) for volume in volumes]
 
 
@@ -63,7 +63,7 @@ def prepare(volumes: list[Volume]) -> list[Slices]:
 
 def train(model: nn.Module, volumes: list[Slices], *, steps: int, batch: int, name: str) -> None:
     """Trains on random batches of augmented slices."""
-    affine = RandomAffine(15.0, translate=(0.1, 0.1), scale=(0.8, 1.25), p=1.0, padding_mode="reflection")
+    affine = RandomAffine(3.0, translate=(0.1, 0.1), scale=(0.8, 1.25), p=1.0, padding_mode="reflection")
     augment = KeypointAugmentation(affine)
     slices = [(v.images[i], v.labels[i], v.keypoints[i]) for v in volumes for i in range(len(v.images))]
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)

@@ -1,7 +1,7 @@
-"""Volumes in which context matters: two organs that look alike, told apart by the side on which a third one lies.
+"""Volumes in which context matters: two organs that look alike, told apart by the side of a third on which they lie.
 
-As kidneys are told apart by the liver. All three differ in size and place from subject to subject, and the third is
-farther from either than a small network sees.
+As kidneys are told apart by the spine. All three differ in size and place from subject to subject, and are farther from
+each other than a small network sees.
 
     python examples/situs.py  # writes outputs/situs.png
 """
@@ -13,41 +13,43 @@ import torch
 from numpy.typing import NDArray
 from phantom import Volume, plot
 
-LABELS = ("background", "on the third organ's side", "on the other side")
+LABELS = ("background", "left of the third organ", "right of it")
 Array = NDArray[np.float64]
 
 
-def situs(subject: int, *, size: tuple[int, int] = (128, 128), slices: int = 6) -> Volume:
+def situs(subject: int, *, size: tuple[int, int] = (144, 80), slices: int = 6) -> Volume:
     """One subject's volume, determined by its number.
 
     Args:
-        subject: 0 or more; of even ones the third organ is on the left.
+        subject: 0 or more; of even ones the organ on the left is above the one on the right.
         size: (H, W).
         slices: how many.
     """
     rng = np.random.default_rng([subject, 7])
     height, width = size
     z, y, x = np.meshgrid(
-        np.linspace(-1, 1, slices), np.arange(height) / height - 0.5, np.arange(width) / width - 0.5, indexing="ij"
+        np.linspace(-1, 1, slices), np.arange(height) / height, np.arange(width) / height, indexing="ij"
     )
 
     def draw(low: float, high: float) -> float:
         return float(rng.uniform(low, high))
 
-    def organ(centre: tuple[float, float], a: float, b: float, turn: float) -> Array:
+    def organ(centre: tuple[float, float], a: float, b: float) -> Array:
         """Above 0 inside an ellipse that shrinks towards the first and the last slice."""
-        dx, dy = x - centre[0], y - centre[1]
+        dx, dy, turn = x - centre[0], y - centre[1], draw(-0.4, 0.4)
         u, v = dx * np.cos(turn) + dy * np.sin(turn), dy * np.cos(turn) - dx * np.sin(turn)
         return 1 - 0.3 * z**2 - np.hypot(u / a, v / b)
 
-    side = 1 if subject % 2 else -1
-    near, far = ((sign * side * draw(0.24, 0.30), draw(0.16, 0.26)) for sign in (1, -1))
-    third = side * draw(0.10, 0.24), draw(-0.28, -0.20)
-    pair = [organ(centre, draw(0.045, 0.06), draw(0.05, 0.07), draw(-0.4, 0.4)) for centre in (near, far)]
-    bright = draw(0.8, 1.2)
-    body = np.hypot(x / draw(0.44, 0.48), y / draw(0.40, 0.46)) < 1
-    image = 0.3 * body + bright * sum(soft(depth) for depth in pair)
-    image = image + draw(1.2, 1.6) * soft(organ(third, draw(0.05, 0.06), draw(0.03, 0.04), draw(-0.4, 0.4)))
+    # Lengths are in heights of the image.
+    middle = draw(0.14, width / height - 0.14)
+    rows = (draw(0.48, 0.53), draw(0.83, 0.88))
+    left, right = rows[:: -1 if subject % 2 else 1]
+    pair = [
+        organ((middle + side * draw(0.05, 0.09), row), draw(0.032, 0.042), draw(0.035, 0.05))
+        for side, row in ((-1, left), (1, right))
+    ]
+    third = organ((middle, draw(0.12, 0.17)), draw(0.035, 0.045), draw(0.022, 0.03))
+    image = 0.3 + draw(0.8, 1.2) * sum(soft(depth) for depth in pair) + draw(1.2, 1.6) * soft(third)
     image = image + rng.normal(0, 0.06, image.shape)
     label = np.select([pair[0] > 0, pair[1] > 0], [1, 2], 0)
     return Volume(torch.from_numpy(image.astype(np.float32)), torch.from_numpy(label), f"situs-{subject:03d}")
