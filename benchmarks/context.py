@@ -32,6 +32,7 @@ from unet import KAFUNet, UNet, UNetC2
 
 LEVELS, WIDTH = 3, 8
 TESTED = 500  # images
+BINS = (NEAREST, 28, 40, 52, 64, FARTHEST)  # of the distance, in pixels
 ATTENTION = {"embed_dim": 64, "depth": 2}
 METHODS = {
     "unet": "UNet",
@@ -50,7 +51,8 @@ def swin() -> nn.Module:
 
 
 def global_attention() -> nn.Module:
-    layers = [GlobalAttention(WIDTH * 2**i, **ATTENTION) for i in range(LEVELS - 1)]
+    """All patches of 16x16 image pixels attend to each other, on the scales of the KAF layers."""
+    layers = [GlobalAttention(WIDTH * 2**i, patch=16 // 2**i, **ATTENTION) for i in range(LEVELS - 1)]
     return UNet(1, 2, width=WIDTH, layers=layers)
 
 
@@ -138,8 +140,7 @@ def row_of(name: str, results: Sequence[dict[str, list[Any]]]) -> dict[str, obje
     with torch.no_grad():
         flops = harness.count_flops(lambda: network(part.images, part.keypoints))
     row: dict[str, object] = {"network": name, "GFLOPs": flops / 1e9}
-    edges = torch.linspace(NEAREST, FARTHEST, 8).round().int().tolist()
-    for low, high in pairwise(edges):
+    for low, high in pairwise(BINS):
         row[f"{low}-{high}"] = float(right[(distances >= low) & (distances < high)].mean())
     return row
 

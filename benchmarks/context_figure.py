@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 
 STYLES = {
     "UNet": ("#6b6b6b", "-", "o"),
-    "UNet (c2)": ("#6b6b6b", ":", "o"),
+    "UNet (c2)": ("#c4c4c4", "-", "o"),
     "KAF-UNet": ("#c2185b", "-", "o"),
-    "KAF-UNet, added": ("#c2185b", "--", "s"),
+    "KAF-UNet, added": ("#f3a3c0", "-", "s"),
     "SwinUNETR": ("#2b9a8b", "-", "^"),
     "global attention": ("#1f6fb4", "-", "v"),
 }
@@ -37,10 +37,11 @@ def draw_synthetic(axes: Axes, content: dict) -> None:
         bins = {tuple(map(int, name.split("-"))): value for name, value in row.items() if name[0].isdigit()}
         places = [(low + high) / 2 / radius for low, high in bins]
         colour, style, marker = STYLES[row["network"]]
-        axes.plot(places, bins.values(), style, marker=marker, color=colour, lw=1.8, ms=4, label=row["network"])
+        size = 4 - 0.6 * content["rows"].index(row)  # so that lines show that lie upon each other
+        axes.plot(places, bins.values(), style, marker=marker, color=colour, lw=size, ms=3 * size, label=row["network"])
     axes.axvline(1, color="#9e9e9e", lw=0.8)
     axes.axhline(0.5, color="#9e9e9e", lw=0.8, ls=":")
-    axes.text(1.03, 0.42, "end of the UNet's\nreceptive field", color="#6b6b6b", fontsize=8)
+    axes.text(1.05, 0.6, "end of the UNet's\nreceptive field", color="#6b6b6b", fontsize=8)
     axes.set(ylim=(0.4, 1.02), xlabel="distance / reach of the UNet's receptive field", ylabel="accuracy")
     axes.set_title("A class told by a far marker (0.5 is a guess)", loc="left", fontsize=10.5)
     axes.legend(frameon=False, fontsize=8)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kaf_layer import KAFOutput, Keypoints, KeypointTransformer, SIFTDetector
+from kaf_layer import GridDetector, KAFOutput, Keypoints, KeypointTransformer, SIFTDetector
 
 EDGE = 128
 RADIUS = 6  # of what is labelled: two standard deviations of a blob
@@ -78,24 +78,21 @@ def place_blobs(distractors: int, generator: torch.Generator) -> list[tuple[floa
 
 
 class GlobalAttention(nn.Module):
-    """A peer of a KAF layer: all cells of stride 16 attend to each other, and their tokens join the map's pixels.
+    """A peer of a KAF layer: all patches of the map attend to each other, and their tokens join the map's pixels.
 
-    The map is pooled to one token for each cell; the blocks are those of the KAF layer.
+    Patches are embedded as in a ViT (Dosovitskiy et al., 2021); the blocks are those of the KAF layer.
     """
 
-    def __init__(self, channels: int, *, embed_dim: int, depth: int, stride: int = 16) -> None:
+    def __init__(self, channels: int, *, patch: int, embed_dim: int, depth: int) -> None:
         super().__init__()
-        self.fused_channels, self.stride = 2 * channels, stride
-        self.embed = nn.Linear(channels, embed_dim)
+        self.fused_channels, self.patch = 2 * channels, patch
+        self.embed = nn.Conv2d(channels, embed_dim, patch, stride=patch)
         self.transformer = KeypointTransformer(embed_dim, depth=depth)
         self.out = nn.Linear(embed_dim, channels)
 
-    def forward(self, features: Tensor, keypoints: Keypoints) -> KAFOutput:
-        size = tuple(edge // self.stride for edge in keypoints.image_size)
-        y, x = torch.meshgrid(*(torch.arange(n, device=features.device) for n in size), indexing="ij")
-        positions = torch.stack([x, y], dim=-1).flatten(0, 1).to(features).expand(len(features), -1, -1)
-        cells = Keypoints(positions, torch.ones_like(positions[..., 0], dtype=torch.bool), size, padded=False)
-        pooled = F.adaptive_avg_pool2d(features, size).flatten(2).mT
-        tokens = self.transformer(self.embed(pooled), cells)
-        spread = F.interpolate(self.out(tokens).mT.unflatten(2, size), features.shape[2:])
+    def forward(self, features: Tensor, _keypoints: Keypoints) -> KAFOutput:
+        embedded = self.embed(features)
+        grid = GridDetector(1)(embedded)
+        tokens = self.transformer(embedded.flatten(2).mT, grid)
+        spread = F.interpolate(self.out(tokens).mT.unflatten(2, embedded.shape[2:]), features.shape[2:])
         return KAFOutput(torch.cat([features, spread], dim=1), tokens)

@@ -100,10 +100,11 @@ def dice(predictions: list[Tensor], volumes: list[Slices], classes: int) -> Tens
 
 def draw(volumes: list[Slices], predictions: dict[str, list[Tensor]], path: Path) -> None:
     """The slice with most foreground of the first unseen subjects: keypoints, reference, predictions."""
-    rows = min(4, len(volumes))
+    rows = min(2, len(volumes))
     panels = ["keypoints", "reference", *predictions]
+    width, height = 2.0, 2.0 * volumes[0].images.shape[2] / volumes[0].images.shape[3]
     figure, axes = plt.subplots(
-        rows, len(panels), figsize=(2.6 * len(panels), 2.6 * rows), squeeze=False, layout="constrained"
+        rows, len(panels), figsize=(width * len(panels), height * rows), squeeze=False, layout="constrained"
     )
     for row, volume in enumerate(volumes[:rows]):
         z = int((volume.labels > 0).sum((1, 2, 3)).argmax())

@@ -71,7 +71,7 @@ def test_the_receptive_field(levels: int) -> None:
 
 
 def test_global_attention_reaches_every_pixel() -> None:
-    layer = GlobalAttention(4, embed_dim=8, depth=1).eval()
+    layer = GlobalAttention(4, patch=4, embed_dim=8, depth=1).eval()
     features = torch.rand(2, 4, 16, 24)
     keypoints = Keypoints(torch.zeros(2, 1, 2), torch.zeros(2, 1, dtype=torch.bool), (64, 96))
     before = layer(features, keypoints)
