@@ -1,6 +1,6 @@
 """Do KAF layers help a network that is trained already? MONAI's UNet, fine-tuned with layers attached and without.
 
-    python benchmarks/attached.py --data ../shared/data/sunnybrook  # about ten minutes on two cores; goes on if killed
+    python benchmarks/attached.py --data ../shared/data/sunnybrook  # about 15 minutes on a core; goes on if killed
 
 For each fold the UNet is trained on the labelled subjects, then fine-tuned on them twice, from the same weights with
 the same batches: as it is, and with KAF layers behind its two finer scales. Everything else is as in
@@ -96,8 +96,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, own in of.items():
         folds = [mean_dice([row[1:] for row in r["scores"]]) for r in own]
         ahead = difference(of[WITH], own) if name != WITH else None
-        rows.append({"network": name, "Dice": spread(folds), "layers ahead by": f"{ahead.dice:+.3f}" if ahead else ""})
-        rows[-1]["p"] = f"{ahead.p:.2g}" if ahead else ""
+        row: dict[str, object] = {"network": name, "Dice": spread(folds)}
+        row["layers ahead by"] = f"{ahead.dice:+.3f}" if ahead else ""
+        row["in folds"] = f"{ahead.ahead} of {ahead.folds}" if ahead else ""
+        row["p"] = f"{ahead.p:.2g}" if ahead else ""
+        rows.append(row)
     gain = mean(mean(result["gains"]) for result in results)
     notes = (
         f"Sunnybrook, M = {options.labelled}, folds {options.folds}, seed {options.seed}: {options.steps} steps of "
