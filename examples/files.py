@@ -31,8 +31,13 @@ def read_json(path: Path) -> Any:
 
 
 def save(content: Any, path: Path) -> None:
-    """Writes tensors, numbers and texts."""
-    write(path, lambda temporary: torch.save(content, temporary))
+    """Writes tensors, numbers and texts: the same bytes for the same content, whatever the file's name."""
+
+    def writer(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # given a name, torch would put it into the file
+            torch.save(content, file)
+
+    write(path, writer)
 
 
 def load(path: Path) -> Any:

@@ -312,3 +312,14 @@ def test_two_processes(script: str, tmp_path: Path) -> None:
     assert process.returncode == 0, err[-2000:]
     assert all(value.isfinite().all() for value in weights(tmp_path).values())
     assert out.count("2 processes on cpu") == 1  # one of them speaks
+
+
+def test_the_same_weights_are_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever process wrote them: a fine-tuning is known by the content of the weights that it starts from."""
+    digests = set()
+    for process in (1, 22):
+        monkeypatch.setattr(files.os, "getpid", lambda process=process: process)
+        files.save({"weight": torch.arange(5.0)}, tmp_path / f"{process}.pt")
+        digests.add(finetune.digest(tmp_path / f"{process}.pt"))
+    assert len(digests) == 1
+    assert finetune.digest(None) is None
