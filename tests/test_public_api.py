@@ -69,7 +69,7 @@ MATCHER = (
 )
 STATE_DICTS: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
     "KAFLayer": (lambda: KAFLayer(4, depth=1), LAYER),
-    "KAFLayer-add-3d": (lambda: KAFLayer(4, depth=1, fusion="add", spatial_dims=3), LAYER),
+    "KAFLayer-add-3d": (lambda: KAFLayer(4, depth=1, fusion="add", spatial_dims=3), LAYER | {"gain"}),
     "KAFLayer-propagation": (lambda: KAFLayer(4, depth=1, block="propagation"), PROPAGATION_LAYER),
     "PCLLoss": (PCLLoss, set()),
     "KeypointMatchLoss": (lambda: KeypointMatchLoss(16, depth=1), under("matcher", MATCHER)),
@@ -81,7 +81,7 @@ STATE_DICTS: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
     "GridDetector": (lambda: GridDetector(4), set()),
     "attach": (
         lambda: attach(nn.Sequential(nn.Sequential(nn.Conv2d(1, 4, 3))), {"0.0": 4}, depth=1),
-        keys("backbone.0.0") | under("layers.0_0", LAYER),
+        keys("backbone.0.0") | under("layers.0_0", LAYER | {"gain"}),
     ),
 }
 
