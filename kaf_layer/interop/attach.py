@@ -29,8 +29,8 @@ def attach(
 ) -> KAFBackbone:
     """Puts a KAF layer behind submodules of any network.
 
-    Each layer fuses the map that its submodule returns, by addition. It starts as the exact identity, so
-    until it is trained the network's output is what it was. See :class:`KAFBackbone` for what one gets.
+    Each layer adds to the map that its submodule returns, times a learned gain that starts at zero: until it is
+    trained, the network's output is what it was. See :class:`KAFBackbone` for what one gets.
 
     Args:
         backbone: the network. It gets forward hooks, which do nothing when it is called by itself.
