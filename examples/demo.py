@@ -1,6 +1,6 @@
 """Trains a UNet and a KAF-UNet for the same steps on a task that needs context, and compares them on unseen subjects.
 
-    python examples/demo.py                                   # synthetic volumes, some minutes on 2 cores
+    python examples/demo.py                                   # synthetic volumes, about 4 minutes on 2 cores
     python examples/demo.py --data ../shared/data/sunnybrook  # any folder that data.py reads
 
 The synthetic volumes are those of situs.py: which of two like organs is which is told by a third, which lies farther
