@@ -19,7 +19,7 @@ test: $(VENV)/.installed  ## run all tests and doctests, with branch coverage
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term --cov-fail-under=95
 
 demo: $(VENV)/.installed  ## train a UNet and a KAF-UNet on synthetic volumes, compare them, draw outputs/demo.png
-	$(BIN)/python examples/demo.py
+	$(BIN)/python -m examples.protocol.demo
 
 benchmarks: export RESULTS := outputs/benchmarks
 benchmarks: $(VENV)/.installed  ## every benchmark at a small size, into outputs/benchmarks

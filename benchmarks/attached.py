@@ -4,7 +4,7 @@
 
 For each fold the UNet is trained on the labelled subjects, then fine-tuned on them twice, from the same weights with
 the same batches: as it is, and with KAF layers behind its two finer scales. Everything else is as in
-examples/cross_validate.py --preset sunnybrook.
+examples/protocol/cross_validate.py --preset sunnybrook.
 """
 
 from __future__ import annotations
@@ -22,14 +22,13 @@ from monai.losses import DiceCELoss
 from monai.networks.nets import UNet
 from torch import nn
 
-sys.path.append(str(Path(__file__).parent.parent / "examples"))
-from comparison import difference, spread
-from files import read_json, write_json
-from finetune import evaluate, gather, mean_dice
-from recipes import WithoutKeypoints, load_split, load_stacks, parse, parser_of
-from stacks import Stack
-from training import Augmentation, cosine, draw_batches
-
+sys.path.append(str(Path(__file__).parent.parent))
+from examples.protocol.comparison import difference, spread
+from examples.protocol.files import read_json, write_json
+from examples.protocol.finetune import evaluate, gather, mean_dice
+from examples.protocol.recipes import WithoutKeypoints, load_split, load_stacks, parse, parser_of
+from examples.protocol.stacks import Stack
+from examples.protocol.training import Augmentation, cosine, draw_batches
 from kaf_layer import GridDetector, KAFLayer, attach
 
 BEFORE, WITHOUT, WITH = "UNet", "fine-tuned", "fine-tuned with layers attached"

@@ -26,9 +26,9 @@ from context_figure import draw
 from context_task import EDGE, FARTHEST, IGNORED, NEAREST, GlobalAttention, Task, draw_task
 from torch import Tensor, nn
 
-sys.path.append(str(Path(__file__).parent.parent / "examples"))
-from files import read_json, write_json
-from unet import KAFUNet, UNet, UNetC2
+sys.path.append(str(Path(__file__).parent.parent))
+from examples.protocol.files import read_json, write_json
+from examples.unet import KAFUNet, UNet, UNetC2
 
 LEVELS, WIDTH = 3, 8
 TESTED = 500  # images
@@ -45,7 +45,8 @@ METHODS = {
 def swin() -> nn.Module:
     """MONAI's SwinUNETR, whose layers see windows of 7, of pixels half to a 32nd as fine as the image's."""
     from monai.networks.nets import SwinUNETR
-    from recipes import WithoutKeypoints
+
+    from examples.protocol.recipes import WithoutKeypoints
 
     return WithoutKeypoints(SwinUNETR(1, 2, feature_size=12, spatial_dims=2))
 
@@ -147,8 +148,8 @@ def row_of(name: str, results: Sequence[dict[str, list[Any]]]) -> dict[str, obje
 
 def sunnybrook(options: argparse.Namespace) -> None:
     """Cross-validates every method with every number of levels, and reports Dice by receptive field."""
-    import cross_validate
-    from comparison import difference
+    from examples.protocol import cross_validate
+    from examples.protocol.comparison import difference
 
     rows = []
     for levels in options.levels:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from kaf_layer import KAFLayer, Keypoints
 from kaf_layer.attention import BlockType, TransformerBlock
 
-sys.path.append(str(Path(__file__).parent.parent / "examples"))
-from unet import KAFUNet
+sys.path.append(str(Path(__file__).parent.parent))
+from examples.unet import KAFUNet
 
 KEYPOINTS = 500
 WIDTH = 32

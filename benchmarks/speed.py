@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from kaf_layer import KAFLayer, KeypointDiffusion, Keypoints
 from kaf_layer.diffusion import cheapest_method
 
-sys.path.append(str(Path(__file__).parent.parent / "examples"))
-from unet import KAFUNet, UNetC2
+sys.path.append(str(Path(__file__).parent.parent))
+from examples.unet import KAFUNet, UNetC2
 
 WIDTH, SCALES = 32, 4
 CUDA = torch.cuda.is_available()

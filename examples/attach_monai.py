@@ -5,11 +5,12 @@ python examples/attach_monai.py --steps 50
 
 import argparse
 
+import numpy as np
 import torch
+from monai.data import create_test_image_2d
 from monai.inferers import sliding_window_inference
 from monai.losses import DiceCELoss
 from monai.networks.nets import UNet
-from phantom import phantom
 from torch import Tensor, nn
 
 from kaf_layer import SIFTDetector
@@ -17,10 +18,11 @@ from kaf_layer.interop import KAFBackbone, attach
 
 
 def slices(subject: int) -> tuple[Tensor, Tensor]:
-    """The middle slices of a phantom (B, 1, H, W), normalised, and their labels."""
-    volume = phantom(subject, size=(96, 80), slices=6)
-    images = volume.image[1:-1, None]
-    return (images - images.mean()) / images.std(), volume.label[1:-1, None]
+    """Synthetic images (4, 1, 96, 80), normalised, and their labels: put your own data here."""
+    draw = np.random.RandomState(subject)
+    drawn = [create_test_image_2d(96, 80, num_seg_classes=3, rad_max=15, random_state=draw) for _ in range(4)]
+    images, labels = (torch.from_numpy(np.stack(arrays))[:, None].float() for arrays in zip(*drawn, strict=True))
+    return (images - images.mean()) / images.std(), labels
 
 
 def train(model: nn.Module, steps: int) -> float:

@@ -1,17 +1,21 @@
 """The paper's FCN (Section 4): VGG blocks of two convolutions each, with and without KAF layers.
 
-python examples/fcn.py
+logits = KAFFCN(in_channels=1, num_classes=4)(images, SIFTDetector()(images))
 """
 
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from unet import conv_block
 
 from kaf_layer import KAFEncoder, KAFLayer, Keypoints
+
+
+def conv_block(in_channels: int, out_channels: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 3, padding=1), nn.BatchNorm2d(out_channels), nn.LeakyReLU(inplace=True)
+    )
 
 
 class FCN(nn.Module):
@@ -54,15 +58,3 @@ class KAFFCN(FCN):
     def __init__(self, in_channels: int = 1, num_classes: int = 4, *, width: int = 32, **options: Any) -> None:
         layers = [KAFLayer(width * 2**i, **options) for i in range(4)]
         super().__init__(in_channels, num_classes, width=width, layers=layers)
-
-
-def main() -> None:
-    images = torch.rand(2, 1, 90, 130)
-    keypoints = Keypoints(torch.rand(2, 50, 2) * torch.tensor([130, 90]), torch.ones(2, 50).bool(), (90, 130))
-    for name, model in {"FCN": FCN(), "KAF-FCN": KAFFCN()}.items():
-        parameters = sum(p.numel() for p in model.parameters())
-        print(f"{name}: {parameters:,} parameters, logits {tuple(model(images, keypoints).shape)}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """The paper's UNet (Section 4), plain, wider (c2) and with KAF layers: copy it and make it yours.
 
-python examples/unet.py
+logits = KAFUNet(in_channels=1, num_classes=4)(images, SIFTDetector()(images))
 """
 
 from collections.abc import Sequence
@@ -108,15 +108,3 @@ class KAFUNet(UNet):
     ) -> None:
         layers = [KAFLayer(width * 2**i, **options) for i in range(levels - 1)]
         super().__init__(in_channels, num_classes, width=width, layers=layers)
-
-
-def main() -> None:
-    images = torch.rand(2, 1, 96, 128)
-    keypoints = Keypoints(torch.rand(2, 50, 2) * torch.tensor([128, 96]), torch.ones(2, 50).bool(), (96, 128))
-    for name, model in {"UNet": UNet(), "UNet (c2)": UNetC2(), "KAF-UNet": KAFUNet()}.items():
-        parameters = sum(p.numel() for p in model.parameters())
-        print(f"{name}: {parameters:,} parameters, logits {tuple(model(images, keypoints).shape)}")
-
-
-if __name__ == "__main__":
-    main()

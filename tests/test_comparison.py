@@ -5,7 +5,7 @@ from math import nan
 
 import pytest
 
-comparison = pytest.importorskip("comparison", reason="the extra train is not here")
+comparison = pytest.importorskip("examples.protocol.comparison", reason="the extra train is not here")
 
 
 def result(fold: int, scores: list[tuple[float, ...]], *, seed: int = 0, method: str = "a", labelled: int = 1) -> dict:

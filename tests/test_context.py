@@ -14,14 +14,14 @@ pytest.importorskip("tqdm")
 import addition
 import attached
 import context
-import cross_validate
 import harness
 from context_task import EDGE, FARTHEST, IGNORED, NEAREST, GlobalAttention, Task, draw_task
-from phantom import Volume
-from splits import make_split
-from stacks import prepare
 from torch import nn
 
+from examples.protocol import cross_validate
+from examples.protocol.phantom import Volume
+from examples.protocol.splits import make_split
+from examples.protocol.stacks import prepare
 from kaf_layer import GridDetector, Keypoints
 
 

@@ -7,7 +7,7 @@ from statistics import mean
 
 import pytest
 
-cross_validate = pytest.importorskip("cross_validate", reason="the extra train is not here")
+cross_validate = pytest.importorskip("examples.protocol.cross_validate", reason="the extra train is not here")
 
 SMALL = ["--limit", "3", "--folds", "2", "--patch", "64", "64", "--width", "4", "--depth", "1", "--embed-dim", "8"]
 SMALL += ["--steps-per-epoch", "1", "--finetune", "--epochs 1 --batch 4", "--pretrain", "--epochs 1 --batch 2"]
@@ -34,7 +34,7 @@ def test_table_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert cross_validate.main([*arguments, *methods]) == results  # nothing is done twice
     assert (tmp_path / "fold1" / "kaf-unet+kaf" / "seed0" / "M1" / "weights.pt").stat().st_mtime_ns == kept
 
-    figures = pytest.importorskip("figures", reason="the extra plot is not here")
+    figures = pytest.importorskip("examples.protocol.figures", reason="the extra plot is not here")
     capsys.readouterr()
     runs = [str(tmp_path / "fold1" / name / "seed0" / "M1") for name in methods[1:]]
     figures.main(["--limit", "3", "--output", str(tmp_path / "figures"), "--runs", *runs])
@@ -141,7 +141,7 @@ def test_methods_with_options_and_seeds(tmp_path: Path) -> None:
     text = (tmp_path / "table.md").read_text()
     assert "| KAF-UNet, --fusion add --detector none |" in text
     assert "KAF-UNet ahead of (Dice, mean over volumes; p; folds)" in text
-    curves = pytest.importorskip("curves", reason="the extra plot is not here")
+    curves = pytest.importorskip("examples.protocol.curves", reason="the extra plot is not here")
     curves.main([str(tmp_path)])
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     (axis,) = curves.draw_curves(results).axes

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data import list_files, load_volumes, normalise, num_classes
-from phantom import Volume, phantom
-from recipes import parse, parser_of
-from stacks import prepare, say
 
+from examples.protocol.data import list_files, load_volumes, normalise, num_classes
+from examples.protocol.phantom import Volume, phantom
+from examples.protocol.recipes import parse, parser_of
+from examples.protocol.stacks import prepare, say
 from kaf_layer import GridDetector, Keypoints
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -1,15 +1,15 @@
 """The examples: the paper's networks, the demo from data to pictures, and the README's code."""
 
 import re
-import runpy
 from pathlib import Path
 
 import pytest
 import torch
 from common import random_keypoints
-from fcn import FCN, KAFFCN
 from torch import nn
-from unet import KAFUNet, Repeat, UNet, UNetC2
+
+from examples.fcn import FCN, KAFFCN
+from examples.unet import KAFUNet, Repeat, UNet, UNetC2
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"embed_dim": 16, "depth": 1}
@@ -48,14 +48,18 @@ def test_unet_refuses_sizes_that_do_not_divide() -> None:
         UNet()(torch.rand(1, 1, 32, 40))
 
 
-@pytest.mark.parametrize("script", ["unet", "fcn"])
-def test_scripts_run_by_themselves(script: str, capsys: pytest.CaptureFixture[str]) -> None:
-    runpy.run_path(str(ROOT / "examples" / f"{script}.py"), run_name="__main__")
-    assert "parameters, logits (2, 4," in capsys.readouterr().out
+def test_pretraining(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = pytest.importorskip("examples.pretrain", reason="the extra train is not here")
+    script.main(20, tmp_path / "encoder.pt", batch=2)
+    (loss,) = re.findall(r"step 20: loss ([\d.]+)", capsys.readouterr().out)
+    assert 0 < float(loss) < 10
+    weights = torch.load(tmp_path / "encoder.pt")
+    assert all(value.isfinite().all() for value in weights.values())
+    assert any("layers.0" in name for name in weights)
 
 
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    demo = pytest.importorskip("demo", reason="the demo needs the extras train and plot")
+    demo = pytest.importorskip("examples.protocol.demo", reason="the demo needs the extras train and plot")
     picture = tmp_path / "new" / "demo.png"
     small = ["--subjects", "3", "--steps", "1", "--batch", "2", "--width", "4", "--seeds", "0", "1"]
     demo.main([*small, "--output", str(picture)])
@@ -70,7 +74,7 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_demo_needs_two_subjects(capsys: pytest.CaptureFixture[str]) -> None:
-    demo = pytest.importorskip("demo", reason="the demo needs the extras train and plot")
+    demo = pytest.importorskip("examples.protocol.demo", reason="the demo needs the extras train and plot")
     with pytest.raises(SystemExit):
         demo.main(["--subjects", "1"])
     assert "one subject to train on and one to test on" in capsys.readouterr().err

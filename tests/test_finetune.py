@@ -10,19 +10,19 @@ from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
-import files
 import pytest
 import torch
-from splits import make_split, read_split, write_split
 from torch import nn
-from unet import UNet
 
-finetune = pytest.importorskip("finetune", reason="the extra train is not here")
-import training  # noqa: E402  # after the skip
-from phantom import Volume  # noqa: E402
-from recipes import build_detector, build_model, parse  # noqa: E402
-from stacks import Stack, prepare  # noqa: E402
+from examples.protocol import files
+from examples.protocol.splits import make_split, read_split, write_split
+from examples.unet import UNet
 
+finetune = pytest.importorskip("examples.protocol.finetune", reason="the extra train is not here")
+from examples.protocol import training  # noqa: E402  # after the skip
+from examples.protocol.phantom import Volume  # noqa: E402
+from examples.protocol.recipes import build_detector, build_model, parse  # noqa: E402
+from examples.protocol.stacks import Stack, prepare  # noqa: E402
 from kaf_layer import GridDetector  # noqa: E402
 from kaf_layer.attention import TransformerBlock  # noqa: E402
 
@@ -299,7 +299,8 @@ def test_two_processes(script: str, tmp_path: Path) -> None:
     small = "--limit 4 --folds 2 --patch 32 32 --width 4 --depth 1 --embed-dim 8 --epochs 1 --steps-per-epoch 2"
     small += " --batch 4 --detector grid --output"
     process = subprocess.Popen(
-        [sys.executable, *launch.split(), str(ROOT / "examples" / f"{script}.py"), *small.split(), str(tmp_path)],
+        [sys.executable, *launch.split(), "-m", f"examples.protocol.{script}", *small.split(), str(tmp_path)],
+        cwd=ROOT,
         env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from phantom import LABELS, Volume, phantom, plot
 from torch import Tensor
+
+from examples.protocol.phantom import LABELS, Volume, phantom, plot
 
 SUBJECTS = 6
 RV, MYO, LV = 1, 2, 3

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-pretrain = pytest.importorskip("pretrain", reason="the extra train is not here")
-import training  # noqa: E402  # after the skip
-from phantom import Volume  # noqa: E402
-from recipes import build_model, load_stacks, no_keypoints, parse  # noqa: E402
-from stacks import Stack, prepare, stack_matches  # noqa: E402
+pretrain = pytest.importorskip("examples.protocol.pretrain", reason="the extra train is not here")
 from test_finetune import killed_after, weights  # noqa: E402
 
+from examples.protocol import training  # noqa: E402  # after the skip
+from examples.protocol.phantom import Volume  # noqa: E402
+from examples.protocol.recipes import build_model, load_stacks, no_keypoints, parse  # noqa: E402
+from examples.protocol.stacks import Stack, prepare, stack_matches  # noqa: E402
 from kaf_layer import GridDetector, Matches  # noqa: E402
 
 SMALL = ["--patch", "32", "32", "--width", "4", "--depth", "1", "--embed-dim", "8", "--folds", "2", "--batch", "3"]
@@ -93,7 +93,7 @@ def test_slices_without_keypoints(
 ) -> None:
     flat = volumes((3, 2))
     flat[0].image[1:] = 0
-    monkeypatch.setattr("recipes.load_volumes", lambda *_, **__: flat)
+    monkeypatch.setattr("examples.protocol.recipes.load_volumes", lambda *_, **__: flat)
     stacks = load_stacks(parse(pretrain.parser(), [*SMALL, "--output", "x"]))
     assert "s0: no keypoints in slices 1, 2" in capsys.readouterr().err
     assert all(value.isfinite().all() for value in run(tmp_path / "some", stacks).values())

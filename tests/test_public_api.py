@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import pytest
 from torch import nn
-from unet import KAFUNet
 
+from examples.unet import KAFUNet
 from kaf_layer import GridDetector, KAFLayer, SIFTDetector
 from kaf_layer.interop import attach
 from kaf_layer.losses import KAFPretrainingLoss, KeypointMatchLoss, PCLLoss

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from phantom import Volume
 from scipy import ndimage
-from situs import situs
+
+from examples.protocol.phantom import Volume
+from examples.protocol.situs import situs
 
 SUBJECTS = 12
 

@@ -21,8 +21,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-from unet import KAFUNet
 
+from examples.unet import KAFUNet
 from kaf_layer import GridDetector, KeypointDiffusion, Keypoints, KeypointTransformer, SIFTDetector
 from kaf_layer.interop import attach
 from kaf_layer.losses import KAFPretrainingLoss

@@ -9,7 +9,7 @@ pytest.importorskip("cv2")
 
 
 def test_adapter_agrees_with_our_detector():
-    from opencv_sift import OpenCVSIFT
+    from examples.opencv_sift import OpenCVSIFT
 
     detector = OpenCVSIFT(200)
     assert isinstance(detector, KeypointDetector)

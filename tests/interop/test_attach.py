@@ -473,7 +473,7 @@ def test_metadata_of_monai() -> None:
 
 def test_the_example(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("monai")
-    attach_monai = importlib.import_module("attach_monai")
+    attach_monai = importlib.import_module("examples.attach_monai")
     attach_monai.main(steps=1)
     assert capsys.readouterr().out.count("True") == 2
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from reference import needs_reference, numbers, relative_error, state_dict
 from torch import Tensor
-from unet import KAFUNet, UNet, UNetC2
 
+from examples.unet import KAFUNet, UNet, UNetC2
 from kaf_layer import KAFLayer, Keypoints
 from kaf_layer.interop import load_authors_state_dict
 

@@ -1,6 +1,6 @@
 """Draws the training loss of each method that cross_validate.py ran: has it flattened?
 
-python examples/curves.py outputs/table  # reads results.json there, writes curves.png beside it
+python -m examples.protocol.curves outputs/table  # reads results.json there, writes curves.png beside it
 """
 
 import argparse
@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cross_validate import title
-from files import read_json
 from matplotlib.figure import Figure
+
+from examples.protocol.cross_validate import title
+from examples.protocol.files import read_json
 
 
 def draw_curves(results: Sequence[dict[str, Any]]) -> Figure:

@@ -1,8 +1,8 @@
 """The paper's table: Dice on unseen subjects, of networks trained on M labelled ones, over folds.
 
-    python examples/cross_validate.py --output outputs/table --methods unet kaf-unet --labelled 1 2    # phantoms
-    python examples/cross_validate.py --output outputs/acdc --preset acdc --data ACDC/training --labelled 1 2 6 \
-        --methods unet unet-c2 swin-unetr kaf-unet unet+pcl kaf-unet+kaf
+    python -m examples.protocol.cross_validate --output outputs/table --methods unet kaf-unet  # on phantoms
+    python -m examples.protocol.cross_validate --output outputs/acdc --preset acdc --data ACDC/training \
+        --labelled 1 2 6 --methods unet unet-c2 swin-unetr kaf-unet unet+pcl kaf-unet+kaf
 
 A method is a network of finetune.py --model, trained from random weights; behind a "+" is what its encoder is
 pretrained by on all training subjects of the fold: "pcl", the positional contrast alone, or "kaf", all of Eq. 3.
@@ -27,16 +27,16 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
 
-import finetune
-import pretrain
 import torch
-from comparison import Result, compare, spread
-from data import load_volumes
-from files import read_json, write_json
-from recipes import MODELS, keep_split, load_split, load_stacks, parse, parser_of
-from splits import Fold
-from stacks import Stack
-from training import settings
+
+from examples.protocol import finetune, pretrain
+from examples.protocol.comparison import Result, compare, spread
+from examples.protocol.data import load_volumes
+from examples.protocol.files import read_json, write_json
+from examples.protocol.recipes import MODELS, keep_split, load_split, load_stacks, parse, parser_of
+from examples.protocol.splits import Fold
+from examples.protocol.stacks import Stack
+from examples.protocol.training import settings
 
 PUBLISHED = Path(__file__).parent / "published"  # the paper's rows, by preset
 PRETRAINING = {"": [], "pcl": ["--weights", "1", "0", "0"], "kaf": []}
@@ -237,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
             results = [result for job in jobs for result in job.result()]
     subjects = len({volume.subject for volume in volumes})
     data = f"{options.data.name if options.data else 'phantoms'}, {subjects} subjects, {len(volumes)} volumes"
-    command = f"python examples/cross_validate.py {shlex.join(arguments)}"
+    command = f"python -m examples.protocol.cross_validate {shlex.join(arguments)}"
     text = report(results, command, data, own, folds=len(split))
     (own.output / "table.md").write_text(text)
     write_json(results, own.output / "results.json")

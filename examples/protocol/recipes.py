@@ -6,15 +6,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from data import load_volumes
-from fcn import FCN
-from files import write
-from phantom import Volume
-from splits import Fold, make_split, read_split, write_split
-from stacks import Stack, prepare, say
 from torch import Tensor, nn
-from unet import UNet, UNetC2
 
+from examples.fcn import FCN
+from examples.protocol.data import load_volumes
+from examples.protocol.files import write
+from examples.protocol.phantom import Volume
+from examples.protocol.splits import Fold, make_split, read_split, write_split
+from examples.protocol.stacks import Stack, prepare, say
+from examples.unet import UNet, UNetC2
 from kaf_layer import GridDetector, KAFLayer, KeypointDetector, Keypoints, SIFTDetector
 
 

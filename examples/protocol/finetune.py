@@ -1,9 +1,9 @@
 """Trains a network on the slices of few labelled subjects, and tests it on the volumes of unseen ones.
 
-    python examples/finetune.py --output outputs/finetune --labelled 2                     # phantoms
-    python examples/finetune.py --preset acdc --data ACDC/training --fold 0 --labelled 6 \
+    python -m examples.protocol.finetune --output outputs/finetune --labelled 2                     # phantoms
+    python -m examples.protocol.finetune --preset acdc --data ACDC/training --fold 0 --labelled 6 \
         --pretrained outputs/pretrain/weights.pt --output outputs/acdc
-    accelerate launch --multi_gpu --num_processes 2 examples/finetune.py --output outputs/two  # also on a CPU
+    accelerate launch --multi_gpu --num_processes 2 examples/protocol/finetune.py --output outputs/two  # also on a CPU
 
 The defaults are the paper's: Adam, cross-entropy, batches of 10 slices, learning rate and epochs by --preset.
 Writes weights.pt, a plain state dict; result.json; split.json, to be given to --split; TensorBoard's logs.
@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from files import read_json, save, write_json
 from monai.losses import DiceCELoss
 from monai.metrics import DiceMetric
-from recipes import build_model, keep_split, load_split, load_stacks, parse, parser_of
-from stacks import Stack
 from torch import Tensor, nn
 from tqdm import tqdm
-from training import Augmentation, load_pretrained, seed_of, settings, start, train
 
+from examples.protocol.files import read_json, save, write_json
+from examples.protocol.recipes import build_model, keep_split, load_split, load_stacks, parse, parser_of
+from examples.protocol.stacks import Stack
+from examples.protocol.training import Augmentation, load_pretrained, seed_of, settings, start, train
 from kaf_layer import GridDetector, Keypoints
 
 LOSSES = {  # by the weight of the Dice loss

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 from accelerate import Accelerator
-from files import load, save
 from kornia.augmentation import RandomAffine
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from examples.protocol.files import load, save
 from kaf_layer import KeypointDetector
 from kaf_layer.augmentation import KeypointAugmentation
 

@@ -1,7 +1,7 @@
 """Trains a UNet and a KAF-UNet for the same steps on a task that needs context, and compares them on unseen subjects.
 
-    python examples/demo.py                                   # synthetic volumes, about 4 minutes on 2 cores
-    python examples/demo.py --data ../shared/data/sunnybrook  # any folder that data.py reads
+    python -m examples.protocol.demo                                   # synthetic volumes, about 4 minutes on 2 cores
+    python -m examples.protocol.demo --data ../shared/data/sunnybrook  # any folder that data.py reads
 
 The synthetic volumes are those of situs.py: which of two like organs is which is told by a third, which lies farther
 away than the UNet's receptive field reaches. Prints a table of Dice scores and writes outputs/demo.png.
@@ -16,17 +16,17 @@ from statistics import mean, stdev
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from data import load_volumes, normalise, num_classes
 from kornia.augmentation import RandomAffine
 from monai.losses import DiceCELoss
 from monai.metrics import DiceMetric
-from phantom import Volume
-from situs import situs
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
-from unet import KAFUNet, UNet
 
+from examples.protocol.data import load_volumes, normalise, num_classes
+from examples.protocol.phantom import Volume
+from examples.protocol.situs import situs
+from examples.unet import KAFUNet, UNet
 from kaf_layer import Keypoints, SIFTDetector
 from kaf_layer.augmentation import KeypointAugmentation
 

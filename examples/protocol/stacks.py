@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from data import normalise
-from phantom import Volume
 from torch import Tensor
 from tqdm import tqdm
 
+from examples.protocol.data import normalise
+from examples.protocol.phantom import Volume
 from kaf_layer import KeypointDetector, Keypoints, Matches, match_keypoints
 from kaf_layer.augmentation import move_keypoints
 

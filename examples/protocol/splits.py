@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from files import read_json, write_json
+from examples.protocol.files import read_json, write_json
 
 
 class Fold(NamedTuple):

@@ -5,7 +5,7 @@ millimetres, and then acquired as a scanner would: thick slices, a coil's sensit
 whole grey levels. Labels are those of ACDC, and drawn as experts do: smooth contours with papillary
 muscles and trabeculae inside the cavities.
 
-    python examples/phantom.py  # writes outputs/phantom.png
+    python -m examples.protocol.phantom  # writes outputs/phantom.png
 """
 
 from collections.abc import Sequence

@@ -3,7 +3,7 @@
 As kidneys are told apart by the spine. All three differ in size and place from subject to subject, and are farther from
 each other than a small network sees.
 
-    python examples/situs.py  # writes outputs/situs.png
+    python -m examples.protocol.situs  # writes outputs/situs.png
 """
 
 from pathlib import Path
@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from phantom import Volume, plot
+
+from examples.protocol.phantom import Volume, plot
 
 LABELS = ("background", "left of the third organ", "right of it")
 Array = NDArray[np.float64]

@@ -1,6 +1,6 @@
 """Volumes to train and test on: the phantoms, or NIfTI files from a folder.
 
-python examples/data.py ../shared/data/sunnybrook  # what is in it
+python -m examples.protocol.data ../shared/data/sunnybrook  # what is in it
 """
 
 import argparse
@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from phantom import Volume, phantom
 from torch import Tensor
 from tqdm import tqdm
+
+from examples.protocol.phantom import Volume, phantom
 
 PHANTOMS = 12  # subjects, unless a limit says otherwise
 # Subject, image and label by file name: ACDC's patient001_frame01[_gt].nii.gz, CHD's ct_1001_{image,label}.nii.gz.

@@ -1,7 +1,7 @@
 """Draws the paper's Figures 3, 4, 6 and 7 for one's own data and networks.
 
-    python examples/figures.py --output outputs/figures                                    # phantoms, no network
-    python examples/figures.py --preset acdc --data ACDC/training --output outputs/figures \
+    python -m examples.protocol.figures --output outputs/figures  # on phantoms, without a network
+    python -m examples.protocol.figures --preset acdc --data ACDC/training --output outputs/figures \
         --runs outputs/table/fold0/unet/M2 outputs/table/fold0/kaf-unet/M2
 
 Writes keypoints.png, correspondences.png and threshold.png, and for networks that finetune.py trained
@@ -14,19 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cross_validate import title
-from data import load_volumes
-from files import load, read_json
-from finetune import predict
 from kornia.augmentation import RandomAffine
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from recipes import build_detector, build_model, parse, parser_of
-from stacks import Stack, match_slices, prepare
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from examples.protocol.cross_validate import title
+from examples.protocol.data import load_volumes
+from examples.protocol.files import load, read_json
+from examples.protocol.finetune import predict
+from examples.protocol.recipes import build_detector, build_model, parse, parser_of
+from examples.protocol.stacks import Stack, match_slices, prepare
 from kaf_layer import Augmented, GridDetector, Keypoints
 from kaf_layer.augmentation import KeypointAugmentation
 from kaf_layer.plotting import (
