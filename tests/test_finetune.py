@@ -71,7 +71,7 @@ def killed_after(checkpoints: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 def test_a_resumed_run_is_the_uninterrupted_one(
     stacks: list[Stack], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = ["--drop-keypoints", "0.5", "--scales", "2"]
+    options = ["--drop-keypoints", "0.5", "--scales", "1", "2", "--token-loss", "0.5", "--share-attention"]
     run(tmp_path / "whole", stacks, *options)
     with killed_after(2, monkeypatch):
         run(tmp_path / "killed", stacks, *options)

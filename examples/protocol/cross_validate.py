@@ -41,7 +41,7 @@ from examples.protocol.training import settings
 PUBLISHED = Path(__file__).parent / "published"  # the paper's rows, by preset
 PRETRAINING = {"": [], "pcl": ["--weights", "1", "0", "0"], "kaf": []}
 NETWORK = ("resize", "patch", "normalise", "width", "levels", "scales", "fusion", "embed_dim", "depth")
-NETWORK += ("detector", "max_keypoints", "spacing", "drop_keypoints")
+NETWORK += ("detector", "max_keypoints", "spacing", "drop_keypoints", "share_attention", "token_loss")
 OWN = ("--lr", "--epochs", "--batch", "--steps-per-epoch", "--save-every")  # what may differ between the two stages
 
 

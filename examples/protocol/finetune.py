@@ -26,6 +26,7 @@ from tqdm import tqdm
 from examples.protocol.files import read_json, save, write_json
 from examples.protocol.recipes import build_model, keep_split, load_split, load_stacks, parse, parser_of
 from examples.protocol.stacks import Stack
+from examples.protocol.token_loss import WithTokenLogits, token_loss
 from examples.protocol.training import Augmentation, load_pretrained, seed_of, settings, start, train
 from kaf_layer import GridDetector, Keypoints
 
@@ -130,18 +131,24 @@ def main(arguments: Sequence[str] | None = None, *, stacks: list[Stack] | None =
     model = build_model(options)
     if options.pretrained:
         accelerator.print(load_pretrained(model, options.pretrained))
+    learner = WithTokenLogits(model, options.embed_dim, options.classes) if options.token_loss else model
     grid = GridDetector(options.spacing * options.resize) if options.detector == "grid" else None
     augment = Augmentation(drop_keypoints=options.drop_keypoints, detector=grid)
     criterion = DiceCELoss(to_onehot_y=True, softmax=True, lambda_dice=LOSSES[options.loss])
 
     def compute(module: nn.Module, samples: list[Sample]) -> dict[str, Tensor]:
         images, keypoints, labels = augment(*gather(samples, accelerator.device))
-        logits = module(images, keypoints)
-        return {"loss": criterion(logits, labels[:, None]), "dice": overlap(logits, labels)}
+        output = module(images, keypoints)
+        logits = output.pixels if options.token_loss else output
+        values = {"loss": criterion(logits, labels[:, None]), "dice": overlap(logits, labels)}
+        if options.token_loss:
+            values["tokens"] = token_loss(output.tokens, keypoints, labels)
+            values["loss"] = values["loss"] + options.token_loss * values["tokens"]
+        return values
 
     slices = [(stack, z) for stack in training for z in range(len(stack.images))]
-    optimizer = torch.optim.Adam(model.parameters(), lr=options.lr)
-    model, history = train(model, slices, compute, optimizer, accelerator, options)
+    optimizer = torch.optim.Adam(learner.parameters(), lr=options.lr)
+    _, history = train(learner, slices, compute, optimizer, accelerator, options)
     result: dict[str, Any] = {}
     if accelerator.is_main_process:
         scores = evaluate(model, unseen, classes=options.classes)

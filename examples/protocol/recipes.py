@@ -108,6 +108,8 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     add(
         "--drop-keypoints", type=float, default=0.0, metavar="SHARE", help="train without up to this share of a slice's"
     )
+    add("--share-attention", action="store_true", help="one Transformer for the KAF layers of all scales")
+    add("--token-loss", type=float, default=0.0, metavar="WEIGHT", help="fine-tune tokens to tell classes too")
     add("--steps-per-epoch", type=int, help="default: as many as the slices fill batches")
     return parser
 
@@ -127,6 +129,10 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(f"--resize must be a factor above 0, got {options.resize}")
     if not 0 <= options.drop_keypoints <= 1:
         raise ValueError(f"--drop-keypoints must be a share from 0 to 1, got {options.drop_keypoints}")
+    if not options.token_loss >= 0:
+        raise ValueError(f"--token-loss must be a weight of 0 or more, got {options.token_loss}")
+    if options.token_loss and options.model != "kaf-unet":
+        raise ValueError(f"--token-loss needs --model kaf-unet, got {options.model}")
     if options.levels < 3:
         raise ValueError(f"--levels must be 3 or more, got {options.levels}")
     divisor = 2 ** (options.levels - 1)
@@ -206,6 +212,9 @@ def build_model(options: argparse.Namespace) -> nn.Module:
     chosen = options.scales if options.model.startswith("kaf") else ()
     with torch.random.fork_rng():  # the rest starts as it does without layers, for paired comparisons
         layers = [build_layer(width * 2**i, options) if i in chosen else None for i in range(options.levels - 1)]
+    if options.share_attention:
+        for layer in filter(None, layers):
+            layer.transformer = next(filter(None, layers)).transformer
     return (FCN if options.model.endswith("fcn") else UNet)(1, classes, width=width, layers=layers)
 
 
