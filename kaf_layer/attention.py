@@ -77,12 +77,14 @@ class KeypointTransformer(nn.Module):
             raise ValueError(
                 f"tokens must be (B, N, E), one for each keypoint, got {tokens.shape=} and {keypoints.valid.shape=}"
             )
-        padding = ~keypoints.valid[..., None]
-        tokens = tokens.masked_fill(padding, 0.0) + self.position_encoder(keypoints)
+        valid = keypoints.valid[..., None]
+        tokens = tokens.where(valid, 0.0) + self.position_encoder(keypoints)
         mask = key_mask(keypoints)
+        if mask is not None:
+            mask = mask.to(tokens.dtype).log()  # 0 or -inf, once: each block would turn the boolean mask into these
         for block in self.blocks:
             tokens = block(tokens, keypoints.valid, mask)
-        return self.norm(tokens).masked_fill(padding, 0.0)
+        return self.norm(tokens).where(valid, 0.0)
 
 
 def key_mask(keypoints: Keypoints) -> Mask | None:
@@ -90,7 +92,7 @@ def key_mask(keypoints: Keypoints) -> Mask | None:
     if not keypoints.padded:
         return None
     # A softmax over nothing is NaN: a sample without keypoints attends to its (finite) padding.
-    return (keypoints.valid | ~keypoints.valid.any(-1, keepdim=True))[:, None, None]
+    return (keypoints.valid == keypoints.valid.any(-1, keepdim=True))[:, None, None]
 
 
 class PositionEncoder(nn.Module):
@@ -137,7 +139,8 @@ class PositionEncoder(nn.Module):
         sizes = keypoints.image_size[::-1]
         longest = reduce(torch.sym_max, sizes)
         if self.block == "transformer":
-            return torch.stack([(2 * p + 1 - s) / longest for p, s in zip(positions, sizes, strict=True)], dim=-1)
+            centred = [p + (1 - s) / 2 for p, s in zip(positions, sizes, strict=True)]
+            return torch.stack(centred, dim=-1) * (2 / longest)
         # The authors subtract half the size in (x, y) order from positions in (y, x) order.
         return torch.stack(
             [(p - s / 2) / (0.7 * longest) for p, s in zip(reversed(positions), sizes, strict=True)], dim=-1

@@ -117,8 +117,11 @@ class Keypoints:
         Args:
             feature_size: the map's size in tensor order. Positions outside the image stay outside.
         """
-        positions = self.positions.masked_fill(~self.valid[..., None], 0.0)
+        positions = self.positions.where(self.valid[..., None], 0.0)
         positions = positions.to(torch.promote_types(positions.dtype, torch.float32))
+        # Under a compiler sizes may be symbols, and a comparison would specialise the graph.
+        if not torch.compiler.is_compiling() and tuple(feature_size) == tuple(self.image_size):
+            return positions
         # Axis by axis with Python numbers: a tensor of sizes would be a synchronising copy on CUDA.
         axes = zip(positions.unbind(-1), reversed(feature_size), reversed(self.image_size), strict=True)
         return torch.stack([(p + 0.5) * feature / image - 0.5 for p, feature, image in axes], dim=-1)
@@ -129,10 +132,9 @@ class Keypoints:
         Args:
             feature_size: the map's size in tensor order. Positions outside are clamped into the map.
         """
-        index = torch.zeros_like(self.valid, dtype=torch.long)
-        coordinates = self._cell_coordinates(feature_size)
-        for coordinate, size in zip(reversed(coordinates), feature_size, strict=True):
-            index = index * size + coordinate.long()
+        *others, index = (coordinate.long() for coordinate in self._cell_coordinates(feature_size))
+        for coordinate, size in zip(reversed(others), feature_size[1:], strict=True):
+            index = torch.add(coordinate, index, alpha=size)
         return index
 
     def resize(self, feature_size: Sequence[int], *, snap: bool = False) -> Keypoints:
@@ -143,14 +145,15 @@ class Keypoints:
             snap: move each keypoint to the centre of its cell.
         """
         if snap:
-            positions = torch.stack(self._cell_coordinates(feature_size), dim=-1)
+            positions = torch.stack(self._cell_coordinates(feature_size), dim=-1).floor()
         else:
             positions = self.positions_in(feature_size)
         return Keypoints(positions, self.valid, tuple(feature_size), padded=self.padded)
 
     def _cell_coordinates(self, feature_size: Sequence[int]) -> list[Tensor]:
-        axes = zip(self.positions_in(feature_size).detach().unbind(-1), reversed(feature_size), strict=True)
-        return [(p + 0.5).floor().clamp(0, size - 1) for p, size in axes]
+        """Positions in cells, in the map; whole numbers once they are rounded down."""
+        ends = (self.positions_in(feature_size).detach() + 0.5).unbind(-1)
+        return [p.clamp(0, size - 1) for p, size in zip(ends, reversed(feature_size), strict=True)]
 
     @staticmethod
     def stack(samples: Sequence[Keypoints]) -> Keypoints:

@@ -108,8 +108,8 @@ class KAFLayer(nn.Module):
         if features.shape[1] != self.in_channels:
             raise ValueError(f"features must have {self.in_channels=} channels, got {features.shape=}")
         size = features.shape[2:]
-        tokens = self.embed(self.sampler(features, keypoints))
-        tokens = self.transformer(tokens, keypoints.resize(size, snap=self.sampler.mode == "nearest"))
+        keypoints = keypoints.resize(size, snap=self.sampler.mode == "nearest")
+        tokens = self.transformer(self.embed(self.sampler(features, keypoints)), keypoints)
         if self.fusion == "add":
             diffused = self.diffusion(tokens, keypoints, size)
             gain = self.gain.to(diffused.dtype).view(-1, *[1] * len(size))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ def sample_keypoints(
         sampled = _interpolate(rows, keypoints.positions_in(features.shape[2:]), features.shape[2:])
     else:
         raise ValueError(f"mode must be one of {get_args(SamplingMode)}, got {mode=}")
-    return sampled.masked_fill(~keypoints.valid[..., None], 0.0)
+    return sampled.where(keypoints.valid[..., None], 0.0)
 
 
 def _gather(rows: Annotated[Tensor, "B P C"], index: Annotated[Tensor, "B N"]) -> Annotated[Tensor, "B N C"]:
@@ -59,15 +59,18 @@ def _interpolate(
     rows: Annotated[Tensor, "B P C"], positions: Annotated[Tensor, "B N D"], size: tuple[int, ...]
 ) -> Annotated[Tensor, "B N C"]:
     """The mean of the 2**D cells around each position, weighted by their overlap with a cell put there."""
-    index = torch.zeros_like(positions[:, None, :, 0], dtype=torch.long)
-    weight = torch.ones_like(positions[:, None, :, 0])
-    for p, length in zip(reversed(positions.unbind(-1)), size, strict=True):
-        p = p[:, None].clamp(0, length - 1)
-        low = p.detach().floor()
-        neighbours = torch.cat([low, (low + 1).clamp(max=length - 1)], dim=1).long()
-        overlaps = torch.cat([1 - (p - low), p - low], dim=1)
-        index = (index[:, :, None] * length + neighbours[:, None]).flatten(1, 2)
-        weight = (weight[:, :, None] * overlaps[:, None]).flatten(1, 2)
+    index: Any = None
+    weight: Any = None
+    stride = 1  # in rows, from a cell to the next; the map's last axis comes first
+    for p, length in zip(positions[:, None].unbind(-1), reversed(size), strict=True):
+        p = p.clamp(0, length - 1)
+        low = p.detach().floor().clamp(max=torch.sym_max(length - 2, 0))  # the next cell is in the map too
+        upper = p - low
+        overlaps = torch.cat([1 - upper, upper], dim=1)
+        index = low.long() if index is None else torch.add(index, low.long(), alpha=stride)
+        index = torch.cat([index, index + stride * torch.sym_min(length - 1, 1)], dim=1)
+        weight = overlaps if weight is None else (overlaps[:, :, None] * weight[:, None]).flatten(1, 2)
+        stride = stride * length
     # One gather for all corners: each would allocate a dense gradient of its own.
     corners = _gather(rows, index.flatten(1)).unflatten(1, index.shape[1:])
     return (corners * weight[..., None].to(rows.dtype)).sum(dim=1)

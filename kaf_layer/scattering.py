@@ -60,7 +60,7 @@ def batch_index(cells: Annotated[Tensor, "... B N"], size: Sequence[int]) -> Ann
         cells: row-major indices in a map.
         size: the map's size.
     """
-    return cells + prod(size) * torch.arange(cells.shape[-2], device=cells.device)[:, None]
+    return torch.add(cells, torch.arange(cells.shape[-2], device=cells.device)[:, None], alpha=prod(size))
 
 
 def weigh_tokens(
@@ -92,7 +92,7 @@ def weigh_tokens(
     check_reduce(reduce)
     valid = keypoints.valid
     if keypoints.padded:
-        tokens = tokens.masked_fill(~valid[..., None], 0.0)
+        tokens = tokens.where(valid[..., None], 0.0)
     if reduce == "sum":
         return tokens
     last = _last_in_cell(batch_index(cells, size).flatten(), valid.flatten(), total=valid.shape[0] * prod(size))
@@ -117,7 +117,7 @@ def _last_in_cell(
     """The index of the last valid slot that is in the same cell; a slot that is not valid keeps to itself."""
     slots = torch.arange(cells.shape[0], device=cells.device)
     # Only the cells that are written are read, so the table need not be initialised.
-    table = cells.new_empty(total).scatter_reduce(0, cells, slots.masked_fill(~valid, -1), "amax", include_self=False)
+    table = cells.new_empty(total).scatter_reduce(0, cells, slots.where(valid, -1), "amax", include_self=False)
     return torch.where(valid, table[cells], slots)
 
 

@@ -18,6 +18,7 @@ pytest.importorskip("tqdm")
 
 import flops
 import harness
+import launches
 import memory
 import speed
 from harness import compare, count_flops, markdown, report, saved_bytes
@@ -227,3 +228,14 @@ def test_report(results):
     assert "Notes." in text
     assert (results / "name.md").read_text() == text
     assert rows_of(results, "name") == rows
+
+
+def test_launches(results):
+    """What is counted, on a chain of known operations; and that a layer keeps to what it has been brought to."""
+    x = torch.rand(3, 4, requires_grad=True)
+    names = launches.count(lambda: (x.exp().view(12) + 1).sum().backward())
+    assert names == {"exp": 1, "add": 1, "sum": 1, "ones_like": 1, "mul": 1}
+    launches.main([])
+    large, small = rows_of(results, "launches")[:2]
+    assert max(large["forward"], large["backward"]) <= 220
+    assert small["forward"] <= 180

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import reduce
 from itertools import product
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["fill", "fill_backward"]
+from kaf_layer.diffusion.rows import wide
+
+__all__ = ["border_matrix", "fill", "fill_backward"]
+
+SIDES: tuple[Any, ...] = (slice(None), slice(0, 1), slice(-1, None))  # of an axis: all pixels, the first, the last
 
 
-def _sides(dims: int) -> Iterator[tuple[int, tuple[Any, ...]]]:
-    """The whole map, its borders and corners, as slices and with their signs in the inclusion-exclusion formula.
+def border_matrix(dims: int) -> Annotated[Tensor, "3^D 3^D"]:
+    """What each side of a map lacks: sides by positions of the kernel, with the signs of inclusion and exclusion.
 
-    The slices select, of the map, the pixels that lack neighbours, and of the kernel, the positions of these.
+    Args:
+        dims: D, the number of axes.
+
+    Example:
+        >>> border_matrix(1)  # all pixels see three positions, but the first and the last lack one each
+        tensor([[ 1.,  1.,  1.],
+                [-1., -0., -0.],
+                [-0., -0., -1.]])
     """
-    whole, first, last = slice(None), slice(0, 1), slice(-1, None)
-    for sides in product((whole, first, last), repeat=dims):
-        yield (-1) ** (dims - sides.count(whole)), sides
+    return reduce(torch.kron, [torch.tensor([[1.0, 1, 1], [-1, 0, 0], [0, 0, -1]])] * dims)
 
 
 def fill(
@@ -27,22 +36,26 @@ def fill(
     values: Annotated[Tensor, "C"],
     weight: Annotated[Tensor, "O C *K"],
     bias: Annotated[Tensor, "O"],
+    borders: Annotated[Tensor, "3^D 3^D"],
 ) -> None:
     """Writes the (zero-padded, 3x3 or 3x3x3) convolution of the map that holds ``values`` at each of its pixels."""
-    products = torch.einsum("oc...,c->o...", weight.to(values.dtype), values)
-    for sign, sides in _sides(out.ndim - 2):
-        total = products[..., *sides].flatten(1).sum(1).view(-1, *[1] * len(sides))
-        if sides.count(slice(None)) == len(sides):
-            out.copy_(total + bias.view_as(total))
-        else:
-            out[..., *sides] += sign * total
+    dims = out.ndim - 2
+    products = torch.einsum("ock,c->ok", weight.flatten(2).to(values.dtype), values)
+    everywhere, *sides = (products @ borders.mT).view(-1, len(borders), *[1] * dims).unbind(1)
+    out.copy_(everywhere + bias.view_as(everywhere))
+    _, *places = product(SIDES, repeat=dims)
+    for where, difference in zip(places, sides, strict=True):
+        out[..., *where].add_(difference)
 
 
-def fill_backward(grad: Annotated[Tensor, "B O *S"]) -> Annotated[Tensor, "O 3*"]:
+def fill_backward(
+    grad: Annotated[Tensor, "B O *S"], borders: Annotated[Tensor, "3^D 3^D"]
+) -> Annotated[Tensor, "O 3^D"]:
     """For each of the kernel's positions the gradient summed over the pixels whose neighbour there is in the map."""
-    dims, dtype = grad.ndim - 2, torch.promote_types(grad.dtype, torch.float32)
-    sums = torch.zeros(grad.shape[1], *[3] * dims, dtype=dtype, device=grad.device)
-    for sign, sides in _sides(dims):
-        total = grad[..., *sides].sum((0, *range(2, grad.ndim)), dtype=dtype)
-        sums[..., *sides] += sign * total.view(-1, *[1] * dims)
-    return sums
+    dtype = wide(grad)
+    # Axis by axis: its sum, its first and its last entry. The first sum reads the whole gradient, the others little.
+    sums = [grad.sum((0, 2), dtype=dtype), *(grad.select(2, end).sum(0, dtype=dtype) for end in (0, -1))]
+    totals = torch.stack(sums, dim=1)
+    for axis in range(2, grad.ndim - 1):
+        totals = torch.stack([totals.sum(axis), totals.select(axis, 0), totals.select(axis, -1)], dim=axis)
+    return totals.flatten(1) @ borders

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kaf_layer.diffusion.background import border_matrix
 from kaf_layer.diffusion.karatsuba import karatsuba_matrices
-from kaf_layer.diffusion.neighbours import find_rows
+from kaf_layer.diffusion.neighbours import closest, find_neighbours, find_rows
 from kaf_layer.diffusion.patches import memory_format, rows_to_map
 from kaf_layer.diffusion.pixels import pixels_to_map
 from kaf_layer.diffusion.rows import convolve_tokens, moments, wide
@@ -78,6 +79,7 @@ class KeypointDiffusion(nn.Module):
 
     before: Tensor
     after: Tensor
+    borders: Tensor
 
     def __init__(
         self,
@@ -102,6 +104,7 @@ class KeypointDiffusion(nn.Module):
         before, after = karatsuba_matrices(spatial_dims)
         self.register_buffer("before", before, persistent=False)
         self.register_buffer("after", after, persistent=False)
+        self.register_buffer("borders", border_matrix(spatial_dims), persistent=False)
 
     def forward(
         self,
@@ -151,12 +154,14 @@ class KeypointDiffusion(nn.Module):
     ) -> Tensor:
         cells, pixels = keypoints.cells(size), tokens.shape[0] * prod(size)
         weighted = weigh_tokens(tokens, keypoints, cells, size, reduce=self.reduce).flatten(0, 1).to(dtype)
-        index = find_rows(cells, size, every_pixel=every_pixel)
+        near = find_neighbours(cells, size, radius=1 if every_pixel else 2)
+        nearest = near if every_pixel else closest(*near)
+        index = find_rows(*nearest, size, every_pixel=every_pixel)
         rows = convolve_tokens(weighted, self.conv1.weight, index, count=pixels if every_pixel else index.numel())
         scale, shift = self._normalisation(rows, pixels=pixels)
         arguments = (rows, scale, shift, self.conv2.weight, self.conv2.bias)
         if not every_pixel:
-            return rows_to_map(*arguments, features, cells, (self.before, self.after), size)
+            return rows_to_map(*arguments, features, near, (self.before, self.after, self.borders), size)
         return _concatenate(features, pixels_to_map(*arguments, size, memory_format(features)))
 
     def _normalisation(self, rows: Tensor, *, pixels: int) -> tuple[Tensor, Tensor]:
@@ -173,7 +178,7 @@ class KeypointDiffusion(nn.Module):
             norm.running_var.lerp_(unbiased.detach().to(norm.running_var.dtype), norm.momentum)
             norm.num_batches_tracked.add_(1)
         scale = norm.weight * torch.rsqrt(var + norm.eps)
-        return scale, norm.bias + (bias - mean) * scale
+        return scale, torch.addcmul(norm.bias, bias - mean, scale)
 
 
 def _has_running_average(norm: Any) -> bool:

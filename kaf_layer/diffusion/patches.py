@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kaf_layer.diffusion.background import fill, fill_backward
-from kaf_layer.diffusion.neighbours import find_neighbours
 from kaf_layer.diffusion.rows import activate, activate_backward, from_kernel, to_kernel, wide
 
 __all__ = ["memory_format", "rows_to_map"]
@@ -26,8 +25,8 @@ def rows_to_map(
     weight: Annotated[Tensor, "O C *K"],
     bias: Annotated[Tensor, "O"],
     features: Annotated[Tensor, "B F *S"] | None,
-    cells: Annotated[Tensor, "B N"],
-    transforms: tuple[Annotated[Tensor, "6^D 3^D"], Annotated[Tensor, "5^D 6^D"]],
+    near: tuple[Annotated[Tensor, "5^D B N"], Annotated[Tensor, "5^D B N"]],
+    matrices: tuple[Annotated[Tensor, "6^D 3^D"], Annotated[Tensor, "5^D 6^D"], Annotated[Tensor, "3^D 3^D"]],
     size: Sequence[int],
 ) -> Annotated[Tensor, "B F+O *S"]:
     """``relu(rows * scale + shift)`` and the second convolution, written after the features.
@@ -39,11 +38,12 @@ def rows_to_map(
         weight: of the convolution.
         bias: of the convolution.
         features: a map that the result follows, channel after channel.
-        cells: of the keypoints.
-        transforms: those of :func:`~kaf_layer.diffusion.karatsuba.karatsuba_matrices`.
+        near: the cells around each keypoint, as :func:`~kaf_layer.diffusion.neighbours.find_neighbours` gives them.
+        matrices: those of :func:`~kaf_layer.diffusion.karatsuba.karatsuba_matrices`, then
+            :func:`~kaf_layer.diffusion.background.border_matrix`.
         size: the map's size.
     """
-    return _RowsToMap.apply(rows, scale, shift, weight, bias, features, cells, *transforms, size)
+    return _RowsToMap.apply(rows, scale, shift, weight, bias, features, *near, *matrices, size)
 
 
 def memory_format(features: Annotated[Tensor, "B F *S"] | None) -> torch.memory_format:
@@ -69,23 +69,24 @@ class _RowsToMap(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor,
         features: Tensor | None,
-        cells: Tensor,
+        index: Tensor,
+        inside: Tensor,
         before: Tensor,
         after: Tensor,
+        borders: Tensor,
         size: Sequence[int],
     ) -> Tensor:
         """Rows (9 * B * N + 1, C), a weight (O, C, 3, 3) and features (B, F, H, W) to a map (B, F + O, H, W)."""
-        ctx.save_for_backward(rows, scale, shift, weight, cells, before, after)
-        ctx.features, ctx.size = 0 if features is None else features.shape[1], size
-        before, after, kernel = (x.to(wide(rows)) for x in (before, after, to_kernel(weight)))
+        ctx.save_for_backward(rows, scale, shift, weight, index.int(), inside, before, after, borders)
+        ctx.features = 0 if features is None else features.shape[1]
+        before, after, borders, kernel = (x.to(wide(rows)) for x in (before, after, borders, to_kernel(weight)))
         background, spectra = _spectra(rows, scale, shift, before)
         spectra = _combine(before, kernel).mT @ spectra.mT
-        index, inside = find_neighbours(cells, size, radius=2)
-        patches = after @ spectra.unflatten(2, cells.shape).permute(1, 2, 0, 3)
+        patches = after @ spectra.unflatten(2, index.shape[1:]).permute(1, 2, 0, 3)
         patches *= inside.transpose(0, 1)
 
-        fused, diffused = _allocate(features, (cells.shape[0], weight.shape[0], *size), like=rows)
-        fill(diffused, background, weight, bias)
+        fused, diffused = _allocate(features, (index.shape[1], weight.shape[0], *size), like=rows)
+        fill(diffused, background, weight, bias, borders)
         pixels, patches = _by_sample(index, channels=weight.shape[0]), patches.transpose(0, 1).flatten(2)
         diffused.view(*diffused.shape[:2], -1).scatter_add_(2, pixels, patches.to(fused.dtype))
         return fused
@@ -94,12 +95,11 @@ class _RowsToMap(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of the rows, scale, shift, weight, bias and features."""
-        rows, scale, shift, weight, cells, before, after = ctx.saved_tensors
+        rows, scale, shift, weight, index, inside, before, after, borders = ctx.saved_tensors
         grad_features, grad = grad[:, : ctx.features] if ctx.features else None, grad[:, ctx.features :]
-        before, after, kernel = (x.to(wide(rows)) for x in (before, after, to_kernel(weight)))
+        before, after, borders, kernel = (x.to(wide(rows)) for x in (before, after, borders, to_kernel(weight)))
         # What the rows add to the background, ...
-        index, inside = find_neighbours(cells, ctx.size, radius=2)
-        patches = grad.flatten(2).gather(2, _by_sample(index, channels=grad.shape[1])).to(wide(rows))
+        patches = grad.flatten(2).gather(2, _by_sample(index.long(), channels=grad.shape[1])).to(wide(rows))
         patches = patches.unflatten(2, index.shape[::2]) * inside.transpose(0, 1)[:, None]
         patches = (after.mT @ patches).permute(2, 1, 0, 3).flatten(2).mT
         background, spectra = _spectra(rows, scale, shift, before)
@@ -107,14 +107,14 @@ class _RowsToMap(torch.autograd.Function):
         del spectra
         grad_hidden = _combine(before.mT, patches @ _combine(before, kernel).mT).flatten(0, 1)
         # ... and the background, everywhere.
-        sums = fill_backward(grad).flatten(1)
+        sums = fill_backward(grad, borders)
         grad_kernel += background[:, None] * sums.mT.flip(0)[:, None]
         grad_background = torch.einsum("kco,ok->c", kernel.flip(0), sums) - grad_hidden.sum(0)
 
         grad_hidden = torch.cat([grad_background[None], grad_hidden])
         grad_weight, grad_bias = from_kernel(grad_kernel, weight), sums[:, sums.shape[1] // 2]
         gradients = activate_backward(grad_hidden, rows, scale, shift)
-        return *gradients, grad_weight, grad_bias, grad_features, *[None] * 4
+        return *gradients, grad_weight, grad_bias, grad_features, *[None] * 6
 
 
 def _spectra(

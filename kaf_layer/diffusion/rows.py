@@ -79,7 +79,8 @@ class _Moments(torch.autograd.Function):
         """Rows (R + 1, C) and the number of pixels to (C,), (C,)."""
         values = rows.to(wide(rows))
         mean = values.sum(0) / pixels
-        var = ((values - mean).square_().sum(0) + (pixels - rows.shape[0]) * mean.square()) / pixels
+        squares = (values - mean).square_().sum(0)
+        var = torch.addcmul(squares, mean, mean, value=pixels - rows.shape[0]) / pixels
         ctx.save_for_backward(rows, mean)
         ctx.pixels = pixels
         return mean, var
@@ -89,7 +90,8 @@ class _Moments(torch.autograd.Function):
     def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor, None]:
         """The gradient of the rows."""
         rows, mean = ctx.saved_tensors
-        return torch.addcmul(grad_mean - 2 * mean * grad_var, rows, 2 * grad_var).div_(ctx.pixels), None
+        slope = grad_var * (2 / ctx.pixels)
+        return torch.addcmul(torch.addcmul(grad_mean / ctx.pixels, mean, slope, value=-1), rows, slope), None
 
 
 def activate(

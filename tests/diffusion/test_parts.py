@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kaf_layer.diffusion.background import fill, fill_backward
+from kaf_layer.diffusion.background import border_matrix, fill, fill_backward
 from kaf_layer.diffusion.karatsuba import karatsuba_matrices
 from kaf_layer.diffusion.neighbours import find_neighbours, find_rows
 
@@ -39,8 +39,9 @@ def test_neighbours(size: tuple[int, ...], radius: int) -> None:
 @pytest.mark.parametrize("every_pixel", [True, False])
 def test_each_pixel_has_one_row_where_a_keypoint_is_next_to_it(every_pixel: bool) -> None:
     size, cells = (3, 5), torch.randint(15, (2, 7))
-    rows = find_rows(cells, size, every_pixel=every_pixel)
-    index, inside = (x.flatten(1).mT for x in find_neighbours(cells, size, radius=1))
+    near = find_neighbours(cells, size, radius=1)
+    rows = find_rows(*near, size, every_pixel=every_pixel)
+    index, inside = (x.flatten(1).mT for x in near)
     assert rows.shape == (14, 9)
     row_of: dict[tuple[int, int], int] = {}
     for token, k in product(range(14), range(9)):
@@ -69,9 +70,10 @@ def test_the_background_is_torchs_convolution(size: tuple[int, ...]) -> None:
     constant = values.view(1, -1, *[1] * dims).expand(2, -1, *size)
     expected = convolve(constant, weight, bias, padding=1)
     out = torch.empty_like(expected)
-    fill(out, values, weight.detach(), bias)
+    borders = border_matrix(dims).double()
+    fill(out, values, weight.detach(), bias, borders)
     torch.testing.assert_close(out, expected.detach(), rtol=0, atol=1e-12)
     grad = torch.randn_like(out)
     expected.backward(grad)
-    actual = fill_backward(grad)[:, None] * values.view(1, -1, *[1] * dims)
+    actual = fill_backward(grad, borders).view(3, 1, *[3] * dims) * values.view(1, -1, *[1] * dims)
     torch.testing.assert_close(actual, weight.grad, rtol=0, atol=1e-12)
