@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kaf_layer.checks import check_counts, check_tokens
 from kaf_layer.keypoints import Keypoints
 from kaf_layer.linear import Linear, linear
 from kaf_layer.normalization import MaskedBatchNorm, Moments
@@ -56,6 +57,8 @@ class KeypointTransformer(nn.Module):
         super().__init__()
         if block not in get_args(BlockType):
             raise ValueError(f"block must be one of {get_args(BlockType)}, got {block=}")
+        check_counts(embed_dim=embed_dim, spatial_dims=spatial_dims)
+        check_counts(depth=depth, least=0)
         self.block: BlockType = block
         self.position_encoder = PositionEncoder(embed_dim, block=block, spatial_dims=spatial_dims)
         if block == "transformer":
@@ -73,10 +76,7 @@ class KeypointTransformer(nn.Module):
 
     def forward(self, tokens: Tokens, keypoints: Keypoints) -> Tokens:
         """Tokens (B, N, E) after all blocks; zero in slots that are not valid."""
-        if tokens.ndim != 3 or tokens.shape[:2] != keypoints.valid.shape:
-            raise ValueError(
-                f"tokens must be (B, N, E), one for each keypoint, got {tokens.shape=} and {keypoints.valid.shape=}"
-            )
+        check_tokens(tokens, keypoints, weight=self.position_encoder.out.weight.mT)
         valid = keypoints.valid[..., None]
         tokens = tokens.where(valid, 0.0) + self.position_encoder(keypoints)
         mask = key_mask(keypoints)
@@ -135,8 +135,9 @@ class PositionEncoder(nn.Module):
         return self.out(x)
 
     def _relative(self, keypoints: Keypoints) -> Annotated[Tensor, "B N D"]:
-        positions = keypoints.positions_in(keypoints.image_size).unbind(-1)
         sizes = keypoints.image_size[::-1]
+        axes = zip(keypoints.positions_in(keypoints.image_size).unbind(-1), sizes, strict=True)
+        positions = [p.clamp(-0.5, s - 0.5) for p, s in axes]
         longest = reduce(torch.sym_max, sizes)
         if self.block == "transformer":
             centred = [p + (1 - s) / 2 for p, s in zip(positions, sizes, strict=True)]
@@ -152,6 +153,7 @@ class Attention(nn.Module):
 
     def __init__(self, embed_dim: int, *, num_heads: int) -> None:
         super().__init__()
+        check_counts(embed_dim=embed_dim, num_heads=num_heads)
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim must be a multiple of num_heads, got {embed_dim=} and {num_heads=}")
         self.num_heads = num_heads

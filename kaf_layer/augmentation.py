@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from kornia.geometry import transform_points
 from torch import Tensor, nn
 
+from kaf_layer.checks import check_floats, check_keypoints, check_tensors
 from kaf_layer.keypoints import Keypoints
 
 __all__ = ["Augmented", "KeypointAugmentation", "invert_deformation", "move_keypoints"]
@@ -48,6 +49,7 @@ class KeypointAugmentation(nn.Module):
         - result: :class:`Augmented`; crops change the images' and the keypoints' ``image_size``.
 
     Raises:
+        TypeError: if images or labels are no tensors, or keypoints no :class:`~kaf_layer.Keypoints`.
         ValueError: for other transforms, or if images, keypoints and labels do not fit.
 
     Example:
@@ -162,9 +164,8 @@ def invert_deformation(
 
 
 def _sample(sources: Annotated[Tensor, "B 2 H W"], positions: Points) -> Points:
-    size = positions.new_tensor([sources.shape[3] - 1, sources.shape[2] - 1])
-    grid = (2 * positions / size - 1)[:, None].to(sources.dtype)
-    sampled = F.grid_sample(sources, grid, mode="bilinear", padding_mode="border", align_corners=True)
+    grid = _grid(positions, sources)[:, None].to(sources.dtype)
+    sampled = F.grid_sample(sources, grid, mode="bilinear", padding_mode="border", align_corners=False)
     return sampled[:, :, 0].mT.to(positions.dtype)
 
 
@@ -183,18 +184,27 @@ def _resample(labels: Annotated[Tensor, "B *1 H W"], sources: Annotated[Tensor, 
     """
     values = labels.reshape(len(labels), 1, *labels.shape[-2:]).to(sources.dtype)
     weight = sources[:, 2:]
-    size = weight.new_tensor([labels.shape[-1] - 1, labels.shape[-2] - 1])
-    grid = 2 * (sources[:, :2] / weight).movedim(1, 3) / size - 1
+    grid = _grid((sources[:, :2] / weight).movedim(1, 3), values)
     grid = grid.masked_fill((weight < 0.5).movedim(1, 3), -2.0)
-    result = F.grid_sample(values, grid, mode="nearest", padding_mode="zeros", align_corners=True)
+    result = F.grid_sample(values, grid, mode="nearest", padding_mode="zeros", align_corners=False)
     return result.reshape(*labels.shape[:-2], *result.shape[2:]).to(labels.dtype)
 
 
+def _grid(positions: Annotated[Tensor, "B *N 2"], values: Annotated[Tensor, "B C H W"]) -> Annotated[Tensor, "B *N 2"]:
+    """Positions as ``grid_sample`` takes them with ``align_corners=False``, which knows maps of one row."""
+    return (2 * positions + 1) / positions.new_tensor([values.shape[3], values.shape[2]]) - 1
+
+
 def _check(images: Tensor, keypoints: Keypoints, labels: Tensor | None) -> None:
+    check_floats(images=images)
+    check_keypoints(keypoints=keypoints)
     if images.ndim != 4 or tuple(images.shape[2:]) != tuple(keypoints.image_size) or len(images) != len(keypoints):
         raise ValueError(
             "images must be (B, C, H, W), the ones that the keypoints were detected on, "
             f"got {images.shape=}, {keypoints.image_size=} and {keypoints.positions.shape=}"
         )
-    if labels is not None and labels.shape not in (images.shape[:1] + images.shape[2:], images[:, :1].shape):
+    if labels is None:
+        return
+    check_tensors(labels=labels)
+    if labels.shape not in (images.shape[:1] + images.shape[2:], images[:, :1].shape):
         raise ValueError(f"labels must be (B, H, W) or (B, 1, H, W), got {labels.shape=} for {images.shape=}")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, fields, replace
+from numbers import Integral
 from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Keypoints", "check_features"]
+__all__ = ["Keypoints", "check_size"]
 
 
 @dataclass(eq=False)
@@ -19,7 +21,9 @@ class Keypoints:
 
     Slots that are not ``valid`` may hold anything, NaN included: they influence nothing.
     The class is a pytree, so it passes through ``torch.compile``, ``torch.export`` and
-    DDP. ``kp[i]`` is one sample, without the batch axis; :meth:`stack` joins samples.
+    DDP. ``kp[i]`` is one sample, without the batch axis; :meth:`stack` joins samples. What
+    takes a map's values, puts tokens into it or encodes positions clamps positions outside of the image
+    to its border, infinite ones too. A coordinate that is NaN in a valid slot counts as 0.
 
     Args:
         positions: (B, N, D) float, in pixels of the image, in ``(x, y)`` or ``(x, y, z)``
@@ -34,7 +38,7 @@ class Keypoints:
             take keypoints away from such a batch, use :meth:`where`.
 
     Raises:
-        ValueError: if a shape, or the type of ``positions`` or ``valid``, does not fit.
+        ValueError: if a shape, a size, or the type of ``positions`` or ``valid``, does not fit.
 
     Example:
         >>> positions = torch.tensor([[[3.0, 1.0], [0.0, 0.0]]])
@@ -63,6 +67,8 @@ class Keypoints:
             self._check(self.positions.shape[:-1])
 
     def _check(self, slots: torch.Size) -> None:
+        if not _is_size(self.image_size):
+            raise ValueError(f"image_size must hold whole numbers from 1, got {self.image_size!r}")
         if len(slots) not in (1, 2) or self.positions.shape[-1] != len(self.image_size):
             raise ValueError(
                 "positions must be (B, N, D), or (N, D) for one sample, with D coordinates for D axes of "
@@ -117,7 +123,9 @@ class Keypoints:
         Args:
             feature_size: the map's size in tensor order. Positions outside the image stay outside.
         """
+        check_size(feature_size, self)
         positions = self.positions.where(self.valid[..., None], 0.0)
+        positions = positions.nan_to_num(0.0, math.inf, -math.inf)
         positions = positions.to(torch.promote_types(positions.dtype, torch.float32))
         # Under a compiler sizes may be symbols, and a comparison would specialise the graph.
         if not torch.compiler.is_compiling() and tuple(feature_size) == tuple(self.image_size):
@@ -204,38 +212,23 @@ class Keypoints:
 torch.export.register_dataclass(Keypoints, serialized_type_name="kaf_layer.Keypoints")
 
 
-def check_features(features: Annotated[Tensor, "B C *S"], keypoints: Keypoints) -> None:
-    """Checks that a feature map can belong to the image that the keypoints were detected on.
+def check_size(size: Sequence[int], keypoints: Keypoints) -> None:
+    """Checks that a map may have a size.
 
     Raises:
-        ValueError: if the numbers of axes or the batch sizes differ, or if an axis of the map is
-            not the image's divided (or multiplied) by a whole number, rounded up or down. Under a
-            compiler sizes are not compared.
+        ValueError: if it has not one entry for each axis of the image, whole numbers from 1.
     """
-    size, image_size = features.shape[2:], keypoints.image_size
-    if len(size) != len(image_size) or keypoints.positions.ndim != 3:
+    if not _is_size(size) or len(size) != len(keypoints.image_size):
         raise ValueError(
-            f"features must be (B, C, *S) with the {len(image_size)} spatial axes of the keypoints' image, and "
-            f"positions (B, N, D), got {features.shape=} and {keypoints.positions.shape=}"
+            "the map's size must have one entry for each axis of the image, whole numbers from 1, "
+            f"got {size!r} for {keypoints.image_size=}"
         )
-    if features.shape[0] != keypoints.positions.shape[0]:  # len() would make the batch size a constant under export
-        raise ValueError(
-            "features and keypoints must have the same batch size, "
-            f"got {features.shape=} and {keypoints.positions.shape=}"
-        )
-    # Under a compiler sizes may be symbols, and each comparison would specialise the graph.
+
+
+def _is_size(size: object) -> bool:
+    """Whether it holds whole numbers from 1. Exporters put symbols in their place, which are not looked at."""
+    if not isinstance(size, Sequence) or isinstance(size, str):
+        return False
     if torch.compiler.is_compiling():
-        return
-    if not all(_is_scaled(s, f) for f, s in zip(size, image_size, strict=True)) and not all(
-        _is_scaled(f, s) for f, s in zip(size, image_size, strict=True)
-    ):
-        raise ValueError(
-            "features must be a map of the keypoints' image, each axis divided by a whole stride "
-            "(are H and W swapped, or does a convolution lack padding?), "
-            f"got {features.shape=} and {keypoints.image_size=}"
-        )
-
-
-def _is_scaled(large: int, small: int) -> bool:
-    """Whether ``small`` is ``large`` divided by a whole number, rounded up or down."""
-    return any(abs(large - small * stride) < stride for stride in (large // small, large // small + 1) if stride)
+        return True
+    return not any(isinstance(s, (str, float)) or (isinstance(s, Integral) and int(s) < 1) for s in size)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from kaf_layer.attention import BlockType, KeypointTransformer
+from kaf_layer.checks import check_counts, check_features, check_precision
 from kaf_layer.diffusion import KeypointDiffusion
-from kaf_layer.keypoints import Keypoints, check_features
+from kaf_layer.keypoints import Keypoints
 from kaf_layer.linear import Linear
 from kaf_layer.sampling import KeypointSampler, SamplingMode
 from kaf_layer.scattering import Reduce
@@ -51,8 +52,9 @@ class KAFLayer(nn.Module):
         fused_channels: the channels of the result.
 
     Raises:
-        ValueError: if an option is unknown, the features do not have ``in_channels`` channels or
-            are no map of the keypoints' image.
+        TypeError: if the features are no tensor or the keypoints no :class:`~kaf_layer.Keypoints`.
+        ValueError: if an option is unknown, or the features do not have ``in_channels`` channels, are no map of the
+            keypoints' image, or have neither the weights' type nor autocast to make it so.
 
     Example:
         >>> layer = KAFLayer(16, embed_dim=32, depth=2)
@@ -82,6 +84,7 @@ class KAFLayer(nn.Module):
     ) -> None:
         super().__init__()
         out_channels = in_channels if out_channels is None else out_channels
+        check_counts(in_channels=in_channels, out_channels=out_channels, embed_dim=embed_dim)
         if fusion not in get_args(FusionMode):
             raise ValueError(f"fusion must be one of {get_args(FusionMode)}, got {fusion=}")
         if fusion == "add" and out_channels != in_channels:
@@ -105,6 +108,7 @@ class KAFLayer(nn.Module):
     def forward(self, features: Annotated[Tensor, "B C *S"], keypoints: Keypoints) -> KAFOutput:
         """Fuses ``features`` (B, C, *S) with attention between ``keypoints``."""
         check_features(features, keypoints)
+        check_precision(self.embed.weight, features=features)
         if features.shape[1] != self.in_channels:
             raise ValueError(f"features must have {self.in_channels=} channels, got {features.shape=}")
         size = features.shape[2:]

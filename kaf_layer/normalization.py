@@ -26,7 +26,7 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, valid: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
         mask = valid[..., None]
-        values = x.to(weight.dtype)
+        values = x.to(_wide(weight))
         count = valid.sum()
         mean = (values * mask).sum((0, 1)) / count.clamp(min=1)
         centred = values - mean
@@ -34,19 +34,24 @@ class _Normalize(torch.autograd.Function):
         inverse_std = (variance + eps).rsqrt()
         ctx.save_for_backward(x, valid, weight, mean, inverse_std, count)
         ctx.mark_non_differentiable(mean, variance, count)
-        return (centred * (inverse_std * weight) + bias).to(x.dtype), mean, variance, count
+        # Where not valid, one valid slot, of variance zero, would make values that overflow in half precision.
+        return (centred * mask * (inverse_std * weight) + bias).to(x.dtype), mean, variance, count
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, valid, weight, mean, inverse_std, count = ctx.saved_tensors
         mask = valid[..., None]
-        gradient = gradient.to(weight.dtype) * mask
-        standard = (x.to(weight.dtype) - mean) * inverse_std
+        gradient = gradient.to(_wide(weight)) * mask
+        standard = (x.to(_wide(weight)) - mean) * inverse_std
         grad_bias, grad_weight = gradient.sum((0, 1)), (gradient * standard).sum((0, 1))
         shared = (grad_bias + standard * grad_weight) / count.clamp(min=1)
         grad_x = (gradient - shared * mask) * (inverse_std * weight)
-        return grad_x.to(x.dtype), None, grad_weight, grad_bias, None
+        return grad_x.to(x.dtype), None, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), None
+
+
+def _wide(weight: Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)
 
 
 class MaskedBatchNorm(nn.Module):

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from kaf_layer.keypoints import Keypoints, check_features
+from kaf_layer.checks import check_features, check_floats
+from kaf_layer.keypoints import Keypoints
 
 __all__ = ["KeypointSampler", "SamplingMode", "sample_keypoints"]
 
@@ -22,7 +23,8 @@ def sample_keypoints(
     Keypoints outside the image are clamped into the map.
 
     Args:
-        features: (B, C, *S), a map of the keypoints' image: each axis divided by a whole stride.
+        features: (B, C, *S), a map of the keypoints' image: each axis divided by a whole stride. For "nearest"
+            it may hold integers, such as labels.
         keypoints: N slots per sample.
         mode: "bilinear" interpolation (trilinear in 3-D), differentiable with respect to the
             positions, or the value of the "nearest" cell, as the authors' code takes it.
@@ -31,6 +33,7 @@ def sample_keypoints(
         (B, N, C), zero in slots that are not valid.
 
     Raises:
+        TypeError: if the features are no tensor or the keypoints no :class:`~kaf_layer.Keypoints`.
         ValueError: if the features are no map of the keypoints' image, or the mode is unknown.
 
     Example:
@@ -45,10 +48,11 @@ def sample_keypoints(
     if mode == "nearest":
         sampled = _gather(rows, keypoints.cells(features.shape[2:]))
     elif mode == "bilinear":
+        check_floats(features=features)
         sampled = _interpolate(rows, keypoints.positions_in(features.shape[2:]), features.shape[2:])
     else:
         raise ValueError(f"mode must be one of {get_args(SamplingMode)}, got {mode=}")
-    return sampled.where(keypoints.valid[..., None], 0.0)
+    return sampled.where(keypoints.valid[..., None], 0)
 
 
 def _gather(rows: Annotated[Tensor, "B P C"], index: Annotated[Tensor, "B N"]) -> Annotated[Tensor, "B N C"]:

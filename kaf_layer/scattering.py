@@ -9,14 +9,14 @@ from typing import Annotated, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from kaf_layer.keypoints import Keypoints
+from kaf_layer.checks import check_tokens
+from kaf_layer.keypoints import Keypoints, check_size
 
 __all__ = [
     "KeypointScatter",
     "Reduce",
     "batch_index",
     "check_reduce",
-    "check_tokens",
     "scatter_keypoints",
     "weigh_tokens",
 ]
@@ -37,6 +37,7 @@ def scatter_keypoints(
             its gradient goes to the maximum, in equal parts where several tokens attain it.
 
     Raises:
+        TypeError: if the tokens are no tensor or the keypoints no :class:`~kaf_layer.Keypoints`.
         ValueError: if the shapes do not fit, or ``reduce`` is unknown.
 
     Example:
@@ -45,7 +46,8 @@ def scatter_keypoints(
         tensor([[1.5000, 0.0000, 0.0000],
                 [0.0000, 0.0000, 4.0000]])
     """
-    check_tokens(tokens, keypoints, size)
+    check_tokens(tokens, keypoints)
+    check_size(size, keypoints)
     (batch, _, channels), pixels = tokens.shape, prod(size)
     cells = keypoints.cells(size)
     summands = weigh_tokens(tokens, keypoints, cells, size, reduce=reduce)
@@ -129,23 +131,6 @@ def check_reduce(reduce: str) -> None:
     """
     if reduce not in get_args(Reduce):
         raise ValueError(f"reduce must be one of {get_args(Reduce)}, got {reduce=}")
-
-
-def check_tokens(tokens: Annotated[Tensor, "B N C"], keypoints: Keypoints, size: Sequence[int]) -> None:
-    """Checks that there is a token for every slot, and that the map has the keypoints' axes.
-
-    Raises:
-        ValueError: if not.
-    """
-    if tokens.ndim != 3 or tokens.shape[:2] != keypoints.positions.shape[:-1]:
-        raise ValueError(
-            "tokens must be (B, N, C), one for each slot of the keypoints, "
-            f"got {tokens.shape=} and {keypoints.positions.shape=}"
-        )
-    if len(size) != keypoints.spatial_dims:
-        raise ValueError(
-            f"size must have one entry for each axis of the image, got {size=} and {keypoints.image_size=}"
-        )
 
 
 class KeypointScatter(nn.Module):

@@ -156,6 +156,27 @@ def test_labels_of_any_shape_and_type(shape: tuple[int, ...]) -> None:
     assert augment(torch.rand(2, 3, *SIZE), keypoints, labels).labels.equal(labels.flip(-2))
 
 
+@pytest.mark.parametrize("name", ["horizontal flip", "affine", "centre crop", "smooth elastic", "all"])
+def test_an_empty_batch(name: str) -> None:
+    keypoints = random_keypoints(SIZE, (2,))[:0]
+    augment = KeypointAugmentation(*TRANSFORMS[name])
+    whole = augment(torch.rand(2, 1, *SIZE), random_keypoints(SIZE, (2, 2)), torch.zeros(2, *SIZE))
+    images, moved, labels = augment(torch.rand(0, 1, *SIZE), keypoints, torch.zeros(0, *SIZE))
+    assert images.shape == (0, *whole.images.shape[1:])
+    assert labels.shape == (0, *whole.labels.shape[1:])
+    assert moved.valid.shape == (0, keypoints.valid.shape[1])
+    assert moved.image_size == whole.keypoints.image_size
+
+
+@pytest.mark.parametrize("size", [(1, 9), (9, 1), (2, 2), (1, 1)])
+def test_labels_of_one_row(size: tuple[int, int]) -> None:
+    labels = torch.arange(1, 1 + size[0] * size[1]).reshape(1, *size)
+    augment = KeypointAugmentation(K.RandomHorizontalFlip(p=1.0))
+    images, _, flipped = augment(labels[None].double(), random_keypoints(size, (1,)), labels)
+    assert flipped.equal(labels.flip(2))
+    assert images[0].equal(flipped.double())
+
+
 def test_errors() -> None:
     keypoints = random_keypoints(SIZE, (3, 0), dtype=torch.float32)
     with pytest.raises(ValueError, match="transforms must be"):

@@ -181,6 +181,64 @@ def test_a_batch_without_keypoints_is_finite(case: Case, module: nn.Module, trai
 
 
 @pytest.mark.parametrize("training", [False, True])
+def test_an_empty_batch(case: Case, module: nn.Module, training: bool) -> None:
+    """Gives an empty result of the right shape, gradients of zero, and leaves running statistics as they are."""
+    keypoints, statistics = case.keypoints(), {name: b.clone() for name, b in module.named_buffers()}
+    values = case.values(keypoints)
+    shapes = {name: value[:0].shape for name, value in case.run(module, values, keypoints).items()}
+    none = values[:0].clone().requires_grad_()
+    output = case.run(module.train(training), none, keypoints[:0])
+    assert {name: value.shape for name, value in output.items()} == shapes
+    sum(value.sum() for value in output.values()).backward()
+    assert none.grad is not None
+    assert all(p.grad is None or not p.grad.any() for p in module.parameters())
+    for name, buffer in module.named_buffers():
+        assert "num_batches" in name or buffer.equal(statistics[name])
+
+
+@pytest.mark.parametrize("method", ["rows", "hybrid", "dense"])
+def test_an_empty_batch_in_every_way_to_compute(method: str) -> None:
+    case = CASES["diffusion"]
+    module, keypoints = case.build().double(), case.keypoints()[:0]
+    module.method = method
+    features = torch.ones(0, 2, *MAP_2D, dtype=torch.float64)
+    assert module(case.values(keypoints), keypoints, MAP_2D, features=features).shape == (0, 5, *MAP_2D)
+    assert module.norm.running_mean.eq(0).all()
+    assert module.norm.running_var.eq(1).all()
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("far", [1e30, float("inf"), 25.0])
+def test_positions_outside_count_as_on_the_border(case: Case, module: nn.Module, far: float, training: bool) -> None:
+    keypoints = case.keypoints()
+    edge = torch.tensor(keypoints.image_size[::-1], dtype=torch.float64) - 0.5
+    inside = keypoints.positions.clone()
+    inside[:, ::2, 0], inside[:, 1::2, 1] = edge[0], -0.5
+    outside = inside.clone()
+    outside[:, ::2, 0], outside[:, 1::2, 1] = far, -far
+    module.train(training)
+    values = case.values(keypoints)
+    results = []
+    for positions in (inside, outside):
+        copy = case.build().double().train(training)
+        copy.load_state_dict(module.state_dict())
+        x = values.clone().requires_grad_()
+        output = case.run(copy, x, Keypoints(positions, keypoints.valid, keypoints.image_size))
+        sum(value.sin().sum() for value in output.values()).backward()
+        results.append(output | {"gradient": x.grad})
+    assert_equal(results[1], results[0])
+
+
+def test_a_coordinate_that_is_nan_counts_as_zero(case: Case, module: nn.Module) -> None:
+    keypoints = case.keypoints()
+    values, positions = case.values(keypoints), keypoints.positions.clone()
+    positions[:, ::2, 1] = float("nan")
+    expected = Keypoints(positions.nan_to_num(nan=0.0), keypoints.valid, keypoints.image_size)
+    actual = Keypoints(positions, keypoints.valid, keypoints.image_size)
+    assert_equal(case.run(module, values, actual), case.run(module, values, expected))
+
+
+@pytest.mark.parametrize("training", [False, True])
 def test_gradients(case: Case, module: nn.Module, training: bool) -> None:
     keypoints = case.keypoints((3, 0), slots=4)
     module.train(training)

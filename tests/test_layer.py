@@ -101,6 +101,16 @@ def test_weights_from_before_the_gain() -> None:
     assert not fresh.gain.any()
 
 
+@pytest.mark.parametrize("sampling", ["nearest", "bilinear"])
+def test_nearest_sampling_knows_no_more_than_the_cells(sampling: str) -> None:
+    layer = KAFLayer(4, sampling=sampling, **SMALL).eval()
+    cells = KEYPOINTS.cells((6, 10))
+    first_pixel = 2.0 * torch.stack([cells % 10, cells // 10], dim=-1)
+    here, there = (Keypoints(first_pixel + step, KEYPOINTS.valid, (12, 20)) for step in (0.0, 0.9))
+    tokens = [layer(map_of(4), keypoints).tokens for keypoints in (here, there)]
+    assert tokens[0].equal(tokens[1]) == (sampling == "nearest")
+
+
 def test_attention_is_long_range() -> None:
     """A change under one keypoint reaches the map around another, far from it."""
     layer = KAFLayer(4, **SMALL).eval()

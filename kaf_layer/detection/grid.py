@@ -8,6 +8,7 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
+from kaf_layer.checks import check_tensors
 from kaf_layer.keypoints import Keypoints
 
 __all__ = ["GridDetector"]
@@ -45,8 +46,10 @@ class GridDetector(nn.Module):
             images: only their shape, device and dtype matter; positions are at least float32.
 
         Raises:
+            TypeError: if the images are no tensor.
             ValueError: if there is no spatial axis, or their number is not that of the spacings.
         """
+        check_tensors(images=images)
         size = images.shape[2:]
         spacing = (self.spacing,) * len(size) if isinstance(self.spacing, (int, float)) else self.spacing
         if not size or len(spacing) != len(size):

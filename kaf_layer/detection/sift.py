@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kaf_layer.checks import check_tensors
 from kaf_layer.detection.descriptors import describe, orient
 from kaf_layer.detection.extrema import Extrema, find_extrema, locate, refine, select
 from kaf_layer.detection.scale_space import BORDER, ScaleSpace, double, scale_space
@@ -115,16 +116,20 @@ class SIFTDetector(nn.Module):
             and float32 for all others, whatever autocast says.
 
         Raises:
+            TypeError: if images are no tensor.
             ValueError: if images are not (B, 1 or 3, H, W), smaller than 6 pixels, or not finite. Only on a CPU
                 are values looked at: elsewhere an image that is not finite has no keypoints.
         """
-        if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
-            raise ValueError(f"images must be (B, C, H, W), B > 0, with one channel or three, got {images.shape=}")
+        check_tensors(images=images)
+        if images.ndim != 4 or images.shape[1] not in (1, 3):
+            raise ValueError(f"images must be (B, C, H, W), with one channel or three, got {images.shape=}")
         if min(images.shape[2:]) < SMALLEST:
             raise ValueError(
                 f"images must have at least {SMALLEST} x {SMALLEST} pixels: the first octave, twice as large, has a "
                 f"border of {BORDER} pixels without keypoints, got {images.shape=}"
             )
+        if images.shape[0] == 0:
+            return self(F.pad(images, (0, 0) * 3 + (0, 1)))[:0]
         static = images.device.type != "cpu" or torch.compiler.is_compiling()
         with torch.autocast(images.device.type, enabled=False):
             grey = self._grey(images, static=static)

@@ -10,14 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kaf_layer.checks import check_counts, check_floats, check_tokens
 from kaf_layer.diffusion.background import border_matrix
 from kaf_layer.diffusion.karatsuba import karatsuba_matrices
 from kaf_layer.diffusion.neighbours import closest, find_neighbours, find_rows
 from kaf_layer.diffusion.patches import memory_format, rows_to_map
 from kaf_layer.diffusion.pixels import pixels_to_map
 from kaf_layer.diffusion.rows import convolve_tokens, moments, wide
-from kaf_layer.keypoints import Keypoints
-from kaf_layer.scattering import Reduce, check_reduce, check_tokens, scatter_keypoints, weigh_tokens
+from kaf_layer.keypoints import Keypoints, check_size
+from kaf_layer.scattering import Reduce, check_reduce, scatter_keypoints, weigh_tokens
 
 __all__ = ["KeypointDiffusion", "cheapest_method"]
 
@@ -93,6 +94,7 @@ class KeypointDiffusion(nn.Module):
         super().__init__()
         if spatial_dims not in (2, 3):
             raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims=}")
+        check_counts(in_channels=in_channels, out_channels=out_channels, hidden_channels=hidden_channels)
         check_reduce(reduce)
         conv: Any = nn.Conv2d if spatial_dims == 2 else nn.Conv3d
         norm: Any = nn.BatchNorm2d if spatial_dims == 2 else nn.BatchNorm3d
@@ -124,13 +126,23 @@ class KeypointDiffusion(nn.Module):
                 concatenation: sparingly, without a copy of the result.
 
         Raises:
-            ValueError: if the shapes do not fit.
+            TypeError: if an argument is of another type.
+            ValueError: if the shapes do not fit, or the tokens have not the weights' type.
         """
-        check_tokens(tokens, keypoints, size)
-        if features is not None and (features.shape[0] != tokens.shape[0] or features.shape[2:] != tuple(size)):
-            raise ValueError(f"features must be (B, F, *size), got {features.shape=}, {tokens.shape=} and {size=}")
+        check_tokens(tokens, keypoints, weight=self.conv1.weight)
+        check_size(size, keypoints)
+        if features is not None:
+            check_floats(features=features)
+            if features.shape[0] != tokens.shape[0] or features.shape[2:] != tuple(size):
+                raise ValueError(f"features must be (B, F, *size), got {features.shape=}, {tokens.shape=} and {size=}")
+        needs_pixels = self.norm.training and isinstance(self.norm, nn.BatchNorm2d | nn.BatchNorm3d)
+        if needs_pixels and tokens.shape[0] * prod(size) == 1:
+            raise ValueError(
+                f"batch statistics need more than one pixel, got {tokens.shape=} and {size=}; call .eval()"
+            )
         method = self.method or cheapest_method(tokens.shape[1], size)
-        if method == "dense" or not _has_running_average(self.norm):
+        # An empty batch has no statistics, which torch's own modules know.
+        if method == "dense" or tokens.shape[0] == 0 or not _has_running_average(self.norm):
             return self._dense(tokens, keypoints, size, features)
         device = tokens.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
@@ -169,8 +181,6 @@ class KeypointDiffusion(nn.Module):
         norm, bias = self.norm, self.conv1.bias
         mean, var = norm.running_mean.to(wide(rows)), norm.running_var.to(wide(rows))
         if norm.training:
-            if pixels == 1:
-                raise ValueError(f"batch statistics need more than one pixel, got {pixels=}; call .eval()")
             mean, var = moments(rows, pixels)
             mean = mean + bias
             unbiased = var * (pixels / (pixels - 1))

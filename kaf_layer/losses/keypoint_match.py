@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import torch
 from torch import Tensor, nn
 
+from kaf_layer.checks import check_floats, check_keypoints
 from kaf_layer.keypoints import Keypoints
 from kaf_layer.losses.checks import refuse
 from kaf_layer.matching import KeypointMatcher, Matches
+from kaf_layer.matching.correspondence import check_matches
 
 __all__ = ["KeypointMatchLoss", "keypoint_match_loss"]
 
@@ -44,7 +47,7 @@ def keypoint_match_loss(
     positive = _total(of_a, matched) / matched.sum(dim=1).clamp(min=1)
     unmatched = alone_a.sum(dim=1) + alone_b.sum(dim=1)
     negative = (_total(of_a, alone_a) + _total(of_b, alone_b)) / unmatched.clamp(min=1)
-    return (positive_weight * positive + negative_weight * negative).mean()
+    return (positive_weight * positive + negative_weight * negative).sum() / torch.sym_max(cost.shape[0], 1)
 
 
 def _total(cost: Annotated[Tensor, "B N"], mask: Annotated[Tensor, "B N"]) -> Annotated[Tensor, "B"]:
@@ -60,7 +63,8 @@ class KeypointMatchLoss(nn.Module):
     .. math:: -\frac{w_+}{|M|} \sum_{(i, j) \in M} \log P_{ij}
         - \frac{w_-}{|I| + |J|} \left(\sum_{i \in I} \log P_{i, N_b + 1} + \sum_{j \in J} \log P_{N_a + 1, j}\right)
 
-    where a sum over nothing is zero. It is computed in float32, or float64 for float64 tokens.
+    where a sum or a mean over nothing is zero: so is the loss of an empty batch. It is computed in float32, or
+    float64 for float64 tokens.
 
     Args:
         embed_dim: E, the channels of a token.
@@ -78,7 +82,8 @@ class KeypointMatchLoss(nn.Module):
         - result: a scalar.
 
     Raises:
-        ValueError: if a shape does not fit, or matches name slots that do not exist or are not valid.
+        TypeError: if an argument is of another type.
+        ValueError: if a shape or type does not fit, or matches name slots that do not exist or are not valid.
 
     Example:
         >>> a = Keypoints(torch.rand(1, 3, 2) * 8, torch.ones(1, 3, dtype=torch.bool), (8, 12))
@@ -125,6 +130,9 @@ class KeypointMatchLoss(nn.Module):
 
 
 def _check(log_assignment: Tensor, keypoints_a: Keypoints, keypoints_b: Keypoints, matches: Matches) -> None:
+    check_floats(log_assignment=log_assignment)
+    check_keypoints(keypoints_a=keypoints_a, keypoints_b=keypoints_b)
+    check_matches(matches)
     (batch, slots_a), slots_b = keypoints_a.valid.shape, keypoints_b.valid.shape[-1]
     if log_assignment.shape != (batch, slots_a + 1, slots_b + 1):
         raise ValueError(

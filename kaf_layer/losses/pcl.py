@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kaf_layer.checks import check_floats, check_tensors
 from kaf_layer.losses.checks import refuse
 
 __all__ = ["PCLLoss", "pcl_loss"]
@@ -29,10 +30,12 @@ def pcl_loss(
         unit = F.normalize(embeddings.to(dtype), dim=-1)
         if gather_distributed and dist.is_available() and dist.is_initialized():
             unit, positions = _gather(unit, positions)
-        if unit.shape[0] * unit.shape[1] < 2:
+        if unit.shape[0] * unit.shape[1] == 1:
             raise ValueError(f"a contrast takes two embeddings (B * V) or more, got {embeddings.shape=}")
         similarity = unit.flatten(0, 1) @ unit.flatten(0, 1).T / temperature
-        position = positions.detach().repeat_interleave(unit.shape[1])
+        # As floating point: the differences of unsigned integers are no differences.
+        position = positions.detach().to(torch.promote_types(positions.dtype, torch.float32))
+        position = position.repeat_interleave(unit.shape[1])
         itself = torch.eye(len(position), dtype=torch.bool, device=position.device)
         positive = ((position[:, None] - position).abs() < threshold) & ~itself
         # An anchor's mean over its positives of log(exp(s_ip) / sum of exp(s_ia) over a != i).
@@ -52,7 +55,7 @@ class PCLLoss(nn.Module):
     .. math:: -\frac{1}{|\{i: P(i) \ne \emptyset\}|} \sum_i \frac{1}{|P(i)|} \sum_{p \in P(i)}
         \log \frac{\exp(s_{ip})}{\sum_{a \ne i} \exp(s_{ia})}
 
-    Without any positive it is zero. It is computed in float32 (float64 for float64 embeddings),
+    Without any positive, as for an empty batch, it is zero. It is computed in float32 (float64 for float64 embeddings),
     also under autocast. The authors' implementation multiplies it by ``temperature / 0.07``.
 
     Args:
@@ -68,7 +71,8 @@ class PCLLoss(nn.Module):
         - result: a scalar.
 
     Raises:
-        ValueError: if a shape does not fit, there are fewer than two embeddings, an option is out of
+        TypeError: if an argument is no tensor.
+        ValueError: if a shape or type does not fit, there is one embedding alone, an option is out of
             its range, values are not finite, or the processes' batch sizes differ.
 
     Example:
@@ -112,6 +116,8 @@ def _check_options(temperature: float, threshold: float) -> None:
 
 def _check(embeddings: Tensor, positions: Tensor, temperature: float, threshold: float) -> None:
     _check_options(temperature, threshold)
+    check_floats(embeddings=embeddings)
+    check_tensors(positions=positions)
     if embeddings.ndim != 3:
         raise ValueError(
             f"embeddings must be (B, V, E), views on axis 1 (unsqueeze a single one), got {embeddings.shape=}"

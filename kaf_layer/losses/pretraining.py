@@ -8,10 +8,12 @@ from typing import Annotated, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kaf_layer.checks import check_counts, check_floats, check_keypoints, check_precision
 from kaf_layer.keypoints import Keypoints
 from kaf_layer.losses.keypoint_match import KeypointMatchLoss
 from kaf_layer.losses.pcl import PCLLoss
 from kaf_layer.matching import Matches
+from kaf_layer.matching.correspondence import check_matches
 
 __all__ = ["KAFPretrainingLoss", "PretrainingLosses"]
 
@@ -35,8 +37,8 @@ class KAFPretrainingLoss(nn.Module):
        valid keypoints. An image without keypoints has a zero embedding, which is similar to nothing.
     3. matching: :class:`KeypointMatchLoss` of the same tokens after the MLP, before they are averaged.
 
-    The images come in pairs, image i of the first half of the batch with image i of the second half:
-    slices at similar positions, commonly neighbours in one volume, each augmented in its own way.
+    All are zero for an empty batch. The images come in pairs, image i of the first half of the batch with image i of
+    the second half: slices at similar positions, commonly neighbours in one volume, each augmented in its own way.
 
     Args:
         bottleneck_channels: C, of the encoder's last map.
@@ -60,6 +62,7 @@ class KAFPretrainingLoss(nn.Module):
         - result: :class:`PretrainingLosses`.
 
     Raises:
+        TypeError: if an input that a part needs is of another type.
         ValueError: if an input that a part needs is missing or does not fit, or weights make no sense.
 
     Example:
@@ -94,6 +97,7 @@ class KAFPretrainingLoss(nn.Module):
             raise ValueError(
                 f"the parts on keypoints need token_channels (else weigh them 0), got {token_channels=} and {weights=}"
             )
+        check_counts(bottleneck_channels=bottleneck_channels, embed_dim=embed_dim)
         self.weights = weights
         self.contrast = PCLLoss(temperature=temperature, threshold=threshold, gather_distributed=gather_distributed)
         self.projector = _mlp(bottleneck_channels, embed_dim) if weights[0] else None
@@ -115,6 +119,7 @@ class KAFPretrainingLoss(nn.Module):
         matches: Matches | None = None,
     ) -> PretrainingLosses:
         """Returns the total and its parts; what a part of weight zero would take may be left out."""
+        check_floats(bottleneck=bottleneck)
         tokens = [tokens] if isinstance(tokens, Tensor) else tokens
         parts = [torch.zeros((), device=bottleneck.device)] * 3
         if self.projector is not None:
@@ -137,7 +142,9 @@ def _mlp(in_channels: int, embed_dim: int) -> nn.Sequential:
 
 
 def _pooled(bottleneck: Annotated[Tensor, "2B C *S"], projector: nn.Sequential) -> Annotated[Tensor, "2B C"]:
-    channels = projector[0].in_features
+    weight = next(projector.parameters())
+    check_precision(weight, bottleneck=bottleneck)
+    channels = weight.shape[1]
     if bottleneck.ndim < 3 or bottleneck.shape[1] != channels:
         raise ValueError(f"bottleneck must be (2 B, C, *S) with {channels} channels, got {bottleneck.shape=}")
     return bottleneck.flatten(2).mean(dim=2)
@@ -147,7 +154,11 @@ def _merged(
     tokens: Sequence[Annotated[Tensor, "2B N E_i"]], keypoints: Keypoints, token_mlp: nn.Sequential
 ) -> Annotated[Tensor, "2B N E"]:
     """The tokens of all scales side by side, zero where not valid."""
-    shapes, channels = [tuple(scale.shape) for scale in tokens], token_mlp[0].in_features
+    check_keypoints(keypoints=keypoints)
+    weight = next(token_mlp.parameters())
+    for scale in tokens:
+        check_precision(weight, tokens=scale)
+    shapes, channels = [tuple(scale.shape) for scale in tokens], weight.shape[1]
     if any(shape[:-1] != keypoints.valid.shape for shape in shapes) or sum(shape[-1] for shape in shapes) != channels:
         raise ValueError(
             f"tokens must be (2 B, N, E_i), one for each keypoint, with {channels} channels together, "
@@ -164,6 +175,8 @@ def _masked_mean(tokens: Annotated[Tensor, "B N E"], keypoints: Keypoints) -> An
 def _halves(
     features: Annotated[Tensor, "2B N E"], keypoints: Keypoints, matches: Matches | None
 ) -> tuple[Tensor, Keypoints, Tensor, Keypoints, Matches]:
+    if matches is not None:
+        check_matches(matches)
     if matches is None or len(features) != 2 * len(matches.indices):
         samples = None if matches is None else len(matches.indices)
         raise ValueError(

@@ -8,9 +8,10 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
+from kaf_layer.checks import check_keypoints, check_tensors
 from kaf_layer.keypoints import Keypoints
 
-__all__ = ["Matches", "match_keypoints"]
+__all__ = ["Matches", "check_matches", "match_keypoints"]
 
 
 @dataclass(eq=False)
@@ -61,6 +62,17 @@ class Matches:
         return Matches(_among(self.indices, a.valid, b.valid), _among(self.inverse, b.valid, a.valid))
 
 
+def check_matches(matches: Matches) -> None:
+    """Checks that an argument is matches.
+
+    Raises:
+        TypeError: if it is no :class:`Matches`, or holds anything but tensors.
+    """
+    if not isinstance(matches, Matches):
+        raise TypeError(f"matches must be Matches, got {type(matches).__name__}")
+    check_tensors(**{"matches.indices": matches.indices, "matches.inverse": matches.inverse})
+
+
 torch.export.register_dataclass(Matches, serialized_type_name="kaf_layer.Matches")
 
 
@@ -81,6 +93,7 @@ def match_keypoints(a: Keypoints, b: Keypoints, *, max_distance: float = 30.0, m
         The partners of both sides, -1 where there is none and in slots that are not valid.
 
     Raises:
+        TypeError: if a or b are no :class:`~kaf_layer.Keypoints`.
         ValueError: if descriptors are missing, or image sizes, batch sizes or descriptors do not fit.
 
     Example:
@@ -136,16 +149,18 @@ def _at(values: Annotated[Tensor, "B N"], indices: Annotated[Tensor, "B M"], *, 
 
 def _descriptors(a: Keypoints, b: Keypoints) -> tuple[Tensor, Tensor]:
     """The descriptors of both, without gradient, zero where not valid."""
+    check_keypoints(a=a, b=b)
     if a.descriptors is None or b.descriptors is None:
         missing = [name for name, keypoints in (("a", a), ("b", b)) if keypoints.descriptors is None]
         raise ValueError(f"matching needs descriptors (detect with descriptors=True), got none in {missing}")
     # len(a) would make the batch size a constant under a compiler.
-    same_batch = a.positions.ndim == b.positions.ndim == 3 and a.positions.shape[0] == b.positions.shape[0]
-    if not same_batch or tuple(a.image_size) != tuple(b.image_size):
+    if a.positions.shape[0] != b.positions.shape[0] or tuple(a.image_size) != tuple(b.image_size):
         raise ValueError(
             "a and b must be batches of the same number of images of the same size, "
             f"got {a.positions.shape=}, {a.image_size=}, {b.positions.shape=}, {b.image_size=}"
         )
+    check_tensors(descriptors=a.descriptors)
+    check_tensors(descriptors=b.descriptors)
     if a.descriptors.shape[2] != b.descriptors.shape[2]:
         raise ValueError(f"descriptors must have one length, got {a.descriptors.shape=} and {b.descriptors.shape=}")
     dtype = torch.promote_types(a.descriptors.dtype, torch.float32)

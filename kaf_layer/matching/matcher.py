@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kaf_layer.attention import PositionEncoder, PropagationBlock, key_mask
+from kaf_layer.checks import check_counts, check_tokens
 from kaf_layer.keypoints import Keypoints
 from kaf_layer.matching.sinkhorn import log_sinkhorn
 
@@ -34,7 +35,8 @@ class KeypointMatcher(nn.Module):
           column and row are the dustbins, and slots that are not valid have -inf.
 
     Raises:
-        ValueError: if tokens do not fit their keypoints, or the batch sizes differ.
+        TypeError: if an argument is of another type.
+        ValueError: if tokens do not fit their keypoints or the weights' type, or the batch sizes differ.
 
     Example:
         >>> a = Keypoints(torch.rand(2, 5, 2) * 8, torch.ones(2, 5, dtype=torch.bool), (8, 12))
@@ -53,6 +55,8 @@ class KeypointMatcher(nn.Module):
         spatial_dims: int = 2,
     ) -> None:
         super().__init__()
+        check_counts(embed_dim=embed_dim, iterations=iterations)
+        check_counts(depth=depth, least=0)
         self.iterations = iterations
         self.position_encoder = PositionEncoder(embed_dim, block="propagation", spatial_dims=spatial_dims)
         self.blocks = nn.ModuleList(PropagationBlock(embed_dim, num_heads=num_heads) for _ in range(depth))
@@ -67,7 +71,10 @@ class KeypointMatcher(nn.Module):
         keypoints_b: Keypoints,
     ) -> Annotated[Tensor, "B N_a+1 N_b+1"]:
         """Log-probabilities of every pair, and of having no partner."""
-        _check(tokens_a, keypoints_a, tokens_b, keypoints_b)
+        check_tokens(tokens_a, keypoints_a, weight=self.out.weight, side="_a")
+        check_tokens(tokens_b, keypoints_b, weight=self.out.weight, side="_b")
+        if tokens_a.shape[0] != tokens_b.shape[0]:
+            raise ValueError(f"both sides must have the same batch size, got {tokens_a.shape=} and {tokens_b.shape=}")
         (a, valid_a, mask_a), (b, valid_b, mask_b) = (
             (self._encode(tokens, keypoints), keypoints.valid, key_mask(keypoints))
             for tokens, keypoints in ((tokens_a, keypoints_a), (tokens_b, keypoints_b))
@@ -86,13 +93,3 @@ class KeypointMatcher(nn.Module):
     def _encode(self, tokens: Annotated[Tensor, "B N E"], keypoints: Keypoints) -> Annotated[Tensor, "B N E"]:
         encoded: Tensor = self.position_encoder(keypoints)
         return tokens.masked_fill(~keypoints.valid[..., None], 0.0) + encoded
-
-
-def _check(tokens_a: Tensor, keypoints_a: Keypoints, tokens_b: Tensor, keypoints_b: Keypoints) -> None:
-    for tokens, keypoints in ((tokens_a, keypoints_a), (tokens_b, keypoints_b)):
-        if tokens.ndim != 3 or tokens.shape[:2] != keypoints.valid.shape:
-            raise ValueError(
-                f"tokens must be (B, N, E), one for each keypoint, got {tokens.shape=} and {keypoints.valid.shape=}"
-            )
-    if len(tokens_a) != len(tokens_b):
-        raise ValueError(f"both sides must have the same batch size, got {tokens_a.shape=} and {tokens_b.shape=}")

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
+from kaf_layer.checks import check_counts, check_floats
+
 __all__ = ["log_sinkhorn"]
 
 # Iterations on one exponentiated matrix. With a dustbin, one iteration changes a scaling by at most a factor of
@@ -40,7 +42,8 @@ def log_sinkhorn(
         no gradient.
 
     Raises:
-        ValueError: if a shape does not fit, or there is no iteration.
+        TypeError: if an argument is no tensor.
+        ValueError: if a shape or type does not fit, or there is no iteration.
 
     Example:
         >>> scores = torch.tensor([[[9.0, 0.0, 0.0], [0.0, 0.0, 9.0]]])  # 0 with 0, and 1 with 2
@@ -158,10 +161,10 @@ _sinkhorn.register_autograd(_backward, setup_context=_save)
 def _check(
     scores: Tensor, dustbin: Tensor, iterations: int, valid_a: Tensor | None, valid_b: Tensor | None
 ) -> torch.Size:
+    check_floats(scores=scores, dustbin=dustbin)
+    check_counts(iterations=iterations)
     if scores.ndim != 3 or dustbin.ndim != 0:
         raise ValueError(f"scores must be (B, M, N) and dustbin 0-d, got {scores.shape=} and {dustbin.shape=}")
-    if iterations < 1:
-        raise ValueError(f"iterations must be at least 1, got {iterations=}")
     for name, valid, shape in (("valid_a", valid_a, scores.shape[:2]), ("valid_b", valid_b, scores.shape[::2])):
         if valid is not None and (valid.shape != shape or valid.dtype != torch.bool):
             raise ValueError(f"{name} must be bool, {tuple(shape)}, got {valid.dtype=} and {valid.shape=}")

@@ -276,10 +276,19 @@ def test_images_that_are_not_finite():
         SIFTDetector()(images)
 
 
-@pytest.mark.parametrize("shape", [(8,), (8, 8), (1, 8, 8), (1, 0, 8, 8), (1, 2, 8, 8), (0, 1, 8, 8), (1, 1, 8, 8, 8)])
+@pytest.mark.parametrize("shape", [(8,), (8, 8), (1, 8, 8), (1, 0, 8, 8), (1, 2, 8, 8), (1, 1, 8, 8, 8)])
 def test_images_must_be_a_batch(shape):
-    with pytest.raises(ValueError, match=r"images must be \(B, C, H, W\), B > 0, with one channel or three"):
+    with pytest.raises(ValueError, match=r"images must be \(B, C, H, W\), with one channel or three"):
         SIFTDetector()(torch.zeros(shape))
+
+
+def test_an_empty_batch():
+    images = torch.zeros(0, 3, 16, 24, requires_grad=True)
+    keypoints = SIFTDetector(7)(images)
+    assert keypoints.valid.shape == (0, 7)
+    assert keypoints.descriptors.shape == (0, 7, 128)
+    assert keypoints.image_size == (16, 24)
+    assert torch.autograd.grad(keypoints.positions.sum(), images)[0].shape == images.shape
 
 
 def test_images_must_not_be_too_small():

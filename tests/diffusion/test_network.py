@@ -206,11 +206,12 @@ def test_it_exports_with_dynamic_shapes(training):
 
 @pytest.mark.parametrize("method", ["rows", "hybrid"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype, method):
+@pytest.mark.parametrize("fused", [True, False])
+def test_autocast(dtype, method, fused):
     size, keypoints = (12, 20), random_keypoints((24, 40), (9, 0, 4), dtype=torch.float32)
     module = make(size, dtype=torch.float32)
     module.method = method
-    tokens, features = torch.randn(3, 11, 6), torch.randn(3, 2, *size)
+    tokens, features = torch.randn(3, 11, 6), torch.randn(3, 2, *size) if fused else None
 
     def low(module, tokens, features):
         with torch.autocast("cpu", dtype):

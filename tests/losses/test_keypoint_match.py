@@ -80,6 +80,17 @@ def test_module_is_finite(sample: int) -> None:
         assert all(p.grad.abs().max() < 1e-12 for p in tokens)
 
 
+def test_empty_batch() -> None:
+    _, a, b, matches = example()
+    tokens = [torch.zeros(0, slots, 16, requires_grad=True) for slots in (7, 8)]
+    loss = KeypointMatchLoss(16, num_heads=2)
+    value = loss(tokens[0], a[:0], tokens[1], b[:0], Matches(matches.indices[:0], matches.inverse[:0]))
+    assert value == 0
+    value.backward()
+    assert all(token.grad is not None for token in tokens)
+    assert not any(p.grad.any() for p in loss.parameters() if p.grad is not None)
+
+
 def test_compiles() -> None:
     scores, *rest = example()
     log_assignment = log_sinkhorn(scores.detach(), scores.new_ones(()), valid_a=rest[0].valid, valid_b=rest[1].valid)

@@ -82,6 +82,29 @@ def test_without_positives() -> None:
     assert (embeddings.grad == 0).all()
 
 
+def test_slices_at_the_threshold_are_no_positives() -> None:
+    embeddings, _ = batch(3, 1)
+    positions = torch.tensor([0.25, 0.5, 9.0])
+    assert pcl_loss(embeddings, positions, threshold=0.25) == 0
+    assert pcl_loss(embeddings, positions, threshold=0.2501) > 0
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 4), (0, 1, 4), (3, 0, 4)])
+def test_empty_batch(shape: tuple[int, ...]) -> None:
+    embeddings = torch.zeros(shape, requires_grad=True)
+    loss = pcl_loss(embeddings, torch.zeros(shape[0]))
+    assert loss == 0
+    assert torch.autograd.grad(loss, embeddings)[0].shape == shape
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.bool, torch.float16])
+def test_positions_of_any_type(dtype: torch.dtype) -> None:
+    embeddings, _ = batch(4, 2)
+    positions = torch.tensor([1, 0, 3, 2]).to(dtype)
+    expected = naive(embeddings, positions.double(), 0.1, 1.5)
+    torch.testing.assert_close(pcl_loss(embeddings, positions, threshold=1.5), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("temperature", [0.1, 0.01])
 def test_low_precision(dtype: torch.dtype, temperature: float) -> None:

@@ -82,6 +82,17 @@ def test_weights_of_zero(weights: tuple[float, float, float]) -> None:
     assert all(grad is not None for grad in grads)  # no parameter that DDP would miss
 
 
+def test_empty_batch() -> None:
+    loss = loss_of((1.0, 1.0, 0.01))
+    bottleneck, positions, tokens, keypoints, matches = inputs()
+    none = Matches(matches.indices[:0], matches.inverse[:0])
+    losses = loss(bottleneck[:0], positions[:0], [scale[:0] for scale in tokens], keypoints[:0], none)
+    assert not any(losses)
+    losses.total.backward()
+    assert all(p.grad is None or not p.grad.any() for p in loss.parameters())
+    assert loss.projector[0].weight.grad is not None
+
+
 def test_compiles() -> None:
     torch.manual_seed(0)
     loss = KAFPretrainingLoss(12, 24, embed_dim=16, num_heads=2, matcher_depth=2).double()

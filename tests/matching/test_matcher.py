@@ -122,7 +122,9 @@ def test_compiles() -> None:
 def test_errors() -> None:
     matcher = KeypointMatcher(16, num_heads=2).double()
     tokens_a, a, tokens_b, b = inputs()
-    with pytest.raises(ValueError, match="one for each keypoint"):
+    with pytest.raises(ValueError, match="tokens_a must be"):
         matcher(tokens_b, a, tokens_a, b)
+    with pytest.raises(ValueError, match="tokens_b must be"):
+        matcher(tokens_a, a, tokens_a, b)
     with pytest.raises(ValueError, match="same batch size"):
         matcher(tokens_a, a, tokens_b[:2], b[:2])

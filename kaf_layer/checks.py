@@ -1,0 +1,186 @@
+"""Checks of arguments, which name the argument: of types and shapes alone, so that nothing waits for a device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from kaf_layer.keypoints import Keypoints
+
+__all__ = [
+    "check_counts",
+    "check_features",
+    "check_floats",
+    "check_keypoints",
+    "check_precision",
+    "check_tensors",
+    "check_tokens",
+]
+
+
+def check_tensors(**tensors: Tensor) -> None:
+    """Checks that arguments are tensors of real numbers.
+
+    Raises:
+        TypeError: if one is no tensor.
+        ValueError: if one is complex.
+
+    Example:
+        >>> check_tensors(features=None)
+        Traceback (most recent call last):
+            ...
+        TypeError: features must be a tensor, got NoneType
+    """
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        if value.is_complex():
+            raise ValueError(f"{name} must be real, got {value.dtype}")
+
+
+def check_floats(**tensors: Tensor) -> None:
+    """Checks that arguments are tensors of floating-point numbers.
+
+    Raises:
+        TypeError: if one is no tensor.
+        ValueError: if one is of another type.
+    """
+    check_tensors(**tensors)
+    for name, value in tensors.items():
+        if not value.is_floating_point():
+            raise ValueError(f"{name} must be floating point (call .float()), got {value.dtype}")
+
+
+def check_precision(weight: Tensor, **tensors: Tensor) -> None:
+    """Checks that arguments are tensors of the type of a module's weights, or that autocast will make them so.
+
+    Raises:
+        TypeError: if one is no tensor.
+        ValueError: if one is of another type.
+    """
+    check_floats(**tensors)
+    for name, value in tensors.items():
+        if value.dtype != weight.dtype and not _autocasts(value, weight):
+            raise ValueError(
+                f"{name} must be of the weights' type {weight.dtype} (call .to(), or the module within "
+                f"torch.autocast), got {value.dtype}"
+            )
+
+
+def _autocasts(value: Tensor, weight: Tensor) -> bool:
+    """Whether autocast brings a value and weights to one type: no double precision, nor another half precision."""
+    device = value.device.type
+    if not torch.is_autocast_enabled(device) or weight.dtype == torch.float64:
+        return False
+    return value.dtype in (torch.float32, torch.get_autocast_dtype(device))
+
+
+def check_counts(*, least: int = 1, **numbers: int) -> None:
+    """Checks that options are whole numbers, and large enough.
+
+    Raises:
+        ValueError: if one is not.
+
+    Example:
+        >>> check_counts(depth=-1, least=0)
+        Traceback (most recent call last):
+            ...
+        ValueError: depth must be a whole number, 0 or more, got depth=-1
+    """
+    for name, value in numbers.items():
+        if not isinstance(value, Integral) or value < least:
+            raise ValueError(f"{name} must be a whole number, {least} or more, got {name}={value!r}")
+
+
+def check_keypoints(**keypoints: Keypoints) -> None:
+    """Checks that arguments are batches of keypoints.
+
+    Raises:
+        TypeError: if one is no :class:`~kaf_layer.Keypoints`, or holds anything but tensors.
+        ValueError: if one has no batch axis.
+    """
+    for name, value in keypoints.items():
+        if not isinstance(value, Keypoints):
+            raise TypeError(f"{name} must be Keypoints, got {type(value).__name__}")
+        for field in (value.positions, value.valid):
+            if not isinstance(field, Tensor):
+                raise TypeError(f"{name} must hold tensors, got {type(field).__name__} for its positions or valid")
+        if value.positions.ndim != 3:
+            raise ValueError(f"{name} must be a batch, positions (B, N, D), got {value.positions.shape=}")
+
+
+def check_tokens(
+    tokens: Annotated[Tensor, "B N C"],
+    keypoints: Keypoints,
+    *,
+    weight: Annotated[Tensor, "* C *"] | None = None,
+    side: str = "",
+) -> None:
+    """Checks that there is a token for every slot of the keypoints.
+
+    Args:
+        tokens: of the keypoints.
+        keypoints: a batch of them.
+        weight: of the module that takes the tokens: the tokens must have its type, and as many channels.
+        side: what ends the arguments' names, such as "_a".
+
+    Raises:
+        TypeError: if an argument is of another type.
+        ValueError: if not.
+    """
+    check_floats(**{f"tokens{side}": tokens})
+    check_keypoints(**{f"keypoints{side}": keypoints})
+    if tokens.ndim != 3 or tokens.shape[:2] != keypoints.valid.shape:
+        raise ValueError(
+            f"tokens{side} must be (B, N, C), one for each slot of the keypoints, "
+            f"got {tokens.shape=} and {keypoints.valid.shape=}"
+        )
+    if weight is not None:
+        check_precision(weight, **{f"tokens{side}": tokens})
+        if tokens.shape[2] != weight.shape[1]:
+            raise ValueError(f"tokens{side} must have {weight.shape[1]} channels, got {tokens.shape=}")
+
+
+def check_features(features: Annotated[Tensor, "B C *S"], keypoints: Keypoints) -> None:
+    """Checks that a feature map can belong to the image that the keypoints were detected on.
+
+    Raises:
+        TypeError: if an argument is of another type.
+        ValueError: if the numbers of axes or the batch sizes differ, or if an axis of the map is
+            not the image's divided (or multiplied) by a whole number, rounded up or down. Under a
+            compiler sizes are not compared.
+    """
+    check_tensors(features=features)
+    check_keypoints(keypoints=keypoints)
+    size, image_size = features.shape[2:], keypoints.image_size
+    if len(size) != len(image_size):
+        raise ValueError(
+            f"features must be (B, C, *S) with the {len(image_size)} spatial axes of the keypoints' image, "
+            f"got {features.shape=} and {keypoints.image_size=}"
+        )
+    if features.shape[0] != keypoints.positions.shape[0]:  # len() would make the batch size a constant under export
+        raise ValueError(
+            "features and keypoints must have the same batch size, "
+            f"got {features.shape=} and {keypoints.positions.shape=}"
+        )
+    # Under a compiler sizes may be symbols, and each comparison would specialise the graph.
+    if torch.compiler.is_compiling():
+        return
+    if not _is_scaled(image_size, size) and not _is_scaled(size, image_size):
+        raise ValueError(
+            "features must be a map of the keypoints' image, each axis divided by a whole stride "
+            "(are H and W swapped, or does a convolution lack padding?), "
+            f"got {features.shape=} and {keypoints.image_size=}"
+        )
+
+
+def _is_scaled(large: Sequence[int], small: Sequence[int]) -> bool:
+    """Whether each axis of ``small`` is that of ``large`` divided by a whole number, rounded up or down."""
+    return all(
+        s > 0 and any(abs(a - s * stride) < stride for stride in (a // s, a // s + 1) if stride)
+        for a, s in zip(large, small, strict=True)
+    )
