@@ -37,8 +37,10 @@ MODULES = {
     "matching": ("matching/correspondence.py matching/matcher.py matching/sinkhorn.py", "matching test_checks.py"),
     "checks": ("checks.py", "test_checks.py test_keypoints.py"),
 }
-# Too slow for so many runs, or run where the mutant is not: in a compiler's graph or in other processes.
+# Too slow for so many runs, or run where the mutant is not: in other processes.
 LEFT_OUT = "not compile and not export and not processes and not cuda and not memory"
+UNTOUCHED = {"_gather", "_all_gather", "extra_repr"}  # functions that only run in other processes, or print
+LIBRARIES = {"torch", "F", "nn", "dist", "math"}
 OTHER: dict[type, list[type]] = {
     ast.Lt: [ast.LtE, ast.GtE], ast.LtE: [ast.Lt, ast.Gt], ast.Gt: [ast.GtE, ast.LtE], ast.GtE: [ast.Gt, ast.Lt],
     ast.Eq: [ast.NotEq], ast.NotEq: [ast.Eq], ast.Is: [ast.IsNot], ast.IsNot: [ast.Is], ast.In: [ast.NotIn],
@@ -46,26 +48,20 @@ OTHER: dict[type, list[type]] = {
     ast.FloorDiv: [ast.Mult], ast.Mod: [ast.FloorDiv], ast.Pow: [ast.Mult], ast.BitAnd: [ast.BitOr],
     ast.BitOr: [ast.BitAnd], ast.And: [ast.Or], ast.Or: [ast.And],
 }  # fmt: skip
-LIBRARIES = {"torch", "F", "nn", "dist", "math"}
-UNTOUCHED = {"_gather", "_all_gather", "extra_repr"}  # what only runs in other processes, or prints
 
 
 def replacements(node: ast.AST) -> Iterator[ast.AST]:
     """What may stand in a node's place."""
-    operator = node.ops[0] if isinstance(node, ast.Compare) else getattr(node, "op", None)
-    for other in OTHER.get(type(operator), []):
+    if isinstance(node, ast.Compare):
+        yield from (ast.Compare(node.left, [o(), *node.ops[1:]], node.comparators) for o in OTHER[type(node.ops[0])])
+    elif isinstance(node, ast.BinOp | ast.BoolOp) and type(node.op) in OTHER:
         mutant = copy.copy(node)
-        if isinstance(node, ast.Compare):
-            mutant.ops = [other(), *node.ops[1:]]
-        else:
-            mutant.op = other()
+        mutant.op = OTHER[type(node.op)][0]()
         yield mutant
-    if isinstance(node, ast.UnaryOp):
+    elif isinstance(node, ast.UnaryOp):
         yield node.operand
-    elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
-        yield ast.Constant(not node.value)
     elif isinstance(node, ast.Constant) and isinstance(node.value, int | float):
-        yield ast.Constant(node.value + 1)
+        yield ast.Constant(not node.value if isinstance(node.value, bool) else node.value + 1)
     elif isinstance(node, ast.IfExp):
         yield ast.IfExp(node.test, node.orelse, node.body)
     elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
@@ -79,15 +75,14 @@ def replacements(node: ast.AST) -> Iterator[ast.AST]:
 
 def places(tree: ast.AST) -> Iterator[tuple[ast.AST, str, int | None]]:
     """Where a node may be replaced: in which node, in which field, at which index. Messages and types are left out."""
-    if getattr(tree, "name", None) in UNTOUCHED:
+    if isinstance(tree, ast.Raise | ast.JoinedStr) or getattr(tree, "name", None) in UNTOUCHED:
         return
     for field, value in ast.iter_fields(tree):
-        if field in ("annotation", "returns", "decorator_list") or isinstance(value, ast.Raise | ast.JoinedStr):
-            continue
-        for index, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
-            if isinstance(child, ast.AST) and not isinstance(child, ast.Raise | ast.JoinedStr):
-                yield tree, field, index
-                yield from places(child)
+        if field not in ("annotation", "returns", "decorator_list"):
+            for index, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
+                if isinstance(child, ast.AST):
+                    yield tree, field, index
+                    yield from places(child)
 
 
 def mutants(tree: ast.Module) -> Iterator[tuple[str, ast.Module]]:
@@ -97,8 +92,7 @@ def mutants(tree: ast.Module) -> Iterator[tuple[str, ast.Module]]:
         node = whole if index is None else whole[index]
         for other in replacements(node):
             setattr(parent, field, other if index is None else [*whole[:index], other, *whole[index + 1 :]])
-            before, after = (ast.unparse(ast.fix_missing_locations(copy.copy(n))) for n in (node, other))
-            yield f"{getattr(node, 'lineno', '?')}: {before}  ->  {after}", copy.deepcopy(tree)
+            yield f"{node.lineno}: {ast.unparse(node)}  ->  {ast.unparse(other)}", copy.deepcopy(tree)
             setattr(parent, field, whole)
 
 
@@ -119,40 +113,18 @@ class Mutated(SourceFileLoader, MetaPathFinder):
 
 def survives(path: Path, tree: ast.Module, tests: str, timeout: float) -> bool:
     """Whether the tests pass with this in the file's place."""
-    child = os.fork()
-    if child == 0:
+    if (child := os.fork()) == 0:
         os.setpgid(0, 0)
-        null = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):
-            os.dup2(null, stream)
+            os.dup2(os.open(os.devnull, os.O_RDWR), stream)
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         sys.meta_path.insert(0, Mutated(name, str(path), tree))
         files = [str(path), *(str(ROOT / "tests" / file) for file in tests.split())]
-        os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-k", LEFT_OUT, *files])))
-    descriptor = os.pidfd_open(child)
-    finished, _, _ = select.select([descriptor], [], [], timeout)
-    os.close(descriptor)
-    if not finished:
+        options = ["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+        os._exit(int(pytest.main([*options, "-k", LEFT_OUT, *files])))
+    if not select.select([os.pidfd_open(child)], [], [], timeout)[0]:
         os.killpg(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
-
-def examine(module: str, sample: int, seed: int, timeout: float) -> None:
-    """Prints how many of a module's mutants are noticed, and the others."""
-    start, (files, tests), found = time.monotonic(), MODULES[module], []
-    for file in files.split():
-        path = ROOT / "kaf_layer" / file
-        tree = ast.parse(path.read_text())
-        if not survives(path, tree, tests, timeout):
-            sys.exit(f"{file}: its tests fail, or take longer than {timeout} s, without any fault")
-        found += [(path, f"{file}:{line}", mutant) for line, mutant in mutants(tree)]
-    chosen = random.Random(seed).sample(found, min(sample or len(found), len(found)))
-    survivors = [line for path, line, mutant in chosen if survives(path, mutant, tests, timeout)]
-    seconds, noticed = time.monotonic() - start, len(chosen) - len(survivors)
-    print(
-        f"{module}: {noticed} of {len(chosen)} noticed, of {len(found)} possible ones, in {seconds:.0f} s", flush=True
-    )
-    print("".join(f"    {line}\n" for line in survivors), end="", flush=True)
 
 
 def main() -> None:
@@ -163,7 +135,21 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=300, help="seconds after which a mutant counts as noticed")
     arguments = parser.parse_args()
     for module in arguments.modules:
-        examine(module, arguments.sample, arguments.seed, arguments.timeout)
+        (files, tests), start, found = MODULES[module], time.monotonic(), []
+        for path in (ROOT / "kaf_layer" / file for file in files.split()):
+            tree = ast.parse(path.read_text())
+            if not survives(path, tree, tests, arguments.timeout):
+                sys.exit(f"{path.name}: its tests fail, or take too long, without any fault")
+            found += [(path, f"{path.name}:{line}", mutant) for line, mutant in mutants(tree)]
+        drawn = random.Random(arguments.seed).sample(found, min(arguments.sample or len(found), len(found)))
+        alive = [line for path, line, mutant in drawn if survives(path, mutant, tests, arguments.timeout)]
+        share, seconds = f"{len(drawn) - len(alive)} of {len(drawn)}", time.monotonic() - start
+        print(
+            f"{module}: {share} noticed, of {len(found)} possible ones, in {seconds:.0f} s",
+            *alive,
+            sep="\n    ",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
