@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 HAS_TORCH := $(shell $(PYTHON) -c "import torch; print('yes')" 2>/dev/null)
 
-.PHONY: test demo benchmarks lint types build clean
+.PHONY: test mutants demo benchmarks lint types build clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -17,6 +17,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 test: $(VENV)/.installed  ## run all tests and doctests, with branch coverage
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term --cov-fail-under=95
+
+mutants: $(VENV)/.installed  ## small faults in the package, of which the tests should notice nine in ten; half an hour
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py
 
 demo: $(VENV)/.installed  ## train a UNet and a KAF-UNet on synthetic volumes, compare them, draw outputs/demo.png
 	$(BIN)/python -m examples.protocol.demo

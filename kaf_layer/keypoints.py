@@ -21,9 +21,10 @@ class Keypoints:
 
     Slots that are not ``valid`` may hold anything, NaN included: they influence nothing.
     The class is a pytree, so it passes through ``torch.compile``, ``torch.export`` and
-    DDP. ``kp[i]`` is one sample, without the batch axis; :meth:`stack` joins samples. What
-    takes a map's values, puts tokens into it or encodes positions clamps positions outside of the image
-    to its border, infinite ones too. A coordinate that is NaN in a valid slot counts as 0.
+    DDP. ``kp[i]`` is one sample, without the batch axis; :meth:`stack` joins samples.
+
+    Sampling, attention and diffusion clamp positions outside of the image, infinite ones too, to its border.
+    In a valid slot a coordinate that is NaN counts as 0.
 
     Args:
         positions: (B, N, D) float, in pixels of the image, in ``(x, y)`` or ``(x, y, z)``

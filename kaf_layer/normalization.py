@@ -29,13 +29,13 @@ class _Normalize(torch.autograd.Function):
         values = x.to(_wide(weight))
         count = valid.sum()
         mean = (values * mask).sum((0, 1)) / count.clamp(min=1)
-        centred = values - mean
-        variance = (centred.square() * mask).sum((0, 1)) / count.clamp(min=1)
+        # Zero where not valid: of one valid slot, whose variance is zero, large values would come there.
+        centred = (values - mean) * mask
+        variance = centred.square().sum((0, 1)) / count.clamp(min=1)
         inverse_std = (variance + eps).rsqrt()
         ctx.save_for_backward(x, valid, weight, mean, inverse_std, count)
         ctx.mark_non_differentiable(mean, variance, count)
-        # Where not valid, one valid slot, of variance zero, would make values that overflow in half precision.
-        return (centred * mask * (inverse_std * weight) + bias).to(x.dtype), mean, variance, count
+        return (centred * (inverse_std * weight) + bias).to(x.dtype), mean, variance, count
 
     @staticmethod
     @once_differentiable
