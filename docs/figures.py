@@ -2,7 +2,7 @@
 
     python -m docs.figures
 
-The network behind the first two is trained on the task of ``benchmarks/context_task.py``, for a few minutes on one core.
+The network behind the first two is trained on the task of ``benchmarks/context_task.py``: minutes on one core.
 """
 
 from pathlib import Path
@@ -58,11 +58,15 @@ def accuracy(network: KAFUNet, task: Task) -> float:
     return (right.sum((1, 2)) > (task.labels != IGNORED).sum((1, 2)) / 2).float().mean().item()
 
 
+def nearest(keypoints: Keypoints, position: Tensor) -> int:
+    """The slot of the keypoint of one sample that is nearest to a position, (x, y)."""
+    distance = (keypoints.positions - position).norm(dim=-1)
+    return int(distance.masked_fill(~keypoints.valid, torch.inf).argmin())
+
+
 def target_slot(task: Task) -> int:
     """The keypoint next to the target of a single image."""
-    y, x = (task.labels[0] != IGNORED).nonzero().float().mean(0)
-    distance = (task.keypoints.positions[0] - torch.stack([x, y])).norm(dim=-1)
-    return int(distance.masked_fill(~task.keypoints.valid[0], torch.inf).argmin())
+    return nearest(task.keypoints[0], (task.labels[0] != IGNORED).nonzero().float().mean(0).flip(0))
 
 
 @torch.no_grad()
@@ -182,7 +186,7 @@ def draw_phantoms() -> dict[str, Figure]:
     edges = F.unfold(slices, 9, padding=4).unflatten(2, slices.shape[2:])  # the 81 values around each pixel
     edges = edges - edges.mean(1, keepdim=True)
     for axis, sample in zip(similar.subplots(1, 4), range(0, 8, 2), strict=True):
-        x, y = keypoints.positions[sample, 0].tolist()
+        x, y = keypoints.positions[sample, nearest(keypoints[sample], torch.tensor([56.0, 64.0]))].tolist()
         similarity = self_similarity(edges[sample], (x, y), keypoints.image_size)
         draw_similarity(axis, slices[sample, 0], similarity, (x, y))
     return {"keypoints": found, "matches": matched, "similarity": similar}
@@ -198,7 +202,7 @@ def main() -> None:
         figures = {"concept": draw_concept(network, far[:1]), "attention": draw_reading(network, far)}
         figures |= draw_phantoms()
         for name, figure in figures.items():
-            figure.savefig(FOLDER / f"{name}.png", metadata={"Software": None})
+            figure.savefig(FOLDER / f"{name}.png", bbox_inches="tight", pad_inches=0.05)
             print(FOLDER / f"{name}.png")
 
 

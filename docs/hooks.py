@@ -56,9 +56,9 @@ def target(page: str, link: str) -> str:
 
 def published(path: str) -> str:
     """Where a path of the repository is on the site."""
-    if path.startswith("docs/"):
-        return path.removeprefix("docs/")
-    return f"repository/{path}" + (".md" if path.endswith(".py") else "")
+    if path.endswith(".py"):
+        return f"repository/{path}.md"
+    return path.removeprefix("docs/") if path.startswith("docs/") else f"repository/{path}"
 
 
 def publish(path: str, files: Files, config: Any, inclusion: InclusionLevel) -> File:
