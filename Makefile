@@ -5,14 +5,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 HAS_TORCH := $(shell $(PYTHON) -c "import torch; print('yes')" 2>/dev/null)
 
-.PHONY: test mutants demo benchmarks lint types build clean
+.PHONY: test mutants demo docs benchmarks lint types build clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(if $(HAS_TORCH),--system-site-packages) $(VENV)
 	$(if $(HAS_TORCH),grep -v "^torch==",cat) constraints.txt > $(VENV)/constraints.txt
 	$(BIN)/pip install --quiet -c $(VENV)/constraints.txt torch
-	$(BIN)/pip install --quiet -c $(VENV)/constraints.txt -e ".[dev]"
+	$(BIN)/pip install --quiet -c $(VENV)/constraints.txt -e ".[dev,docs]"
 	touch $@
 
 test: $(VENV)/.installed  ## run all tests and doctests, with branch coverage
@@ -23,6 +23,11 @@ mutants: $(VENV)/.installed  ## small faults in the package, of which the tests 
 
 demo: $(VENV)/.installed  ## train a UNet and a KAF-UNet on synthetic volumes, compare them, draw outputs/demo.png
 	$(BIN)/python -m examples.protocol.demo
+
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(VENV)/.installed  ## run the code on the pages, then build the site into outputs/site; any warning is an error
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_pages.py
+	$(BIN)/mkdocs build --strict
 
 benchmarks: export RESULTS := outputs/benchmarks
 benchmarks: $(VENV)/.installed  ## every benchmark at a small size, into outputs/benchmarks

@@ -8,6 +8,7 @@ from kaf_layer.scattering import KeypointScatter, scatter_keypoints
 from kaf_layer.diffusion import KeypointDiffusion
 from kaf_layer.layer import KAFLayer, KAFOutput
 from kaf_layer.encoder import KAFEncoder, KAFEncoderOutput
+from kaf_layer.recording import record_attention
 from kaf_layer.matching import KeypointMatcher, Matches, match_keypoints
 from kaf_layer.losses import KAFPretrainingLoss, KeypointMatchLoss, PCLLoss, PretrainingLosses
 from kaf_layer.augmentation import Augmented, KeypointAugmentation
@@ -28,6 +29,7 @@ __all__ = [
     "KAFOutput",
     "KAFEncoder",
     "KAFEncoderOutput",
+    "record_attention",
     "Matches",
     "match_keypoints",
     "KeypointMatcher",

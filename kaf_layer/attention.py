@@ -162,15 +162,26 @@ class Attention(nn.Module):
 
     def forward(self, tokens: Tokens, mask: Mask | None, source: Tokens | None = None) -> Tokens:
         """Tokens attend to ``source`` (themselves if None) where the mask says so."""
+        query, key, value = self._heads(tokens, source)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+    def weights(self, tokens: Tokens, mask: Mask | None, source: Tokens | None = None) -> Annotated[Tensor, "B H N M"]:
+        """The softmax that :meth:`forward` never holds: how much each token takes from each of the source."""
+        query, key, _ = self._heads(tokens, source)
+        scores = query * query.shape[-1] ** -0.5 @ key.mT
+        return (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(dim=-1)
+
+    def _heads(self, tokens: Tokens, source: Tokens | None) -> list[Annotated[Tensor, "B H N E/H"]]:
+        """Queries, keys and values, head by head."""
         if source is None:
-            query, key, value = self.qkv(tokens).chunk(3, dim=-1)
+            projected = self.qkv(tokens).chunk(3, dim=-1)
         else:
             size = tokens.shape[-1]
             query = linear(tokens, self.qkv.weight[:size], self.qkv.bias[:size])
             key, value = linear(source, self.qkv.weight[size:], self.qkv.bias[size:]).chunk(2, dim=-1)
-        query, key, value = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (query, key, value))
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return self.out(attended.transpose(1, 2).flatten(2))
+            projected = query, key, value
+        return [x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in projected]
 
 
 class TransformerBlock(nn.Module):

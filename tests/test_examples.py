@@ -1,4 +1,4 @@
-"""The examples: the paper's networks, the demo from data to pictures, and the README's code."""
+"""The examples: the paper's networks, and the demo from data to pictures."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,6 @@ from torch import nn
 from examples.fcn import FCN, KAFFCN
 from examples.unet import KAFUNet, Repeat, UNet, UNetC2
 
-ROOT = Path(__file__).parents[1]
 SMALL = {"embed_dim": 16, "depth": 1}
 KEYPOINTS = random_keypoints((32, 48), (9, 0), dtype=torch.float32)
 NETWORKS = {
@@ -78,10 +77,3 @@ def test_demo_needs_two_subjects(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         demo.main(["--subjects", "1"])
     assert "one subject to train on and one to test on" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("page", ["README.md", "docs/paper.md"])
-def test_pages_run_as_pasted(page: str) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
-    assert blocks
-    exec("\n".join(blocks), {})

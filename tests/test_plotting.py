@@ -7,6 +7,7 @@ from common import random_keypoints
 from kaf_layer import Keypoints, Matches
 from kaf_layer.plotting import (
     COLORS,
+    draw_attention,
     draw_image,
     draw_keypoints,
     draw_labels,
@@ -76,6 +77,27 @@ def test_similarity_covers_the_image(axes) -> None:
     assert axes.lines[0].get_xydata().tolist() == [[4.0, 5.0]]
 
 
+def test_attention_is_drawn_at_the_keypoints_and_averaged(axes) -> None:
+    sample = keypoints([[1.0, 2.0], [float("nan")] * 2, [3.0, 4.0], [5.0, 6.0]], [True, False, True, True])
+    weights = torch.zeros(2, 3, 4, 4)
+    weights[:, :, 2] = torch.tensor([0.5, 0.0, 0.2, 0.3])
+    weights[1, :, 2] = torch.tensor([0.7, 0.0, 0.2, 0.1])
+    drawn = draw_attention(axes, torch.rand(8, 12), sample, weights, query=2)
+    found = {tuple(p): v for p, v in zip(drawn.get_offsets().tolist(), drawn.get_array().tolist(), strict=True)}
+    assert found == {(1.0, 2.0): pytest.approx(0.6), (3.0, 4.0): pytest.approx(0.2), (5.0, 6.0): pytest.approx(0.2)}
+    assert drawn.get_offsets()[-1].tolist() == [1.0, 2.0]  # on top
+    assert axes.lines[0].get_xydata().tolist() == [[3.0, 4.0]]
+    one = draw_attention(figure.Figure().subplots(), torch.rand(8, 12), sample, weights[1, 0], query=2)
+    assert sorted(one.get_array().tolist()) == pytest.approx([0.1, 0.2, 0.7])
+
+
+@pytest.mark.parametrize("query", [-1, 1, 4])
+def test_attention_of_what_is_no_keypoint_is_refused(axes, query: int) -> None:
+    sample = keypoints([[1.0, 2.0], [0.0, 0.0], [3.0, 4.0], [5.0, 6.0]], [True, False, True, True])
+    with pytest.raises(ValueError, match=f"valid keypoint, got query={query} of 4 slots"):
+        draw_attention(axes, torch.rand(8, 12), sample, torch.rand(4, 4), query)
+
+
 def test_labels_and_images_of_any_kind(axes) -> None:
     labels = torch.zeros(8, 12, dtype=torch.uint8)
     labels[1:4, 2:5], labels[5:7, 6:9] = 1, 9  # more labels than colours
@@ -108,5 +130,7 @@ def test_what_does_not_fit_is_refused(axes) -> None:
         draw_matches(axes, image, batch[0], torch.rand(9, 12), batch[0], Matches(none, none))
     with pytest.raises(ValueError, match="of one pair"):
         draw_matches(axes, image, batch[0], image, batch[0], Matches(none[:, 1:], none))
+    with pytest.raises(ValueError, match=r"of the same keypoints, got weights.shape=torch.Size\(\[2, 3, 3\]\)"):
+        draw_attention(axes, image, batch[0], torch.rand(2, 3, 3), 0)
     with pytest.raises(ValueError, match="each axis of the map"):
         self_similarity(torch.rand(3, 4, 6), (1.0, 2.0, 3.0), (8, 12))

@@ -14,14 +14,17 @@ from kaf_layer.losses import KAFPretrainingLoss, KeypointMatchLoss, PCLLoss
 NAMES = {
     "kaf_layer": """
         Keypoints KeypointDetector SIFTDetector GridDetector KeypointSampler sample_keypoints KeypointTransformer
-        KeypointScatter scatter_keypoints KeypointDiffusion KAFLayer KAFOutput KAFEncoder KAFEncoderOutput Matches
-        match_keypoints KeypointMatcher PCLLoss KeypointMatchLoss KAFPretrainingLoss PretrainingLosses
-        KeypointAugmentation Augmented attach
+        KeypointScatter scatter_keypoints KeypointDiffusion KAFLayer KAFOutput KAFEncoder KAFEncoderOutput
+        record_attention Matches match_keypoints KeypointMatcher PCLLoss KeypointMatchLoss KAFPretrainingLoss
+        PretrainingLosses KeypointAugmentation Augmented attach
     """,
     "kaf_layer.detection": "GridDetector KeypointDetector SIFTDetector",
     "kaf_layer.interop": "AuthorsKeys KAFBackbone attach load_authors_state_dict",
     "kaf_layer.losses": """
         KAFPretrainingLoss KeypointMatchLoss PCLLoss PretrainingLosses keypoint_match_loss pcl_loss
+    """,
+    "kaf_layer.plotting": """
+        COLORS draw_attention draw_image draw_keypoints draw_labels draw_matches draw_similarity self_similarity
     """,
     "kaf_layer.matching": "KeypointMatcher Matches log_sinkhorn match_keypoints",
 }

@@ -1,0 +1,21 @@
+"""Keypoints, matches, attention, self-similarity and labels, drawn on matplotlib axes (the extra ``plot``).
+
+Each function draws on axes that the caller owns, so that figures are laid out, titled and saved as usual. Images
+and maps are tensors of any device, without a batch axis.
+"""
+
+from kaf_layer.plotting.attention import draw_attention
+from kaf_layer.plotting.image import COLORS, draw_image, draw_labels
+from kaf_layer.plotting.keypoints import draw_keypoints, draw_matches
+from kaf_layer.plotting.maps import draw_similarity, self_similarity
+
+__all__ = [
+    "COLORS",
+    "draw_attention",
+    "draw_image",
+    "draw_keypoints",
+    "draw_labels",
+    "draw_matches",
+    "draw_similarity",
+    "self_similarity",
+]
