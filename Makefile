@@ -1,9 +1,12 @@
 # Each target makes the environment it needs. A torch that $(PYTHON) already has (a CUDA build, say) is used as it
-# is; else constraints.txt pins the one we test with.
+# is, and so is its torchvision; else constraints.txt pins those we test with. A virtual environment's are not seen.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-HAS_TORCH := $(shell $(PYTHON) -c "import torch; print('yes')" 2>/dev/null)
+has = $(shell $(PYTHON) -c "import sys, $(1); sys.prefix == sys.base_prefix and print('yes')" 2>/dev/null)
+HAS_TORCH := $(call has,torch)
+# What they need is in the extra dev, except for torchvision, which must not bring a torch of its own.
+BACKBONES = dynamic-network-architectures segmentation-models-pytorch timm $(if $(call has,torchvision),,torchvision)
 
 .PHONY: test mutants demo docs benchmarks lint types build clean
 .DEFAULT_GOAL := test
@@ -13,6 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(if $(HAS_TORCH),grep -v "^torch==",cat) constraints.txt > $(VENV)/constraints.txt
 	$(BIN)/pip install --quiet -c $(VENV)/constraints.txt torch
 	$(BIN)/pip install --quiet -c $(VENV)/constraints.txt -e ".[dev,docs]"
+	$(BIN)/pip install --quiet --no-deps -c $(VENV)/constraints.txt $(BACKBONES)
 	touch $@
 
 test: $(VENV)/.installed  ## run all tests and doctests, with branch coverage
@@ -46,9 +50,10 @@ lint: $(VENV)/.installed  ## ruff: rules and format
 types: $(VENV)/.installed  ## mypy --strict on the package
 	$(BIN)/mypy
 
-build: $(VENV)/.installed  ## sdist and wheel, the wheel imported in an empty environment
+build: $(VENV)/.installed  ## sdist and wheel, checked, the wheel imported in an empty environment
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
 	$(PYTHON) -m venv --clear dist/venv
 	dist/venv/bin/pip install --quiet -c constraints.txt torch
 	dist/venv/bin/pip install --quiet -c constraints.txt dist/*.whl

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kaf_layer.checks import check_tensors
+from kaf_layer.detection.channels import ChannelRule, check_channels, one_channel, stretch
 from kaf_layer.detection.descriptors import describe, orient
 from kaf_layer.detection.extrema import Extrema, find_extrema, locate, refine, select
 from kaf_layer.detection.scale_space import BORDER, ScaleSpace, double, scale_space
@@ -54,6 +55,9 @@ class SIFTDetector(nn.Module):
             is OpenCV's default, whose keypoints all lie a quarter of a pixel too far right and down.
         normalize: stretch each image from its minimum and maximum to 0 and 1, as the paper does. Otherwise
             images are taken as they are, uint8 as 0 to 255 and others as 0 to 1.
+        channel: the number of the channel to look in; or ``"mean"``, the mean of all, with ``normalize`` each
+            stretched to 0 and 1 first, so that constant ones change nothing; or ``"rgb"``, grey by OpenCV's weights.
+            None means RGB for three channels, and the mean for any other number.
         orientations: ``"strongest"`` gives one keypoint per position. ``"all"`` repeats it for every
             direction of at least 80 % of the strongest, as OpenCV does.
         descriptors: whether to describe the keypoints.
@@ -82,6 +86,7 @@ class SIFTDetector(nn.Module):
         octave_layers: int = 3,
         upscale: Literal["precise", "opencv"] = "precise",
         normalize: bool = True,
+        channel: ChannelRule = None,
         orientations: Literal["strongest", "all"] = "strongest",
         descriptors: bool = True,
         root: bool = True,
@@ -93,6 +98,8 @@ class SIFTDetector(nn.Module):
             raise ValueError(f'upscale must be "precise" or "opencv", got {upscale=}')
         if orientations not in ("strongest", "all"):
             raise ValueError(f'orientations must be "strongest" or "all", got {orientations=}')
+        if channel not in (None, "rgb", "mean") and not (isinstance(channel, int) and channel >= 0):
+            raise ValueError(f'channel must be a number from 0, "rgb", "mean" or None, got {channel=}')
         self.max_keypoints = max_keypoints
         self.contrast_threshold = contrast_threshold
         self.edge_threshold = edge_threshold
@@ -100,6 +107,7 @@ class SIFTDetector(nn.Module):
         self.octave_layers = octave_layers
         self.upscale = upscale
         self.normalize = normalize
+        self.channel: ChannelRule = channel
         self.orientations = orientations
         self.descriptors = descriptors
         self.root = root
@@ -108,7 +116,8 @@ class SIFTDetector(nn.Module):
         """Detects and describes the keypoints of every image.
 
         Args:
-            images: (B, C, H, W), one channel or RGB, float or integer, of any range (see ``normalize``).
+            images: (B, C, H, W), float or integer, of any range (see ``normalize``) and any number of channels (see
+                ``channel``).
 
         Returns:
             keypoints with ``scores`` (the magnitude of the contrast), ``scales`` (the blur, in pixels: half of
@@ -117,12 +126,14 @@ class SIFTDetector(nn.Module):
 
         Raises:
             TypeError: if images are no tensor.
-            ValueError: if images are not (B, 1 or 3, H, W), smaller than 6 pixels, or not finite. Only on a CPU
-                are values looked at: elsewhere an image that is not finite has no keypoints.
+            ValueError: if images are not (B, C, H, W), lack the channels that ``channel`` needs, are smaller than 6
+                pixels, or are not finite. Only on a CPU are values looked at: elsewhere an image that is not finite has
+                no keypoints.
         """
         check_tensors(images=images)
-        if images.ndim != 4 or images.shape[1] not in (1, 3):
-            raise ValueError(f"images must be (B, C, H, W), with one channel or three, got {images.shape=}")
+        if images.ndim != 4:
+            raise ValueError(f"images must be (B, C, H, W), got {images.shape=}")
+        check_channels(self.channel, images)
         if min(images.shape[2:]) < SMALLEST:
             raise ValueError(
                 f"images must have at least {SMALLEST} x {SMALLEST} pixels: the first octave, twice as large, has a "
@@ -140,18 +151,15 @@ class SIFTDetector(nn.Module):
         return Keypoints(**values, image_size=tuple(images.shape[2:]))
 
     def _grey(self, images: Tensor, *, static: bool) -> Annotated[Tensor, "B H W"]:
-        grey = images.to(torch.promote_types(images.dtype, torch.float32))
-        if images.shape[1] == 3:
-            grey = 0.299 * grey[:, :1] + 0.587 * grey[:, 1:2] + 0.114 * grey[:, 2:]
-        grey = grey[:, 0]
+        values = images.to(torch.promote_types(images.dtype, torch.float32))
+        grey = one_channel(values, self.channel, normalize=self.normalize)
         finite = grey.isfinite().all(2).all(1)
         if not static and not finite.all():
             samples = (~finite).nonzero().flatten().tolist()
             raise ValueError(f"images must be finite, got NaN or infinity in {samples=} of {images.shape=}")
         grey = torch.where(finite[:, None, None], grey, 0.0)
         if self.normalize:
-            low, high = grey.amin((1, 2), keepdim=True), grey.amax((1, 2), keepdim=True)
-            return (grey - low) / torch.where(high > low, high - low, 1.0)
+            return stretch(grey, 1)
         return grey / 255 if images.dtype == torch.uint8 else grey
 
     def _detect(self, grey: Annotated[Tensor, "B H W"], *, static: bool) -> dict[str, Tensor]:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from kaf_layer.detection import KeypointDetector, SIFTDetector
-from kaf_layer.interop.submodules import dry_run, find_submodules, first_map, layer_key
+from kaf_layer.interop.submodules import (
+    arguments_of,
+    dry_run,
+    find_image,
+    find_submodules,
+    first_map,
+    has_channels_last,
+    layer_key,
+)
 from kaf_layer.keypoints import Keypoints
 from kaf_layer.layer import KAFLayer
 
@@ -25,6 +32,7 @@ def attach(
     detector: KeypointDetector | None = None,
     example: Tensor | tuple[Any, ...] | None = None,
     image: str | None = None,
+    channels_last: bool | Collection[str] | None = None,
     **options: Any,
 ) -> KAFBackbone:
     """Puts a KAF layer behind submodules of any network.
@@ -39,13 +47,17 @@ def attach(
             the first tensor in it is its map, and the others stay as they are.
         detector: finds keypoints in the image; ``SIFTDetector(descriptors=False)`` if None.
         example: the backbone's input, or a tuple of its inputs: it is run once, in evaluation mode without
-            gradients, to see the channels and the number of spatial axes.
+            gradients, to see the channels, where they are, and the number of spatial axes.
         image: the name of the argument of ``backbone.forward`` in which to detect; the first tensor if None.
+        channels_last: the names of the submodules whose maps are (B, *S, C), as in a Swin transformer; True for all,
+            False for none. None looks at the ``example``: where channels are as many as given, and the rest
+            has the image's size but for a stride. Without an example it is False.
         options: of each :class:`~kaf_layer.KAFLayer`.
 
     Raises:
         ValueError: if there is no such submodule (the message names the closest), one is named
-            twice, channels are neither given nor to be seen, or the backbone has an argument ``keypoints``.
+            twice, channels are neither given nor to be seen, or are not those given, channels of the example's map
+            may come first or last, or the backbone has an argument ``keypoints``.
 
     Example:
         >>> from kaf_layer import GridDetector
@@ -60,20 +72,37 @@ def attach(
     submodules = [submodules] if isinstance(submodules, str) else submodules
     wanted = dict(submodules) if isinstance(submodules, Mapping) else dict.fromkeys(submodules)
     modules = find_submodules(backbone, list(wanted))
-    shapes = {} if example is None else dry_run(backbone, modules, example)
+    last = _names(channels_last, wanted)
+    if example is not None:
+        args = example if isinstance(example, tuple) else (example,)
+        seen = find_image(image, arguments_of(backbone, image), args, {})
+        for name, shape in dry_run(backbone, modules, args).items():
+            if channels_last is None and has_channels_last(name, shape, channels=wanted[name], image=seen):
+                last.add(name)
+            count = shape[-1 if name in last else 1]
+            if wanted[name] not in (None, count):
+                raise ValueError(f"{name!r} must have the channels given, got {wanted[name]} for a map {shape}")
+            wanted[name] = count
+            options.setdefault("spatial_dims", len(shape) - 2)
     like = next((p for p in backbone.parameters() if p.is_floating_point()), torch.empty(0))
     layers = {}
     for name, channels in wanted.items():
-        if name in shapes:
-            channels, spatial_dims = shapes[name][1], len(shapes[name]) - 2
-            layers[name] = KAFLayer(channels, fusion="add", **{"spatial_dims": spatial_dims, **options}).to(like)
-        elif channels is not None:
-            layers[name] = KAFLayer(channels, fusion="add", **options).to(like)
-        else:
+        if channels is None:
             raise ValueError(f"give the channels of {name!r}, or an example to see them in, got {channels=}")
+        layers[name] = KAFLayer(channels, fusion="add", **options).to(like)
     if detector is None and any(layer.transformer.position_encoder.spatial_dims != 2 for layer in layers.values()):
         raise ValueError("SIFT is for 2-D images: give a detector, such as GridDetector(8), got detector=None")
-    return KAFBackbone(backbone, layers, detector=detector or SIFTDetector(descriptors=False), image=image)
+    detector = detector or SIFTDetector(descriptors=False)
+    return KAFBackbone(backbone, layers, detector=detector, image=image, channels_last=last)
+
+
+def _names(channels_last: bool | Collection[str] | None, wanted: Collection[str]) -> set[str]:
+    if channels_last is None or isinstance(channels_last, bool):
+        return set(wanted) if channels_last else set()
+    names = {channels_last} if isinstance(channels_last, str) else set(channels_last)
+    if not names <= set(wanted):
+        raise ValueError(f"channels_last must name submodules with a layer, got {channels_last=} for {list(wanted)}")
+    return names
 
 
 class KAFBackbone(nn.Module):
@@ -92,6 +121,7 @@ class KAFBackbone(nn.Module):
         layers: by the names of the submodules, each with ``fusion="add"``.
         detector: finds keypoints in the image.
         image: the name of the argument of ``backbone.forward`` that is the image; the first tensor if None.
+        channels_last: the names of the submodules whose maps are (B, *S, C).
 
     Raises:
         ValueError: in :func:`attach`'s cases; when called, if a submodule returns no map of the
@@ -113,23 +143,20 @@ class KAFBackbone(nn.Module):
         *,
         detector: KeypointDetector,
         image: str | None = None,
+        channels_last: Collection[str] = (),
     ) -> None:
         super().__init__()
-        arguments = list(inspect.signature(backbone.forward).parameters)
-        if "keypoints" in arguments:
-            raise ValueError(f"the backbone's own argument would be hidden by keypoints=, got {arguments=}")
-        if image is not None and image not in arguments:
-            raise ValueError(f"image must name an argument of the backbone, got {image=} and {arguments=}")
+        self._arguments = arguments_of(backbone, image)
         modules = find_submodules(backbone, list(layers))
         self.backbone = backbone
         self.layers = nn.ModuleDict({layer_key(name): layer for name, layer in layers.items()}).train(backbone.training)
         self.detector = detector
         self.image = image
         self.training = backbone.training
-        self._position = 0 if image is None else arguments.index(image)
         self._pass = _Pass()
         self._handles = [
-            module.register_forward_hook(_Fusion(name, self.layers, self._pass)) for name, module in modules.items()
+            module.register_forward_hook(_Fusion(name, self.layers, self._pass, last=name in channels_last))
+            for name, module in modules.items()
         ]
 
     def forward(self, *args: Any, keypoints: Keypoints | None = None, **kwargs: Any) -> Any:
@@ -143,7 +170,12 @@ class KAFBackbone(nn.Module):
         if self._pass.keypoints is not None:
             raise RuntimeError("another forward pass is under way, in another thread or around this one: use copies")
         if keypoints is None:
-            keypoints = self.detector(self._find_image(args, kwargs))
+            found = find_image(self.image, self._arguments, args, kwargs)
+            if found is None:
+                raise ValueError(
+                    f"there is no image to detect keypoints in: give {self.image or 'image'}= or keypoints="
+                )
+            keypoints = self.detector(found)
         self._pass.keypoints, self._pass.fused = keypoints, []
         try:
             output = self.backbone(*args, **kwargs)
@@ -159,15 +191,6 @@ class KAFBackbone(nn.Module):
             handle.remove()
         return self.backbone
 
-    def _find_image(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        if self.image is None:
-            found = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
-        else:
-            found = args[self._position] if self._position < len(args) else kwargs.get(self.image)
-        if not isinstance(found, Tensor):
-            raise ValueError(f"there is no image to detect keypoints in: give image= or keypoints=, got {found=}")
-        return found
-
 
 class _Pass:
     """What hooks share of the forward pass under way: its keypoints, and which submodules have been fused."""
@@ -180,8 +203,8 @@ class _Pass:
 class _Fusion:
     """A forward hook that fuses a submodule's map; a class, since closures cannot be pickled."""
 
-    def __init__(self, name: str, layers: nn.ModuleDict, state: _Pass) -> None:
-        self.name, self.layers, self.state = name, layers, state
+    def __init__(self, name: str, layers: nn.ModuleDict, state: _Pass, *, last: bool) -> None:
+        self.name, self.layers, self.state, self.last = name, layers, state, last
 
     def __call__(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
         keypoints = self.state.keypoints
@@ -197,8 +220,12 @@ class _Fusion:
         self.state.fused.append(self.name)
         leaves, spec = tree_flatten(output)
         index, features = first_map(self.name, leaves)
+        if self.last:
+            features = features.movedim(-1, 1)
         try:
-            leaves[index] = self.layers[layer_key(self.name)](features, keypoints).features
+            fused = self.layers[layer_key(self.name)](features, keypoints).features
         except ValueError as error:
-            raise ValueError(f"{self.name!r} must return a map of the image (B, C, *S): {error}") from error
+            axes = "(B, *S, C)" if self.last else "(B, C, *S), or be named in channels_last"
+            raise ValueError(f"{self.name!r} must return a map of the image {axes}: {error}") from error
+        leaves[index] = fused.movedim(1, -1) if self.last else fused
         return tree_unflatten(leaves, spec)

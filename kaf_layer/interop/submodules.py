@@ -3,18 +3,68 @@
 from __future__ import annotations
 
 import difflib
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["dry_run", "find_submodules", "first_map", "layer_key"]
+__all__ = ["arguments_of", "dry_run", "find_image", "find_submodules", "first_map", "has_channels_last", "layer_key"]
 
 
 def layer_key(name: str) -> str:
     """A submodule's name as a key of a ModuleDict."""
     return name.replace(".", "_")
+
+
+def find_image(
+    image: str | None, arguments: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Tensor | None:
+    """The argument named ``image``, or the first tensor among all arguments; None if that is no tensor."""
+    if image is None:
+        return next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
+    position = arguments.index(image)
+    found = args[position] if position < len(args) else kwargs.get(image)
+    return found if isinstance(found, Tensor) else None
+
+
+def arguments_of(backbone: nn.Module, image: str | None) -> list[str]:
+    """The names of the backbone's arguments, the image's among them."""
+    arguments = list(inspect.signature(backbone.forward).parameters)
+    if "keypoints" in arguments:
+        raise ValueError(f"the backbone's own argument would be hidden by keypoints=, got {arguments=}")
+    if image is not None and image not in arguments:
+        raise ValueError(f"image must name an argument of the backbone, got {image=} and {arguments=}")
+    return arguments
+
+
+def has_channels_last(name: str, shape: torch.Size, *, channels: int | None, image: Tensor | None) -> bool:
+    """Whether a map is (B, *S, C): by the number of its channels, if known, and by the image's size."""
+    first, last = channels in (None, shape[1]), channels in (None, shape[-1])
+    if image is None or image.ndim != len(shape):
+        return last and not first
+    fits_first = _fit(shape[2:], image.shape[2:]) if first else 0
+    fits_last = _fit(shape[1:-1], image.shape[2:]) if last else 0
+    if fits_first == fits_last > 0:
+        raise ValueError(
+            f"the map of {name!r} could be (B, C, *S) or (B, *S, C): give channels_last=True, False or the names "
+            f"of those whose channels come last, or an example with H != W, got {shape=} and {image.shape=}"
+        )
+    return fits_last > fits_first
+
+
+def _fit(size: torch.Size, image_size: torch.Size) -> int:
+    """How well a map's size is the image's: 3 if divided or multiplied by a number, 2 if rounded, 1 if by several."""
+    best = 0
+    for pairs in (list(zip(image_size, size, strict=True)), list(zip(size, image_size, strict=True))):
+        strides = [{s for s in range(1, a + 1) if abs(a - b * s) < s} for a, b in pairs]
+        if all(strides):
+            common = set.intersection(*strides)
+            exact = any(all(a == b * s for a, b in pairs) for s in common)
+            best = max(best, 1 + bool(common) + exact)
+    return best
 
 
 def first_map(name: str, leaves: list[Any]) -> tuple[int, Tensor]:
@@ -45,9 +95,7 @@ def find_submodules(backbone: nn.Module, names: list[str]) -> dict[str, nn.Modul
     return {name: modules[name] for name in names}
 
 
-def dry_run(
-    backbone: nn.Module, modules: dict[str, nn.Module], example: Tensor | tuple[Any, ...]
-) -> dict[str, torch.Size]:
+def dry_run(backbone: nn.Module, modules: dict[str, nn.Module], args: tuple[Any, ...]) -> dict[str, torch.Size]:
     """The shapes of the submodules' maps."""
     shapes: dict[str, torch.Size] = {}
 
@@ -62,7 +110,7 @@ def dry_run(
     backbone.eval()
     try:
         with torch.no_grad():
-            backbone(*(example if isinstance(example, tuple) else (example,)))
+            backbone(*args)
     finally:
         for handle in handles:
             handle.remove()

@@ -70,6 +70,14 @@ def test_detects_on_the_image() -> None:
     assert isinstance(attach(small_network(), {"0": 8}).detector, SIFTDetector)
 
 
+def test_detects_in_images_of_four_modalities() -> None:
+    backbone = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 2, 1))
+    images = torch.rand(2, 4, 144, 192, generator=torch.Generator().manual_seed(0))
+    model, images = awake(attach(backbone, {"0": 8}, **SMALL)), nn.functional.avg_pool2d(images, 3)
+    assert SIFTDetector()(images).valid.any(1).all()
+    assert not torch.allclose(model(images), backbone(images))
+
+
 def test_any_function_is_a_detector() -> None:
     model = awake(attach(small_network(), {"0": 8}, detector=lambda images: KEYPOINTS[: len(images)], **SMALL))
     assert torch.equal(model(IMAGES), model(IMAGES, keypoints=KEYPOINTS))
@@ -261,6 +269,68 @@ def test_a_network_without_parameters() -> None:
     assert torch.equal(model(IMAGES), nn.functional.avg_pool2d(IMAGES, 2))
 
 
+# Where channels are
+
+
+def convolution(channels: int, *, last: bool, stride: int = 1, dims: int = 2) -> nn.Sequential:
+    """Whose map is (B, *S, C) if ``last``."""
+
+    class Last(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.movedim(1, -1).contiguous()
+
+    torch.manual_seed(0)
+    conv = (nn.Conv2d if dims == 2 else nn.Conv3d)(1, channels, 3, stride=stride, padding=1)
+    return nn.Sequential(nn.Sequential(conv, *[Last()] * last))
+
+
+@pytest.mark.parametrize("channels", [5, None])
+@pytest.mark.parametrize(("size", "stride"), [((24, 32), 2), ((41, 63), 4), ((6, 8, 10), 2), ((24, 24), 1)])
+def test_channels_last_is_seen_in_the_example(size: tuple[int, ...], stride: int, channels: int | None) -> None:
+    """And gives what channels first give."""
+    images, outputs = torch.rand(2, 1, *size), []
+    for last in (False, True):
+        backbone = convolution(5, last=last, stride=stride, dims=len(size))
+        model = awake(attach(backbone, {"0": channels}, detector=GridDetector(4), example=images, **SMALL))
+        outputs.append(model.eval()(images))
+    first, last = outputs
+    torch.testing.assert_close(last.movedim(-1, 1), first)
+    assert last.is_contiguous()
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_where_channels_are_may_be_unclear(last: bool) -> None:
+    images = torch.rand(2, 1, 16, 16)
+    backbone = convolution(16, last=last)
+    with pytest.raises(ValueError, match=r"map of '0' could be .*: give channels_last=True, False or .*H != W, got"):
+        attach(backbone, {"0": 16}, example=images, **SMALL)
+    for option in (last, ["0"] if last else []):
+        model = attach(backbone, ["0"], detector=GridDetector(4), example=images, channels_last=option, **SMALL)
+        fused = model.layers["0"](backbone[0][0](images), GridDetector(4)(images))
+        expected = awake(model).layers["0"](backbone[0][0](images), GridDetector(4)(images)).features
+        assert not torch.equal(fused.features, expected)
+        torch.testing.assert_close(model(images), expected.movedim(1, -1) if last else expected)
+    assert model.layers["0"].in_channels == 16
+    told = attach(convolution(16, last=True), {"0": 16}, channels_last="0", detector=GridDetector(4), **SMALL)
+    assert told(torch.rand(2, 1, 16, 24)).shape == (2, 16, 24, 16)
+
+
+def test_where_channels_are_without_an_image_to_compare() -> None:
+    """The network's first tensor is a time, and keypoints are given."""
+
+    class Timed(nn.Module):
+        def __init__(self, last: bool) -> None:
+            super().__init__()
+            self.sub = convolution(5, last=last)
+
+        def forward(self, time: Tensor, image: Tensor) -> Tensor:
+            return self.sub(image) * time.view(-1, 1, 1, 1)
+
+    for last in (False, True):
+        model = attach(Timed(last), {"sub": 5}, example=(torch.ones(2), IMAGES), **SMALL)
+        assert model(torch.ones(2), IMAGES, keypoints=KEYPOINTS).shape == ((2, 24, 32, 5) if last else (2, 5, 24, 32))
+
+
 # Errors
 
 
@@ -275,6 +345,8 @@ def test_a_network_without_parameters() -> None:
         (["4"], {"example": IMAGES}, r"'4' must return a map .*leaf.shape=torch.Size\(\[2\]\)"),
         (["5.0"], {"example": IMAGES}, r"must run, but \['5.0'\] did not"),
         ({"0": 8}, {"image": "picture"}, "image='picture' and arguments="),
+        ({"0": 8}, {"channels_last": ["1"]}, r"channels_last must name submodules with a layer, got .* for \['0'\]"),
+        ({"0": 7}, {"example": IMAGES}, "'0' must have the channels given, got 7 for a map"),
     ],
 )
 def test_errors_when_attached(names: Any, options: dict[str, Any], message: str) -> None:
@@ -316,6 +388,7 @@ def test_a_backbone_that_knows_keypoints() -> None:
     [
         (nn.Sequential(nn.Flatten(2)), r"'0' must return a map \(B, C, \*S\), got leaf.shape"),
         (nn.Sequential(nn.Unflatten(2, (2, 12)), nn.Flatten(2, 3)), "'0' must return a map of the image.*spatial axes"),
+        (nn.Sequential(nn.Unflatten(1, (1, 1))), "'0' must .*, or be named in channels_last"),
         (nn.Sequential(nn.ZeroPad2d((0, 40, 0, 0))), "'0' must return a map of the image.*whole stride"),
         (nn.Sequential(nn.Conv2d(1, 2, 1)), "'0' must return a map of the image.*in_channels=1"),
     ],
@@ -480,29 +553,52 @@ def test_the_example(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(("name", "encoder"), [("Unet", "resnet18"), ("FPN", "mobilenet_v2")])
 def test_segmentation_models(name: str, encoder: str) -> None:
-    smp = import_or_skip("segmentation_models_pytorch")
+    smp = pytest.importorskip("segmentation_models_pytorch")
     backbone = getattr(smp, name)(encoder, encoder_weights=None, in_channels=1, classes=2)
     names = ["encoder.layer1", "encoder.layer2"] if encoder == "resnet18" else ["encoder.features.3"]
     check_backbone(backbone, names, torch.rand(2, 1, 64, 96))
 
 
 def test_timm_features() -> None:
-    timm = import_or_skip("timm")
+    timm = pytest.importorskip("timm")
     backbone = timm.create_model("resnet10t", features_only=True, in_chans=1)
     check_backbone(backbone, ["layer1", "layer2"], torch.rand(2, 1, 64, 96))
 
 
+def timm_swin() -> nn.Module:
+    timm = pytest.importorskip("timm")
+    size = {"patch_size": 4, "window_size": 4, "embed_dim": 12, "depths": (2, 2), "num_heads": (2, 2)}
+    return timm.models.SwinTransformer(img_size=(64, 96), in_chans=1, num_classes=2, **size)
+
+
+def torchvision_swin() -> nn.Module:
+    models = pytest.importorskip("torchvision.models")
+    backbone = models.SwinTransformer([4, 4], 12, [2, 2], [2, 2], [4, 4], num_classes=2)
+    backbone.features[0][0] = nn.Conv2d(1, 12, 4, stride=4)
+    return backbone
+
+
+@pytest.mark.parametrize(
+    ("build", "names"),
+    [
+        (timm_swin, {"layers.0": 12, "layers.1": 24}),
+        (torchvision_swin, {"features.0": 12, "features.1": 12, "features.3.1": 24}),
+    ],
+)
+def test_swin_transformers_have_channels_last(build: Callable[[], nn.Module], names: dict[str, int]) -> None:
+    images = torch.rand(2, 1, 64, 96)
+    check_backbone(build(), names, images)
+    options = {"detector": GridDetector(16), **SMALL}
+    seen = attach(build(), list(names), example=images, **options)
+    told = attach(build(), names, channels_last=True, **options)
+    assert [layer.in_channels for layer in seen.layers.values()] == list(names.values())
+    seen.load_state_dict(awake(told).state_dict())
+    torch.testing.assert_close(seen.eval()(images), told.eval()(images), atol=0, rtol=0)
+
+
 def test_torchvision() -> None:
-    torchvision = import_or_skip("torchvision")
+    torchvision = pytest.importorskip("torchvision")
     check_backbone(torchvision.models.resnet18(weights=None), ["layer1", "layer2"], torch.rand(2, 3, 64, 96))
-
-
-def import_or_skip(name: str) -> Any:
-    """Skips also where torchvision was built for another torch, which is a RuntimeError."""
-    try:
-        return pytest.importorskip(name)
-    except RuntimeError as error:
-        pytest.skip(f"{name} does not load: {error}")
 
 
 def check_backbone(backbone: nn.Module, names: dict[str, int] | list[str], images: Tensor) -> None:
