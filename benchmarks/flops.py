@@ -1,6 +1,6 @@
 """GFLOPs of attention against the image's edge: keypoints, windows, and all pixels (Figure 5 of the paper).
 
-python benchmarks/flops.py [--edges 128 256 ...] [--attentions 20 100]
+python benchmarks/flops.py [--edges 128 256 ...] [--attentions 20 100] [--spatial-dims 3]
 """
 
 from __future__ import annotations
@@ -25,6 +25,12 @@ block costs about the same in every stage of a Swin. Windows of 7 pixels need pa
 not at multiples of 224."""
 
 
+VOLUME_NOTES = """GFLOPs for one volume of as many voxels along each axis, counted as for images (flops.md). "Dense"
+diffuses over every voxel, as the paper's layer does, with the propagation block; compare it with "the paper's block".
+The KAF layers come on top of the convolutional network they are put in (the last rows count the encoder, too), a Swin
+is an encoder by itself. Windows of 7 voxels need padding at these edges: 64 are 32 patches, padded to 35."""
+
+
 def measure(network: Network, inputs: tuple[object, ...]) -> dict[str, float]:
     features: list[Tensor] = []
     forward = count_flops(lambda: features.extend(network(*inputs)))
@@ -34,7 +40,10 @@ def measure(network: Network, inputs: tuple[object, ...]) -> dict[str, float]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(__doc__, arguments)
-    rows = sweep(measure, edges=options.edges, attentions=options.attentions)
+    rows = sweep(measure, edges=options.edges, attentions=options.attentions, spatial_dims=options.spatial_dims)
+    if options.spatial_dims == 3:
+        report("flops-3d", rows, notes=VOLUME_NOTES, packages=("monai",), measured=False)
+        return
     report("flops", rows, notes=NOTES, packages=("monai",), measured=False)
     figure.draw()
 

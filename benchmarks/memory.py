@@ -1,6 +1,6 @@
 """Memory of attention against the image's edge: keypoints, windows, and all pixels (Figure 5 of the paper).
 
-python benchmarks/memory.py [--edges 128 256 ...] [--attentions 20 100]
+python benchmarks/memory.py [--edges 128 256 ...] [--attentions 20 100] [--spatial-dims 3]
 
 Counts what the forward pass saves for the backward pass. Where there is a GPU, also measures there.
 """
@@ -25,6 +25,10 @@ The inputs of the KAF layers and of global attention are the feature maps of the
 last rows of each part count its memory too), that of a Swin is the image. KAF layers and global attention use the
 fused attention of torch, which saves no matrix of attention weights; MONAI's Swin saves them. KAF layers can do with
 less: recompute=True saves only the inputs of each block."""
+
+VOLUME_NOTES = """MB (10^6 bytes) in float32 for one volume of as many voxels along each axis, counted as for images
+(memory.md). "Dense" diffuses over every voxel, as the paper's layer does, with the propagation block; compare it with
+"the paper's block"."""
 
 GPU_NOTES = """One image, float32, in one process, alternating. GB (10^9 bytes) are the peak above what the weights and
 inputs take; ms are medians."""
@@ -75,7 +79,10 @@ def peak_bytes(step: Callable[[], None]) -> int | None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(__doc__, arguments)
-    rows = sweep(measure, edges=options.edges, attentions=options.attentions)
+    rows = sweep(measure, edges=options.edges, attentions=options.attentions, spatial_dims=options.spatial_dims)
+    if options.spatial_dims == 3:
+        report("memory-3d", rows, notes=VOLUME_NOTES, packages=("monai",), measured=False)
+        return
     report("memory", rows, notes=NOTES, packages=("monai",), measured=False)
     figure.draw()
     if torch.cuda.is_available():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import patch
@@ -18,6 +19,7 @@ from kaf_layer.attention import BlockType, TransformerBlock
 
 sys.path.append(str(Path(__file__).parent.parent))
 from examples.unet import KAFUNet
+from examples.unet3d import KAFUNet3d
 
 KEYPOINTS = 500
 WIDTH = 32
@@ -28,25 +30,29 @@ class Network(nn.Module):
     """What is compared: ``configuration`` says how it is built; it maps its ``inputs`` to feature maps."""
 
     configuration: str
+    spatial_dims = 2
 
     def inputs(self, edge: int) -> tuple[object, ...]:
-        """For one image of edge x edge pixels, on the current default device; by default the image."""
-        return (torch.rand(1, 1, edge, edge),)
+        """For one image, or volume, as long in every axis, on the current default device; by default the image."""
+        return (torch.rand(1, 1, *(edge,) * self.spatial_dims),)
 
 
-def keypoints(edge: int) -> Keypoints:
-    return Keypoints(
-        torch.rand(1, KEYPOINTS, 2) * edge, torch.ones(1, KEYPOINTS, dtype=torch.bool), (edge, edge), padded=False
-    )
+def keypoints(edge: int, spatial_dims: int = 2) -> Keypoints:
+    positions, size = torch.rand(1, KEYPOINTS, spatial_dims) * edge, (edge,) * spatial_dims
+    return Keypoints(positions, torch.ones(1, KEYPOINTS, dtype=torch.bool), size, padded=False)
 
 
 class KAFLayers(Network):
     """KAF layers on the UNet's four scales, without the UNet: the maps are given, and need gradients."""
 
-    def __init__(self, attentions: int, *, block: BlockType = "transformer", dense: bool = False) -> None:
+    def __init__(
+        self, attentions: int, *, block: BlockType = "transformer", dense: bool = False, spatial_dims: int = 2
+    ) -> None:
         super().__init__()
-        depth = attentions // SCALES
-        self.layers = nn.ModuleList(KAFLayer(WIDTH * 2**i, depth=depth, block=block) for i in range(SCALES))
+        depth, self.spatial_dims = attentions // SCALES, spatial_dims
+        self.layers = nn.ModuleList(
+            KAFLayer(WIDTH * 2**i, depth=depth, block=block, spatial_dims=spatial_dims) for i in range(SCALES)
+        )
         if dense:
             for layer in self.layers:
                 layer.diffusion.method = "dense"
@@ -57,8 +63,8 @@ class KAFLayers(Network):
         )
 
     def inputs(self, edge: int) -> tuple[object, ...]:
-        sizes = [(1, WIDTH * 2**i, edge // 2**i, edge // 2**i) for i in range(SCALES)]
-        return [torch.rand(size, requires_grad=True) for size in sizes], keypoints(edge)
+        sizes = [(1, WIDTH * 2**i, *(edge // 2**i,) * self.spatial_dims) for i in range(SCALES)]
+        return [torch.rand(size, requires_grad=True) for size in sizes], keypoints(edge, self.spatial_dims)
 
     def forward(self, maps: list[Tensor], points: Keypoints) -> list[Tensor]:
         return [layer(features, points).features for layer, features in zip(self.layers, maps, strict=True)]
@@ -67,33 +73,38 @@ class KAFLayers(Network):
 class KAFUNetEncoder(Network):
     """The whole encoder of the KAF-UNet: its layers, and the convolutions around them."""
 
-    def __init__(self, attentions: int) -> None:
+    def __init__(self, attentions: int, *, spatial_dims: int = 2) -> None:
         super().__init__()
-        self.encoder = KAFUNet(width=WIDTH, depth=attentions // SCALES).encoder
+        depth, self.spatial_dims = attentions // SCALES, spatial_dims
+        if spatial_dims == 2:
+            self.encoder = KAFUNet(width=WIDTH, depth=depth).encoder
+        else:
+            self.encoder = KAFUNet3d(width=WIDTH, strides=(2,) * SCALES, depth=depth).encoder
         self.configuration = f"the KAF layers and all convolutions of the KAF-UNet's encoder, width {WIDTH}"
 
     def inputs(self, edge: int) -> tuple[object, ...]:
-        return *super().inputs(edge), keypoints(edge)
+        return *super().inputs(edge), keypoints(edge, self.spatial_dims)
 
     def forward(self, image: Tensor, points: Keypoints) -> list[Tensor]:
         return self.encoder(image, points).features
 
 
 class Swin(Network):
-    """MONAI's SwinTransformer in two dimensions."""
+    """MONAI's SwinTransformer."""
 
-    def __init__(self, *, patch_size: int, embed_dim: int, depths: tuple[int, ...]) -> None:
+    def __init__(self, *, patch_size: int, embed_dim: int, depths: tuple[int, ...], spatial_dims: int = 2) -> None:
         super().__init__()
+        self.spatial_dims = spatial_dims
         # MONAI takes its (zero) drop path rates from a tensor, and a fake tensor has no values to give.
         with patch("torch.linspace", np.linspace):
             self.swin = SwinTransformer(
                 in_chans=1,
                 embed_dim=embed_dim,
-                window_size=(7, 7),
-                patch_size=(patch_size, patch_size),
+                window_size=(7,) * spatial_dims,
+                patch_size=(patch_size,) * spatial_dims,
                 depths=depths,
                 num_heads=(3, 6, 12, 24),
-                spatial_dims=2,
+                spatial_dims=spatial_dims,
             )
         self.configuration = (
             f"MONAI SwinTransformer, patch {patch_size}, embedding {embed_dim}, window 7, heads (3, 6, 12, 24), "
@@ -109,9 +120,9 @@ def swin_t(attentions: int) -> Swin:
     return Swin(patch_size=4, embed_dim=96, depths=(2, 2, attentions - 6, 2))
 
 
-def swin_unetr(attentions: int, *, embed_dim: int = 48) -> Swin:
+def swin_unetr(attentions: int, *, embed_dim: int = 48, spatial_dims: int = 2) -> Swin:
     """The encoder of SwinUNETR (Hatamizadeh et al., 2022), as deep in every stage."""
-    return Swin(patch_size=2, embed_dim=embed_dim, depths=(attentions // 4,) * 4)
+    return Swin(patch_size=2, embed_dim=embed_dim, depths=(attentions // 4,) * 4, spatial_dims=spatial_dims)
 
 
 class TorchvisionSwin(Network):
@@ -171,6 +182,16 @@ NETWORKS: dict[str, Callable[[int], Network]] = {
 }
 if find_spec("torchvision"):
     NETWORKS["Swin-T of torchvision"] = TorchvisionSwin
+
+
+VOLUMETRIC: dict[str, Callable[[int], Network]] = {
+    "KAF layers": partial(KAFLayers, spatial_dims=3),
+    "KAF layers, the paper's block": partial(KAFLayers, block="propagation", spatial_dims=3),
+    "KAF layers, dense": partial(KAFLayers, block="propagation", dense=True, spatial_dims=3),
+    "SwinUNETR": partial(swin_unetr, spatial_dims=3),
+    "SwinUNETR, embedding 24": partial(swin_unetr, embed_dim=24, spatial_dims=3),
+    "KAF-UNet's encoder": partial(KAFUNetEncoder, spatial_dims=3),
+}
 
 
 def backward(features: list[Tensor]) -> None:

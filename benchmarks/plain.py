@@ -6,6 +6,7 @@ Attention runs on two copies of the tokens, as that design's matching network do
 from __future__ import annotations
 
 from itertools import pairwise
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +17,20 @@ from kaf_layer import Keypoints
 class PlainDiffusion(nn.Module):
     """Tokens into a zero map, then convolution, batch normalisation, ReLU, convolution."""
 
-    def __init__(self, in_channels: int, out_channels: int, *, hidden_channels: int = 64) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, *, hidden_channels: int = 64, spatial_dims: int = 2
+    ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, hidden_channels, 3, padding=1)
-        self.norm = nn.BatchNorm2d(hidden_channels)
-        self.conv2 = nn.Conv2d(hidden_channels, out_channels, 3, padding=1)
+        convolution, norm = (nn.Conv2d, nn.BatchNorm2d) if spatial_dims == 2 else (nn.Conv3d, nn.BatchNorm3d)
+        self.conv1 = convolution(in_channels, hidden_channels, 3, padding=1)
+        self.norm = norm(hidden_channels)
+        self.conv2 = convolution(hidden_channels, out_channels, 3, padding=1)
 
-    def forward(self, tokens: Tensor, keypoints: Keypoints, size: tuple[int, int]) -> Tensor:
-        (batch, _, channels), (height, width) = tokens.shape, size
+    def forward(self, tokens: Tensor, keypoints: Keypoints, size: tuple[int, ...]) -> Tensor:
+        batch, _, channels = tokens.shape
         index = keypoints.cells(size)[:, None].expand(-1, channels, -1)
-        sparse_map = tokens.new_zeros(batch, channels, height * width).scatter(2, index, tokens.mT)
-        hidden = self.conv1(sparse_map.view(batch, channels, height, width))
+        sparse_map = tokens.new_zeros(batch, channels, prod(size)).scatter(2, index, tokens.mT)
+        hidden = self.conv1(sparse_map.view(batch, channels, *size))
         return self.conv2(torch.relu(self.norm(hidden)))
 
 

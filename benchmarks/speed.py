@@ -1,6 +1,7 @@
 """How much faster the KAF layer is than the paper's layer written plainly, and how much less it saves and computes.
 
 python benchmarks/speed.py [--parts diffusion stack network] [--edges 512 256 ...] [--repeats 11]
+python benchmarks/speed.py --spatial-dims 3 [--edges 64 96 128] [--repeats 3]  # the diffusion of volumes
 """
 
 from __future__ import annotations
@@ -32,12 +33,16 @@ Row = dict[str, object]
 
 # Of a map with so many pixels of edge, at 512 keypoints: forward, forward+backward, saved, FLOPs.
 TARGETS = {512: (30, 50, 180, 250), 256: (10, 15, 40, 45), 128: (2.3, 3, 10, 9), 64: (1.3, 1.3, 3, 1)}
+VOLUME_TARGETS = {64: (1, 1, 10, 20)}  # of a map with so many voxels along each axis
 
 DIFFUSION_NOTES = """The diffusion network in training mode, ours against the paper's written plainly (into a zero map,
 Conv2d, BatchNorm2d, ReLU, Conv2d). From "forward" on the columns are ratios, plain to ours: of times (medians of
 alternating runs), of what is saved for the backward pass, of FLOPs (forward), and on a GPU of peak memory. Every
 keypoint has a cell of its own, at random: the worst case for us. "missed" names what is short of the targets that
 speed.py lists; with 2048 keypoints they are 0.95 for times and 1 for the rest."""
+
+VOLUME_NOTES = """As diffusion.md, for a volume's finest map, of 32 channels. Dense convolutions of 256 channels over
+every voxel take minutes: few repetitions."""
 
 STACK_NOTES = """KAF layers on a UNet's four scales (32 to 256 channels at strides 1 to 8), in training mode: ours with
 propagation blocks, without and with recomputation in the backward pass, against the authors' design written plainly
@@ -51,12 +56,12 @@ NETWORK_NOTES = """Seconds of a training step (forward, cross-entropy, backward,
 transformer blocks, 512 keypoints, batch 2) and of UNet (c2), which has the same convolutions and no KAF layers."""
 
 
-def random_keypoints(batch: int, slots: int, edge: int) -> Keypoints:
+def random_keypoints(batch: int, slots: int, edge: int, spatial_dims: int = 2) -> Keypoints:
     """In cells of their own."""
-    cells = torch.stack([torch.randperm(edge**2, device=DEVICE)[:slots] for _ in range(batch)])
-    positions = torch.stack([cells % edge, cells // edge], dim=-1).float()
+    cells = torch.stack([torch.randperm(edge**spatial_dims, device=DEVICE)[:slots] for _ in range(batch)])
+    positions = torch.stack([cells // edge**axis % edge for axis in range(spatial_dims)], dim=-1).float()
     valid = torch.ones(batch, slots, dtype=torch.bool, device=DEVICE)
-    return Keypoints(positions, valid, (edge, edge), padded=False)
+    return Keypoints(positions, valid, (edge,) * spatial_dims, padded=False)
 
 
 def precision(dtype: torch.dtype) -> AbstractContextManager[object]:
@@ -100,14 +105,14 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def diffusion(dtype: torch.dtype, slots: int, batch: int, edge: int, *, repeats: int) -> Row:
+def diffusion(dtype: torch.dtype, slots: int, batch: int, edge: int, *, repeats: int, spatial_dims: int = 2) -> Row:
     """One line of the targets' table: ours against the plain diffusion network."""
     torch.manual_seed(0)
-    channels, size = WIDTH * 512 // edge, (edge, edge)
-    plain = PlainDiffusion(256, channels).to(DEVICE)
-    ours = KeypointDiffusion(256, channels).to(DEVICE)
+    channels, size = WIDTH if spatial_dims == 3 else WIDTH * 512 // edge, (edge,) * spatial_dims
+    plain = PlainDiffusion(256, channels, spatial_dims=spatial_dims).to(DEVICE)
+    ours = KeypointDiffusion(256, channels, spatial_dims=spatial_dims).to(DEVICE)
     ours.load_state_dict(plain.state_dict())
-    keypoints = random_keypoints(batch, slots, edge)
+    keypoints = random_keypoints(batch, slots, edge, spatial_dims)
     tokens = torch.randn(batch, slots, 256, device=DEVICE, requires_grad=True)
     quantities = measure(
         {"plain": lambda: plain(tokens, keypoints, size), "ours": lambda: ours(tokens, keypoints, size)},
@@ -116,7 +121,7 @@ def diffusion(dtype: torch.dtype, slots: int, batch: int, edge: int, *, repeats:
         repeats=repeats,
     )
     row: Row = {
-        "map": f"{edge}x{edge}, {channels}",
+        "map": f"{'x'.join(map(str, size))}, {channels}",
         "keypoints": slots,
         "batch": batch,
         "dtype": name_of(dtype),
@@ -124,7 +129,8 @@ def diffusion(dtype: torch.dtype, slots: int, batch: int, edge: int, *, repeats:
         "ours, forward, ms": 1e3 * quantities["forward"]["ours"],
     }
     row |= {name: values["plain"] / values["ours"] for name, values in quantities.items()}
-    targets = TARGETS.get(edge, (0.0,) * 4) if slots == 512 else (0.95, 0.95, 1.0, 1.0)
+    reached = TARGETS if spatial_dims == 2 else VOLUME_TARGETS
+    targets = reached.get(edge, (0.0,) * 4) if slots == 512 else (0.95, 0.95, 1.0, 1.0)
     short = [name for name, target in zip(quantities, targets, strict=False) if row[name] < target]
     return row | {"missed": ", ".join(short) or "-"}
 
@@ -201,14 +207,20 @@ def network(dtype: torch.dtype, edge: int, *, repeats: int) -> Row:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=["diffusion", "stack", "flops", "network"])
-    parser.add_argument("--edges", type=int, nargs="+", default=[512, 256, 128, 64], help="of the diffusion's maps")
+    parser.add_argument("--edges", type=int, nargs="+", help="of the diffusion's maps")
     parser.add_argument("--depth", type=int, default=16, help="blocks of a layer in the stack")
     parser.add_argument("--repeats", type=int, default=11, help="of each run; the median counts")
+    parser.add_argument("--spatial-dims", type=int, choices=(2, 3), default=2, help="3: the diffusion of volumes alone")
     options = parser.parse_args(arguments)
     dtypes = (torch.float32, torch.bfloat16) if CUDA else (torch.float32,)
-    edge, repeats = max(options.edges), options.repeats
+    edges, repeats = options.edges or ([512, 256, 128, 64] if options.spatial_dims == 2 else [64, 96]), options.repeats
+    if options.spatial_dims == 3:
+        cases = product(dtypes, (512,), (1,), edges)
+        report("diffusion-3d", [diffusion(*c, repeats=repeats, spatial_dims=3) for c in cases], notes=VOLUME_NOTES)
+        return
+    edge = max(edges)
     if "diffusion" in options.parts:
-        cases = product(dtypes, (512, 2048), (1, 4), options.edges)
+        cases = product(dtypes, (512, 2048), (1, 4), edges)
         report("diffusion", [diffusion(*case, repeats=repeats) for case in cases], notes=DIFFUSION_NOTES)
     if "stack" in options.parts:
         rows = [row for dtype in dtypes for row in stack(dtype, edge, depth=options.depth, repeats=repeats)]

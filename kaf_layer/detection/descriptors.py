@@ -120,11 +120,12 @@ def _gradients(
 
 def _sample(space: ScaleSpace, extrema: Extrema, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Bilinear samples (B, N, S, S) of each extremum's own layer, and which of them lie inside of it."""
-    height, width = extrema.height[..., None, None], extrema.width[..., None, None]
+    height, width = (size[..., None, None] for size in extrema.size.unbind(-1))
     inside = (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
     left = x.detach().floor().long().clamp(min=0).minimum(width - 2)
     top = y.detach().floor().long().clamp(min=0).minimum(height - 2)
-    index = (extrema.start + extrema.layer * extrema.height * extrema.width)[..., None, None] + top * width + left
+    layer = extrema.pixel[..., 0] * extrema.size.prod(-1)
+    index = (extrema.start + layer)[..., None, None] + top * width + left
     x, y = x - left, y - top
     upper, lower = (torch.lerp(space.take(row), space.take(row + 1), x) for row in (index, index + width))
     return torch.lerp(upper, lower, y), inside

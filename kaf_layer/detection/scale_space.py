@@ -1,20 +1,44 @@
-"""The Gaussian scale space of SIFT (Lowe 2004, section 3), with a blur that is a product of matrices."""
+"""The Gaussian scale space of SIFT (Lowe 2004, section 3), with a blur that is a product of matrices.
+
+For images and volumes. Voxels need not be cubes: every axis is blurred in proportion, and one that is coarser than the
+others is halved only when these have caught up with it.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["BORDER", "ScaleSpace", "blur", "double", "scale_space"]
+__all__ = ["BORDER", "Octave", "ScaleSpace", "blur", "double", "scale_space"]
 
 BORDER = 5  # pixels of every octave along its edge in which OpenCV accepts no keypoint
 BLOCK = 32  # output pixels per matrix product; fewer waste the window's margin, more multiply with zeros
+FINE = math.sqrt(2)  # an axis whose pixels are less than so many times the finest is doubled and halved with it
+
+
+class Octave(NamedTuple):
+    """The pixels of an octave, in tensor order.
+
+    Args:
+        size: of its images.
+        stride: pixels of the first octave between its pixels.
+        pitch: the distance between its pixels, relative to the finest axis.
+    """
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    pitch: tuple[float, ...]
+
+    @property
+    def halved(self) -> tuple[bool, ...]:
+        """Which axes the next octave has half as many pixels along."""
+        return tuple(pitch < FINE for pitch in self.pitch)
 
 
 @dataclass
@@ -23,15 +47,19 @@ class ScaleSpace:
 
     Args:
         values: (B, T), octave after octave, ``layers + 3`` blurred images each, row-major.
-        octaves: the same values, as a list of (B, H >> o, W >> o) for every octave o.
+        octaves: the same values, as a list of (B, *S) for every octave; of cubic pixels, S is halved each time.
+        grids: the pixels of every octave.
         layers: how many layers of each octave are searched for keypoints.
-        sigma: the blur of the first layer of each octave, in that octave's pixels.
+        sigma: the blur of the first layer of each octave, in that octave's pixels (the finest axis').
+        border: how many pixels along the edge of every octave hold no keypoint.
     """
 
     values: Annotated[Tensor, "B T"]
     octaves: list[list[Tensor]]
+    grids: list[Octave]
     layers: int
     sigma: float
+    border: int
 
     def take(self, index: Tensor) -> Tensor:
         """The values at ``index`` of the rows laid end to end, in its shape."""
@@ -39,46 +67,75 @@ class ScaleSpace:
         return self.values.flatten().index_select(0, index.flatten()).view_as(index)
 
 
-def scale_space(images: Annotated[Tensor, "B H W"], *, layers: int, sigma: float, blurred: float) -> ScaleSpace:
+def scale_space(
+    images: Annotated[Tensor, "B *S"],
+    *,
+    layers: int,
+    sigma: float,
+    blurred: float | Sequence[float],
+    pitch: Sequence[float] | None = None,
+    border: int = BORDER,
+) -> ScaleSpace:
     """Blurs images progressively, octave by octave, until an octave would have no pixel within its border.
 
     Args:
-        images: the first octave's image.
+        images: the first octave's images.
         layers: layers per octave in which keypoints are searched.
-        sigma: the blur of the first layer of each octave, in that octave's pixels.
-        blurred: the blur that the images have already.
+        sigma: the blur of the first layer of each octave, in that octave's pixels (the finest axis').
+        blurred: the blur that the images have already, in pixels of each axis.
+        pitch: the distance between pixels along each axis, relative to the finest; 1 if None.
+        border: how many pixels along the edge of every octave hold no keypoint.
     """
-    pyramid = _planes(images, layers, sigma, blurred)
+    size = tuple(images.shape[1:])
+    blurred = (blurred,) * len(size) if isinstance(blurred, (int, float)) else tuple(blurred)
+    grids = _octaves(Octave(size, (1,) * len(size), (1.0,) * len(size) if pitch is None else tuple(pitch)), border)
+    pyramid = _planes(images, grids, layers, sigma, blurred)
     if images.requires_grad or torch.compiler.is_compiling():
         planes = list(pyramid)
         values = torch.cat([plane.flatten(1) for plane in planes], dim=1)
     else:
         # Half the memory, for which allocators are grateful; but its backward pass would be expensive.
-        values, planes = _in_one_row(pyramid, images, layers)
+        values, planes = _in_one_row(pyramid, images, sum((layers + 3) * math.prod(grid.size) for grid in grids))
     octaves = [planes[i : i + layers + 3] for i in range(0, len(planes), layers + 3)]
-    return ScaleSpace(values, octaves, layers, sigma)
+    return ScaleSpace(values, octaves, grids, layers, sigma, border)
+
+
+def _octaves(grid: Octave, border: int) -> list[Octave]:
+    grids = []
+    while min(grid.size) > 2 * border:
+        grids.append(grid)
+        steps = [2 if halved else 1 for halved in grid.halved]
+        grid = Octave(
+            tuple(size // step for size, step in zip(grid.size, steps, strict=True)),
+            tuple(stride * step for stride, step in zip(grid.stride, steps, strict=True)),
+            tuple(pitch * step / 2 for pitch, step in zip(grid.pitch, steps, strict=True)),
+        )
+    return grids
 
 
 def _planes(
-    images: Annotated[Tensor, "B H W"], layers: int, sigma: float, blurred: float
-) -> Iterator[Annotated[Tensor, "B H W"]]:
+    images: Annotated[Tensor, "B *S"], grids: list[Octave], layers: int, sigma: float, blurred: tuple[float, ...]
+) -> Iterator[Annotated[Tensor, "B *S"]]:
+    # Along a coarse axis the blurs that the image has already, and blurs much narrower than a pixel, are neglected.
     steps = [sigma * 2 ** (i / layers) * math.sqrt(1 - 2 ** (-2 / layers)) for i in range(1, layers + 3)]
-    (first,) = blur(images, [math.sqrt(max(sigma**2 - blurred**2, 0.01))])
-    while min(first.shape[1:]) > 2 * BORDER:
+    missing = [math.sqrt(max((sigma / p) ** 2 - b**2, 0.01)) for p, b in zip(grids[0].pitch, blurred, strict=True)]
+    (first,) = blur(images, [missing])
+    for grid in grids:
         yield first
-        height, width = (size // 2 * 2 for size in first.shape[1:])
-        for i, plane in enumerate(blur(first, steps), start=1):
+        for i, plane in enumerate(blur(first, [[step / p for p in grid.pitch] for step in steps]), start=1):
             yield plane
             if i == layers:
-                first = plane[:, :height:2, :width:2]
+                first = _halve(plane, grid.halved)
 
 
-def _in_one_row(planes: Iterable[Tensor], images: Tensor, layers: int) -> tuple[Tensor, list[Tensor]]:
-    height, width = images.shape[1:]
-    octaves = (
-        ((height >> o) * (width >> o)) for o in range(height.bit_length()) if min(height, width) >> o > 2 * BORDER
-    )
-    values = images.new_empty(len(images), (layers + 3) * sum(octaves))
+def _halve(images: Annotated[Tensor, "B *S"], halved: Sequence[bool]) -> Annotated[Tensor, "B *S"]:
+    """Every second pixel of these axes, without the last of an odd number."""
+    sizes = zip(images.shape[1:], halved, strict=True)
+    return images[:, *(slice(0, size // 2 * 2, 2) if half else slice(None) for size, half in sizes)]
+
+
+def _in_one_row(planes: Iterable[Tensor], images: Tensor, length: int) -> tuple[Tensor, list[Tensor]]:
+    values = images.new_empty(len(images), length)
     placed, start = [], 0
     for plane in planes:
         end = start + plane[0].numel()
@@ -87,15 +144,19 @@ def _in_one_row(planes: Iterable[Tensor], images: Tensor, layers: int) -> tuple[
     return values, placed
 
 
-def double(images: Annotated[Tensor, "B H W"], upscale: Literal["precise", "opencv"]) -> Annotated[Tensor, "B 2H 2W"]:
+def double(
+    images: Annotated[Tensor, "B *S"], upscale: Literal["precise", "opencv"], *, axes: Sequence[bool] | None = None
+) -> Annotated[Tensor, "B *2S"]:
     """Doubles the images' size by linear interpolation.
 
     Args:
-        images: (B, H, W).
+        images: (B, *S).
         upscale: ``"precise"`` puts pixel i at 2 i. ``"opencv"`` is the default of OpenCV's SIFT: it puts it at
             2 i + 0.5 and forgets the half, so that keypoints lie 0.25 pixels too far right and down.
+        axes: which of the spatial axes; all if None.
     """
-    for axis in (2, 1):
+    axes = (True,) * (images.ndim - 1) if axes is None else axes
+    for axis in (axis for axis in range(images.ndim - 1, 0, -1) if axes[axis - 1]):
         size = images.shape[axis]
         following = torch.cat([images.narrow(axis, 1, size - 1), images.narrow(axis, size - 1, 1)], dim=axis)
         if upscale == "precise":
@@ -107,30 +168,40 @@ def double(images: Annotated[Tensor, "B H W"], upscale: Literal["precise", "open
     return images
 
 
-def blur(images: Annotated[Tensor, "B H W"], sigmas: Sequence[float]) -> Iterator[Annotated[Tensor, "B H W"]]:
+def blur(
+    images: Annotated[Tensor, "B *S"], sigmas: Sequence[float | Sequence[float]]
+) -> Iterator[Annotated[Tensor, "B *S"]]:
     """Gaussian blurs of the images, each of the one before.
 
     As OpenCV does, the kernel is cut at 4 sigma and the image reflected about its outermost pixels.
+
+    Args:
+        images: (B, *S).
+        sigmas: of each blur, in pixels; one number, or one for each axis.
     """
-    height, width = images.shape[1:]
-    rows = _convolution_blocks(height, sigmas, images)
-    columns = rows if width == height else _convolution_blocks(width, sigmas, images)
-    for row_blocks, column_blocks in zip(rows, columns, strict=True):
-        images = _blur_and_swap(_blur_and_swap(images, column_blocks), row_blocks)
+    axes = [
+        _convolution_blocks(
+            size, [sigma if isinstance(sigma, (int, float)) else sigma[axis] for sigma in sigmas], images
+        )
+        for axis, size in enumerate(images.shape[1:])
+    ]
+    for matrices in zip(*axes, strict=True):
+        for matrix in reversed(matrices):
+            images = _blur_and_cycle(images, matrix)
         yield images
 
 
-def _blur_and_swap(
-    images: Annotated[Tensor, "B H W"], matrix: Annotated[Tensor, "blocks BLOCK window"]
-) -> Annotated[Tensor, "B W H"]:
-    """Blurs along the last axis, and swaps the axes."""
+def _blur_and_cycle(
+    images: Annotated[Tensor, "B *S W"], matrix: Annotated[Tensor, "blocks BLOCK window"]
+) -> Annotated[Tensor, "B W *S"]:
+    """Blurs along the last axis, and makes it the first."""
     # Convolutions of one channel are an order of magnitude slower on CPUs than this product of
     # blocks of the (banded) convolution matrix with overlapping windows, which need no copy.
-    size = images.shape[-1]
+    *others, size = images.shape[1:]
     blocks, block, window = matrix.shape
     radius = (window - block) // 2
-    windows = F.pad(images, (radius, radius + blocks * block - size)).unfold(-1, window, block)
-    return (matrix @ windows.permute(0, 2, 3, 1)).flatten(1, 2)[:, :size]
+    windows = F.pad(images.flatten(1, -2), (radius, radius + blocks * block - size)).unfold(-1, window, block)
+    return (matrix @ windows.permute(0, 2, 3, 1)).flatten(1, 2)[:, :size].unflatten(2, others)
 
 
 def _convolution_blocks(

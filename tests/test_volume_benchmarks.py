@@ -1,0 +1,89 @@
+"""The benchmarks of volumes: closed forms, motions whose result is known, and the baseline against the package."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("monai")
+pytest.importorskip("matplotlib")
+pytest.importorskip("scipy")
+
+import flops
+import harness
+import memory
+import numpy as np
+import speed
+import sweep
+import volumes
+from networks import VOLUMETRIC
+from plain import PlainDiffusion
+from volumetric import Points, Volume, laplacian, laplacian_turned, sift
+
+from kaf_layer import KeypointDiffusion
+
+
+@pytest.fixture(autouse=True)
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def rows_of(results, name: str) -> dict[str, dict]:
+    rows = json.loads((results / f"{name}.json").read_text())["rows"]
+    return {row["network"]: row for row in rows if row["of"] in ("forward", "saved for backward")}
+
+
+def test_dense_diffusion_by_its_formula(results, monkeypatch):
+    edge, hidden = 32, 64
+    compared = {name: build for name, build in VOLUMETRIC.items() if "dense" in name or "block" in name}
+    assert {"SwinUNETR", "KAF-UNet's encoder"} < VOLUMETRIC.keys() - compared.keys()
+    monkeypatch.setattr(sweep, "VOLUMETRIC", compared)
+    options = ["--spatial-dims", "3", "--edges", str(edge), "--attentions", "8"]
+    flops.main(options)
+    memory.main(options)
+    counted, saved = rows_of(results, "flops-3d"), rows_of(results, "memory-3d")
+    voxels = [(edge // 2**i) ** 3 for i in range(4)]
+    dense = sum(2 * 27 * n * hidden * (256 + 32 * 2**i) for i, n in enumerate(voxels)) / 1e9
+    pair = [counted[name]["32"] for name in ("KAF layers, dense", "KAF layers, the paper's block")]
+    assert 0.5 * dense < pair[0] - pair[1] < dense
+    pair = [saved[name]["32"] for name in ("KAF layers, dense", "KAF layers, the paper's block")]
+    assert 0 < pair[0] - pair[1] < sum(4 * n * (256 + 2 * hidden) for n in voxels) / 1e6
+
+
+def test_the_baseline_computes_the_same():
+    plain, ours = (cls(256, 4, spatial_dims=3).double() for cls in (PlainDiffusion, KeypointDiffusion))
+    ours.load_state_dict(plain.state_dict())
+    keypoints, tokens = speed.random_keypoints(2, 9, 6, 3), torch.randn(2, 9, 256, dtype=torch.float64)
+    assert keypoints.cells((6, 6, 6)).sort().values.diff().gt(0).all()
+    torch.testing.assert_close(ours(tokens, keypoints, (6,) * 3), plain(tokens, keypoints, (6,) * 3), rtol=0, atol=1e-9)
+
+
+def blobs() -> Volume:
+    z, y, x = np.meshgrid(*(np.arange(n, dtype=np.float32) for n in (24, 28, 32)), indexing="ij")
+    centres, signs = [(7, 8, 9), (15, 18, 10), (9, 19, 22), (16, 9, 21)], (1, -1, 1, -1)
+    values = sum(
+        s * np.exp(-((z - a) ** 2 + (y - b) ** 2 + (x - c) ** 2) / 2 / 2.5**2)
+        for s, (a, b, c) in zip(signs, centres, strict=True)
+    )
+    return Volume(values.astype(np.float32), (1.0, 1.0, 1.0))
+
+
+def test_a_motion_carries_keypoints_with_the_voxels():
+    volume = blobs()
+    other, motion = volumes.disturbed(volume, np.array([1.0, 0.0, 0.0]), 20, 1.1, 0.0, np.random.default_rng(0))
+    for detect in (sift, lambda v: laplacian(v, sigma=2.0), lambda v: laplacian_turned(v, sigma=2.0)):
+        a, b = detect(volume), detect(other)
+        error = volumes.distances(motion(a.positions[:4]), b.positions).min(1)
+        assert (error < 1.5).all()
+        assert np.allclose(np.linalg.norm(a.descriptors, axis=1), 1, atol=1e-4)
+    np.testing.assert_allclose(motion.inverse()(motion(a.positions)), a.positions, atol=1e-9)
+
+
+def test_scores_by_hand():
+    still = volumes.Motion(np.eye(3), np.array([5.0, 5, 5]))
+    a = np.array([[1.0, 1, 1], [8, 8, 8], [1.2, 1, 1]])  # the third is no position of its own
+    b = np.array([[1.0, 2.5, 1], [4, 4, 4]])
+    assert volumes.repeatability(a, b, still, (11, 11, 11)) == pytest.approx((1 + 1) / 4)
+    one, two = np.eye(3), np.eye(3)[[0, 1]]
+    assert volumes.matches(Points(a, one), Points(b, two), still) == (0.5, 1)
