@@ -13,6 +13,7 @@ Writes weights.pt, a plain state dict of the encoder, for finetune.py --pretrain
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,11 +27,14 @@ from examples.protocol.recipes import keep_split, load_split, load_stacks, parse
 from examples.protocol.stacks import Stack
 from examples.protocol.training import Augmentation, seed_of, start, train
 
+OPTIMIZERS = {"sgd": partial(torch.optim.SGD, momentum=0.9), "adam": torch.optim.Adam}
+
 
 def parser() -> argparse.ArgumentParser:
     parser = parser_of(__doc__)
     parser.add_argument("--method", choices=METHODS, default="kaf", help="what the encoder learns by (default: kaf)")
     parser.add_argument("--fold", type=int, default=0, help="which of --folds to leave out, for tests")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="sgd is the paper's")
     parser.add_argument("--lr", type=float, default=0.002, help="falls to zero along a cosine")
     parser.add_argument("--epochs", type=int, default=50)
     parser.add_argument("--batch", type=int, default=32, help="pairs of slices, or slices, over all processes")
@@ -70,7 +74,7 @@ def main(arguments: Sequence[str] | None = None, *, stacks: list[Stack] | None =
     def compute(module: nn.Module, samples: list[Any]) -> dict[str, Tensor]:
         return module(*method.draw(samples, augment, accelerator.device))
 
-    optimizer = torch.optim.SGD(method.parameters(), lr=options.lr, momentum=0.9)
+    optimizer = OPTIMIZERS[options.optimizer](method.parameters(), lr=options.lr)
     train(method, samples, compute, optimizer, accelerator, options)
     if accelerator.is_main_process:
         save(weights_of(network, method.parts()), options.output / "weights.pt")

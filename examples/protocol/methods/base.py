@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -89,5 +90,13 @@ def pooled(features: Tensor) -> Tensor:
     return features.flatten(2).mean(dim=2)
 
 
-def mlp(in_channels: int, embed_dim: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(in_channels, embed_dim), nn.ReLU(), nn.Linear(embed_dim, embed_dim))
+def head(in_channels: int, *channels: int) -> nn.Sequential:
+    """Linear layers with ReLU between, on normalised features.
+
+    Averages of an untrained encoder's maps differ little from image to image, and so would the embeddings: without the
+    norm, which spreads them, a contrast takes long to begin.
+    """
+    layers: list[nn.Module] = [nn.BatchNorm1d(in_channels), nn.Linear(in_channels, channels[0])]
+    for before, after in pairwise(channels):
+        layers += [nn.ReLU(), nn.Linear(before, after)]
+    return nn.Sequential(*layers)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from examples.protocol.methods.base import Pretraining, Slice, mlp, pooled, views
+from examples.protocol.methods.base import Pretraining, Slice, head, pooled, views
 from examples.protocol.training import Augmentation, vary
 from examples.unet import Decoder
 from kaf_layer import Keypoints
@@ -31,7 +31,7 @@ class GlobalGLCL(Pretraining):
     def __init__(self, network: nn.Module, samples: Sequence[Slice], options: argparse.Namespace) -> None:
         super().__init__(network, samples, options)
         self.contrast_temperature: float = options.temperature
-        self.projector = mlp(self.channels, self.embed_dim)
+        self.projector = head(self.channels, self.embed_dim, self.embed_dim)
 
     def draw(self, samples: Sequence[Slice], augment: Augmentation, device: torch.device) -> tuple[Any, ...]:
         positions = torch.stack([sample.stack.positions[sample.z] for sample in samples] * 2)

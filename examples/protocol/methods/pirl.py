@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from accelerate.utils import gather
 from torch import Tensor, nn
 
-from examples.protocol.methods.base import Pretraining, Slice, join, numbers, views
+from examples.protocol.methods.base import Pretraining, Slice, head, join, numbers, views
 from examples.protocol.training import Augmentation
 from kaf_layer import Keypoints
 from kaf_layer.augmentation import move_keypoints
@@ -31,8 +31,8 @@ class PIRL(Pretraining):
     def __init__(self, network: nn.Module, samples: Sequence[Slice], options: argparse.Namespace) -> None:
         super().__init__(network, samples, options)
         self.contrast_temperature: float = options.temperature
-        self.head = nn.Linear(self.channels, self.embed_dim)
-        self.patch_head = nn.Linear(self.channels, self.embed_dim)
+        self.head = head(self.channels, self.embed_dim)
+        self.patch_head = head(self.channels, self.embed_dim)
         self.jigsaw_head = nn.Linear(GRID**2 * self.embed_dim, self.embed_dim)
         self.register_buffer("memory", F.normalize(torch.randn(len(samples), self.embed_dim), dim=1))
 

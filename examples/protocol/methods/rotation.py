@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from examples.protocol.methods.base import Pretraining, Slice, join, views
+from examples.protocol.methods.base import Pretraining, Slice, head, join, views
 from examples.protocol.training import Augmentation
 from kaf_layer import Keypoints
 from kaf_layer.augmentation import move_keypoints
@@ -24,7 +24,7 @@ class Rotation(Pretraining):
 
     def __init__(self, network: nn.Module, samples: Sequence[Slice], options: argparse.Namespace) -> None:
         super().__init__(network, samples, options)
-        self.head = nn.Linear(self.channels, 4)
+        self.head = head(self.channels, 4)
 
     def draw(self, samples: Sequence[Slice], augment: Augmentation, device: torch.device) -> tuple[Any, ...]:
         images, keypoints = middle(*views(samples, augment, device))

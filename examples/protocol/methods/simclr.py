@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from examples.protocol.methods.base import Pretraining, Slice, mlp, numbers, views
+from examples.protocol.methods.base import Pretraining, Slice, head, numbers, views
 from examples.protocol.training import Augmentation
 from kaf_layer import Keypoints, PCLLoss
 
@@ -22,7 +22,7 @@ class SimCLR(Pretraining):
 
     def __init__(self, network: nn.Module, samples: Sequence[Slice], options: argparse.Namespace) -> None:
         super().__init__(network, samples, options)
-        self.projector = mlp(self.channels, self.embed_dim)
+        self.projector = head(self.channels, self.embed_dim, self.embed_dim)
         self.contrast = PCLLoss(temperature=options.temperature, threshold=0.5, gather_distributed=True)
 
     def draw(self, samples: Sequence[Slice], augment: Augmentation, device: torch.device) -> tuple[Any, ...]:
