@@ -26,7 +26,8 @@ sys.path.append(str(Path(__file__).parent.parent))
 from examples.protocol.comparison import difference, spread
 from examples.protocol.files import read_json, write_json
 from examples.protocol.finetune import evaluate, gather, mean_dice
-from examples.protocol.recipes import WithoutKeypoints, load_split, load_stacks, parse, parser_of
+from examples.protocol.networks import WithoutKeypoints
+from examples.protocol.recipes import load_split, load_stacks, parse, parser_of
 from examples.protocol.stacks import Stack
 from examples.protocol.training import Augmentation, cosine, draw_batches
 from kaf_layer import GridDetector, KAFLayer, attach

@@ -20,8 +20,10 @@ from examples.unet import UNet
 
 finetune = pytest.importorskip("examples.protocol.finetune", reason="the extra train is not here")
 from examples.protocol import training  # noqa: E402  # after the skip
+from examples.protocol.detectors import build_detector  # noqa: E402
+from examples.protocol.networks import build_model  # noqa: E402
 from examples.protocol.phantom import Volume  # noqa: E402
-from examples.protocol.recipes import build_detector, build_model, parse  # noqa: E402
+from examples.protocol.recipes import parse  # noqa: E402
 from examples.protocol.stacks import Stack, prepare  # noqa: E402
 from kaf_layer import GridDetector  # noqa: E402
 from kaf_layer.attention import TransformerBlock  # noqa: E402
@@ -214,6 +216,9 @@ def test_ablations_by_flag() -> None:
         (["--levels", "3", "--scales", "2"], r"--scales must be among 0 to 1, got \[2\]"),
         (["--levels", "2"], "--levels must be 3 or more, got 2"),
         (["--levels", "6", "--patch", "64", "48"], r"--levels 6 needs a --patch divisible by 32, got \[64, 48\]"),
+        (["--model", "swin-unet", "--patch", "64", "48"], r"--model swin-unet needs a --patch divisible by 32"),
+        (["--detector", "disk"], "--detector-weights are for disk, dedode, aliked, keynet, which need them, got disk"),
+        (["--detector-weights", "x.pt"], "--detector-weights are for disk, .* got sift"),
         (["--resize", "0"], "--resize must be a factor above 0, got 0.0"),
         (["--drop-keypoints", "1.5"], "--drop-keypoints must be a share from 0 to 1, got 1.5"),
     ],

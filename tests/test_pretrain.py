@@ -9,8 +9,11 @@ pretrain = pytest.importorskip("examples.protocol.pretrain", reason="the extra t
 from test_finetune import killed_after, weights  # noqa: E402
 
 from examples.protocol import training  # noqa: E402  # after the skip
+from examples.protocol.detectors import no_keypoints  # noqa: E402
+from examples.protocol.methods.kaf import KAF  # noqa: E402
+from examples.protocol.networks import build_model  # noqa: E402
 from examples.protocol.phantom import Volume  # noqa: E402
-from examples.protocol.recipes import build_model, load_stacks, no_keypoints, parse  # noqa: E402
+from examples.protocol.recipes import load_stacks, parse  # noqa: E402
 from examples.protocol.stacks import Stack, prepare, stack_matches  # noqa: E402
 from kaf_layer import GridDetector, Matches  # noqa: E402
 
@@ -36,7 +39,7 @@ def run(folder: Path, stacks: list[Stack], *more: str) -> dict[str, torch.Tensor
 
 def test_the_papers_recipe(stacks: list[Stack], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for preset, threshold in (("acdc", 0.35), ("chd", 0.1)):
-        options = parse(pretrain.parser(), ["--preset", preset, "--output", "x"])
+        options = pretrain.parse_pretraining(["--preset", preset, "--output", "x"])
         assert (options.lr, options.batch, options.epochs, options.folds) == (0.002, 32, 50, 5)
         assert (options.weights, options.temperature, options.threshold) == ([1, 1, 0.01], 0.1, threshold)
     run(tmp_path, stacks)
@@ -47,7 +50,7 @@ def test_the_papers_recipe(stacks: list[Stack], tmp_path: Path, capsys: pytest.C
 
 
 def test_neighbours_pair_slices_of_one_volume(stacks: list[Stack], capsys: pytest.CaptureFixture[str]) -> None:
-    pairs = pretrain.neighbours(stacks)
+    pairs = KAF.samples(stacks)
     assert "s1: a slice without a neighbour" in capsys.readouterr().err
     assert [(stack.volume.subject, a, b) for stack, a, b, _ in pairs] == [
         ("s0", 0, 1),
@@ -77,15 +80,16 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert all(value.equal(resumed[name]) for name, value in whole.items())
 
 
-@pytest.mark.parametrize("model", ["unet", "fcn", "kaf-fcn", "kaf-unet"])
+@pytest.mark.parametrize("model", ["unet", "fcn", "kaf-fcn", "kaf-unet", "swin-unet", "swin-unetr"])
 def test_an_encoders_weights_fit_its_network(stacks: list[Stack], tmp_path: Path, model: str) -> None:
     learnt = run(tmp_path, stacks, "--model", model, "--scales", "1", "3")
     options = parse(pretrain.parser(), [*SMALL, "--output", str(tmp_path), "--model", model, "--scales", "1", "3"])
     network = build_model(options)
     report = training.load_pretrained(network, tmp_path / "weights.pt")
-    assert f"loaded {len(learnt)}: encoder.stages.0" in report
+    assert f"loaded {len(learnt)}: {'network.swinViT' if model == 'swin-unetr' else 'encoder.stages.0'}" in report
     assert "skipped 0: nothing" in report
     assert len(learnt) == len(network.encoder.state_dict())
+    assert all(value.equal(network.state_dict()[name]) for name, value in learnt.items())
 
 
 def test_slices_without_keypoints(
@@ -99,8 +103,3 @@ def test_slices_without_keypoints(
     assert all(value.isfinite().all() for value in run(tmp_path / "some", stacks).values())
     stacks = prepare(flat, no_keypoints, patch=(32, 32))
     assert all(value.isfinite().all() for value in run(tmp_path / "none", stacks).values())
-
-
-def test_networks_without_an_encoder_are_refused(stacks: list[Stack], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="KAFEncoder"):
-        run(tmp_path, stacks, "--model", "swin-unetr")

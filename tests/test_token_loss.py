@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 pytest.importorskip("monai", reason="the extra train is not here")
 
-from examples.protocol.recipes import build_model, parse, parser_of
+from examples.protocol.networks import build_model
+from examples.protocol.recipes import parse, parser_of
 from examples.protocol.token_loss import WithTokenLogits, token_loss
 from kaf_layer import KAFLayer, Keypoints
 

@@ -5,7 +5,8 @@
         --labelled 1 2 6 --methods unet unet-c2 swin-unetr kaf-unet unet+pcl kaf-unet+kaf
 
 A method is a network of finetune.py --model, trained from random weights; behind a "+" is what its encoder is
-pretrained by on all training subjects of the fold: "pcl", the positional contrast alone, or "kaf", all of Eq. 3.
+pretrained by on all training subjects of the fold, a method of pretrain.py: "kaf", all of Eq. 3, "pcl", its positional
+contrast alone, "simclr", "rotation", "pirl", "glcl-global", "glcl" or "caid".
 Options of its own may follow, for ablations: --methods kaf-unet "kaf-unet --fusion add" "kaf-unet+kaf --depth 2". Other
 options go to pretrain.py and finetune.py, those in --pretrain "..." and --finetune "..." to one of them. What was
 killed goes on where it was, by the same command. Writes table.md, results.json, options.json, split.json to --output.
@@ -33,13 +34,14 @@ from examples.protocol import finetune, pretrain
 from examples.protocol.comparison import Result, compare, spread
 from examples.protocol.data import load_volumes
 from examples.protocol.files import read_json, write_json
-from examples.protocol.recipes import MODELS, keep_split, load_split, load_stacks, parse, parser_of
+from examples.protocol.methods import METHODS
+from examples.protocol.networks import MODELS
+from examples.protocol.recipes import keep_split, load_split, load_stacks, parse, parser_of
 from examples.protocol.splits import Fold
 from examples.protocol.stacks import Stack
 from examples.protocol.training import settings
 
 PUBLISHED = Path(__file__).parent / "published"  # the paper's rows, by preset
-PRETRAINING = {"": [], "pcl": ["--weights", "1", "0", "0"], "kaf": []}
 NETWORK = ("resize", "patch", "normalise", "width", "levels", "scales", "fusion", "embed_dim", "depth")
 NETWORK += ("detector", "max_keypoints", "spacing", "drop_keypoints", "share_attention", "token_loss")
 OWN = ("--lr", "--epochs", "--batch", "--steps-per-epoch", "--save-every")  # what may differ between the two stages
@@ -65,8 +67,9 @@ def parser() -> argparse.ArgumentParser:
 
 def method(name: str) -> str:
     model, pretraining, _ = parts(name)
-    if model not in MODELS or pretraining not in PRETRAINING:
-        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(MODELS)}, with or without +pcl or +kaf")
+    if model not in MODELS or pretraining not in ("", *METHODS):
+        choices = f"{', '.join(MODELS)}, with or without +{', +'.join(METHODS)}"
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {choices}")
     return name
 
 
@@ -141,7 +144,7 @@ def run_fold(fold: int, own: argparse.Namespace, shared: list[str]) -> list[Resu
         start: list[str] = []
         if pretraining:
             output = folder / "pretrain"
-            arguments = [*common, *own.pretrain, *PRETRAINING[pretraining], "--output", str(output)]
+            arguments = [*common, *own.pretrain, "--method", pretraining, "--output", str(output)]
             pretrain.main(arguments, stacks=stacks)
             start = ["--pretrained", str(output / "weights.pt")]
         for labelled in own.labelled:
@@ -153,7 +156,7 @@ def run_fold(fold: int, own: argparse.Namespace, shared: list[str]) -> list[Resu
 
 def title(name: str) -> str:
     model, pretraining, options = parts(name)
-    pretrained = f", pretrained by {pretraining.upper()}" if pretraining else ""
+    pretrained = f", pretrained by {METHODS[pretraining].title}" if pretraining else ""
     return MODELS[model] + pretrained + (f", {' '.join(options)}" if options else "")
 
 

@@ -23,9 +23,11 @@ from tqdm import tqdm
 
 from examples.protocol.cross_validate import title
 from examples.protocol.data import load_volumes
+from examples.protocol.detectors import build_detector
 from examples.protocol.files import load, read_json
 from examples.protocol.finetune import predict
-from examples.protocol.recipes import build_detector, build_model, parse, parser_of
+from examples.protocol.networks import build_model
+from examples.protocol.recipes import parse, parser_of
 from examples.protocol.stacks import Stack, match_slices, prepare
 from kaf_layer import Augmented, GridDetector, Keypoints
 from kaf_layer.augmentation import KeypointAugmentation

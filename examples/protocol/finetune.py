@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from examples.protocol.files import read_json, save, write_json
-from examples.protocol.recipes import build_model, keep_split, load_split, load_stacks, parse, parser_of
+from examples.protocol.networks import build_model
+from examples.protocol.recipes import keep_split, load_split, load_stacks, parse, parser_of
 from examples.protocol.stacks import Stack
 from examples.protocol.token_loss import WithTokenLogits, token_loss
 from examples.protocol.training import Augmentation, load_pretrained, seed_of, settings, start, train

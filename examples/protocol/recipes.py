@@ -1,21 +1,17 @@
-"""What the scripts share on the command line: the paper's recipes, the networks, the detectors."""
+"""What the scripts share on the command line, and the paper's recipes."""
 
 import argparse
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-
-from examples.fcn import FCN
 from examples.protocol.data import load_volumes
+from examples.protocol.detectors import DETECTORS, LEARNT, build_detector
 from examples.protocol.files import write
+from examples.protocol.networks import MODELS
 from examples.protocol.phantom import Volume
 from examples.protocol.splits import Fold, make_split, read_split, write_split
 from examples.protocol.stacks import Stack, prepare, say
-from examples.unet import UNet, UNetC2
-from kaf_layer import GridDetector, KAFLayer, KeypointDetector, Keypoints, SIFTDetector
 
 
 @dataclass(frozen=True)
@@ -67,14 +63,6 @@ PRESETS = {
     ),
     "phantom": Recipe(classes=4, patch=(128, 128), width=8, threshold=0.35, lr=3e-3, epochs=40),
 }
-MODELS = {
-    "unet": "UNet",
-    "unet-c2": "UNet (c2)",
-    "fcn": "FCN",
-    "kaf-fcn": "KAF-FCN",
-    "kaf-unet": "KAF-UNet",
-    "swin-unetr": "SwinUNETR",
-}
 
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:
@@ -102,8 +90,9 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     add("--depth", type=int, help="attention blocks of each KAF layer")
     add("--embed-dim", type=int, help="channels of a token")
     add("--fusion", choices=("concat", "add"), default="concat", help="of a KAF layer's map with the features")
-    add("--detector", choices=("sift", "grid", "none"), help="of the keypoints")
-    add("--max-keypoints", type=int, default=512, help="SIFT keypoints of an original slice")
+    add("--detector", choices=DETECTORS, help="of the keypoints")
+    add("--detector-weights", type=Path, metavar="FILE", help="of a detector that has learnt, as its authors give them")
+    add("--max-keypoints", type=int, default=512, help="of an original slice, but for a grid's")
     add("--spacing", type=float, help="of the grid's keypoints, in pixels of an original slice")
     add(
         "--drop-keypoints", type=float, default=0.0, metavar="SHARE", help="train without up to this share of a slice's"
@@ -135,25 +124,18 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(f"--token-loss needs --model kaf-unet, got {options.model}")
     if options.levels < 3:
         raise ValueError(f"--levels must be 3 or more, got {options.levels}")
-    divisor = 2 ** (options.levels - 1)
-    if options.model != "swin-unetr" and any(edge % divisor for edge in options.patch):
-        raise ValueError(f"--levels {options.levels} needs a --patch divisible by {divisor}, got {options.patch}")
+    swin = options.model.startswith("swin")
+    needs, divisor = (
+        ("--model " + options.model, 32) if swin else (f"--levels {options.levels}", 2 ** (options.levels - 1))
+    )
+    if any(edge % divisor for edge in options.patch):
+        raise ValueError(f"{needs} needs a --patch divisible by {divisor}, got {options.patch}")
+    if (options.detector in LEARNT) != (options.detector_weights is not None):
+        raise ValueError(f"--detector-weights are for {', '.join(LEARNT)}, which need them, got {options.detector}")
     if options.scales is None:
         options.scales = list(range(options.levels - 1))
     if not set(options.scales) <= set(range(options.levels - 1)):
         raise ValueError(f"--scales must be among 0 to {options.levels - 2}, got {options.scales}")
-
-
-def build_detector(options: argparse.Namespace) -> KeypointDetector:
-    if options.detector == "sift":
-        return SIFTDetector(options.max_keypoints)
-    return GridDetector(options.spacing) if options.detector == "grid" else no_keypoints
-
-
-def no_keypoints(images: Tensor) -> Keypoints:
-    """One empty slot for each image."""
-    positions = images.new_zeros(len(images), 1, 2)
-    return Keypoints(positions, positions[..., 0] > 0, tuple(images.shape[2:]))
 
 
 def load_stacks(options: argparse.Namespace, *, labelled: bool = True) -> list[Stack]:
@@ -186,37 +168,3 @@ def keep_split(split: Sequence[Fold], options: argparse.Namespace) -> None:
         write(path, lambda temporary: temporary.write_text(text))
     else:
         write_split(split, path, seed=options.seed)
-
-
-class WithoutKeypoints(nn.Module):
-    """A network that is given keypoints and takes none."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor, keypoints: Keypoints) -> Tensor:  # noqa: ARG002
-        return self.network(images)
-
-
-def build_model(options: argparse.Namespace) -> nn.Module:
-    """The network of one's choice, from (images, keypoints) to logits."""
-    classes, width = options.classes, options.width
-    if options.model == "swin-unetr":
-        from monai.networks.nets import SwinUNETR
-
-        features = 12 * -(-width // 8)  # a multiple of 12; 48 beside a UNet of width 32
-        return WithoutKeypoints(SwinUNETR(1, classes, feature_size=features, spatial_dims=2))
-    if options.model == "unet-c2":
-        return UNetC2(1, classes, width=width, levels=options.levels)
-    chosen = options.scales if options.model.startswith("kaf") else ()
-    with torch.random.fork_rng():  # the rest starts as it does without layers, for paired comparisons
-        layers = [build_layer(width * 2**i, options) if i in chosen else None for i in range(options.levels - 1)]
-    if options.share_attention:
-        for layer in filter(None, layers):
-            layer.transformer = next(filter(None, layers)).transformer
-    return (FCN if options.model.endswith("fcn") else UNet)(1, classes, width=width, layers=layers)
-
-
-def build_layer(channels: int, options: argparse.Namespace) -> KAFLayer:
-    return KAFLayer(channels, embed_dim=options.embed_dim, depth=options.depth, fusion=options.fusion)

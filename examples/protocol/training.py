@@ -153,13 +153,19 @@ class Augmentation(nn.Module):
         images, keypoints, labels = self.move(images, keypoints, labels)
         if self.detector is not None:
             keypoints = self.detector(images)
-        contrast = torch.empty(len(images), 1, 1, 1).uniform_(0.6, 1.5).to(images)
-        brightness = torch.empty(len(images), 1, 1, 1).uniform_(-0.2, 0.2).to(images)
+        images = vary(images)
         if self.drop_keypoints:
             shares = self.drop_keypoints * torch.rand(len(images), 1)
             kept = torch.rand(keypoints.valid.shape) >= shares
             keypoints = replace(keypoints, valid=keypoints.valid & kept.to(keypoints.valid.device), padded=True)
-        return images * contrast + brightness, keypoints, labels
+        return images, keypoints, labels
+
+
+def vary(images: Tensor) -> Tensor:
+    """Changes each image's contrast and brightness."""
+    contrast = torch.empty(len(images), 1, 1, 1).uniform_(0.6, 1.5).to(images)
+    brightness = torch.empty(len(images), 1, 1, 1).uniform_(-0.2, 0.2).to(images)
+    return images * contrast + brightness
 
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:

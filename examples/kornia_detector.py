@@ -1,0 +1,68 @@
+"""Any local feature of Kornia as a KeypointDetector: DISK, DeDoDe, ALIKED, or what KeyNet and its like detect.
+
+keypoints = KorniaDetector(kornia.feature.DISK.from_pretrained("depth"))(images)
+"""
+
+from typing import Any
+
+import kornia.feature as KF
+import torch
+from torch import Tensor, nn
+
+from kaf_layer import Keypoints
+
+
+class KorniaDetector:
+    """Keypoints of images (B, C, H, W) of any range, one channel or RGB, by descending score, without gradients.
+
+    Args:
+        feature: DISK, DeDoDe, ALIKED, or a LocalFeature such as KeyNetHardNet, of ``kornia.feature``.
+        max_keypoints: how many keypoints an image keeps, the strongest.
+    """
+
+    def __init__(self, feature: nn.Module, max_keypoints: int = 512) -> None:
+        if not isinstance(feature, KF.DISK | KF.DeDoDe | KF.ALIKED | KF.LocalFeature):
+            raise ValueError(f"feature must be Kornia's DISK, DeDoDe, ALIKED or a LocalFeature, got {type(feature)}")
+        self.feature, self.max_keypoints = feature.eval(), max_keypoints
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Keypoints:
+        """Image by image: Kornia counts each image's keypoints by themselves, and this costs less memory."""
+        if images.ndim != 4 or images.shape[1] not in (1, 3):
+            raise ValueError(f"images must be (B, 1, H, W) or (B, 3, H, W), got {images.shape=}")
+        return Keypoints.stack([self.detect(image) for image in images])
+
+    def detect(self, image: Tensor) -> Keypoints:
+        """Keypoints of one image (C, H, W), without a batch axis."""
+        low, high = image.aminmax()
+        image = ((image - low) / (high - low).clamp(min=1e-6))[None].float()
+        found = local_frames(self.feature, image) if isinstance(self.feature, KF.LocalFeature) else self.points(image)
+        strongest = found["scores"].argsort(descending=True, stable=True)[: self.max_keypoints]
+        found = {name: value[strongest] for name, value in found.items()}
+        valid = torch.ones_like(found["scores"], dtype=torch.bool)
+        return Keypoints(found.pop("positions"), valid, tuple(image.shape[2:]), **found)
+
+    def points(self, image: Tensor) -> dict[str, Any]:
+        """Of a network that looks at RGB."""
+        rgb = image.expand(-1, 3, -1, -1)
+        if isinstance(self.feature, KF.DeDoDe):
+            positions, scores, descriptors = (value[0].float() for value in self.feature(rgb, n=self.max_keypoints))
+            return {"positions": positions - 0.5, "scores": scores, "descriptors": descriptors}  # a pixel began at 0
+        (found,) = self.feature(rgb, **({"pad_if_not_divisible": True} if isinstance(self.feature, KF.DISK) else {}))
+        scores = found.detection_scores if isinstance(self.feature, KF.DISK) else found.keypoint_scores
+        return {"positions": found.keypoints.float(), "scores": scores, "descriptors": found.descriptors}
+
+
+def local_frames(feature: KF.LocalFeature, image: Tensor) -> dict[str, Any]:
+    """Positions, scales and angles of local affine frames, without the slots that the detector did not fill."""
+    frames, scores, descriptors = feature(image.mean(dim=1, keepdim=True))
+    filled = KF.laf_is_filled(frames)[0]
+    frames = frames[:, filled]
+    # Kornia's angles are in degrees, against our sense.
+    return {
+        "positions": KF.get_laf_center(frames)[0],
+        "scores": scores[0, filled],
+        "scales": KF.get_laf_scale(frames)[0].flatten(),
+        "angles": -torch.deg2rad(KF.get_laf_orientation(frames)[0].flatten()),
+        "descriptors": descriptors[0, filled],
+    }

@@ -1,0 +1,102 @@
+"""What all methods of pretraining share: an encoder, what a batch is drawn from, how it is drawn, and a loss."""
+
+import argparse
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from examples.protocol.detectors import no_keypoints
+from examples.protocol.finetune import gather
+from examples.protocol.stacks import Stack
+from examples.protocol.training import Augmentation
+from kaf_layer import Keypoints
+
+
+class Slice(NamedTuple):
+    """A slice of a volume, and its number among all that are learnt from."""
+
+    stack: Stack
+    z: int
+    number: int
+
+
+class Pretraining(nn.Module):
+    """An encoder and the loss with its heads, in one module, as distributed training asks.
+
+    A method says what ``samples`` it learns from, how to ``draw`` a batch from some of them, the inputs of ``forward``,
+    which returns the "loss" and what else is to be shown, and which ``parts`` of the network it has trained.
+    """
+
+    title: str
+    temperature = 0.1  # the paper's, where a method has one
+    weights: tuple[float, float, float] | None = None  # of the parts of Eq. 3, if a method fixes them
+
+    def __init__(self, network: nn.Module, samples: Sequence[Any], options: argparse.Namespace) -> None:
+        super().__init__()
+        del samples
+        self.encoder: nn.Module = network.encoder
+        self.channels, self.stride = probe(self.encoder, options.levels)
+        self.embed_dim: int = options.embed_dim
+
+    @staticmethod
+    def samples(stacks: Sequence[Stack]) -> list[Any]:
+        slices = [(stack, z) for stack in stacks for z in range(len(stack.images))]
+        return [Slice(stack, z, number) for number, (stack, z) in enumerate(slices)]
+
+    def draw(self, samples: Sequence[Any], augment: Augmentation, device: torch.device) -> tuple[Any, ...]:
+        raise NotImplementedError
+
+    def parts(self) -> list[nn.Module]:
+        return [self.encoder]
+
+    def embed(self, images: Tensor, keypoints: Keypoints) -> Tensor:
+        """The encoder's last map, averaged over its pixels: (B, C)."""
+        return pooled(self.encoder(images, keypoints).features[-1])
+
+
+def probe(encoder: nn.Module, levels: int) -> tuple[int, int]:
+    """The channels of an encoder's last map, and how many pixels of the image are one of the map's."""
+    edge = max(32, 2 ** (levels - 1))
+    images = torch.zeros(1, 1, edge, edge)
+    with torch.no_grad():
+        last = encoder.eval()(images, no_keypoints(images)).features[-1]
+    encoder.train()
+    return last.shape[1], edge // last.shape[-1]
+
+
+def views(
+    samples: Sequence[Slice], augment: Augmentation, device: torch.device, *, count: int = 1
+) -> tuple[Tensor, Keypoints]:
+    """Each slice augmented in so many ways: (count B, 1, H, W), all slices in one way, then all in another."""
+    batch = gather([(sample.stack, sample.z) for sample in samples] * count, device)
+    images, keypoints, _ = augment(batch.images, batch.keypoints)
+    return images, keypoints
+
+
+def numbers(samples: Sequence[Slice], device: torch.device) -> Tensor:
+    return torch.tensor([sample.number for sample in samples], device=device)
+
+
+def join(batches: Sequence[Keypoints]) -> Keypoints:
+    """Several batches as one."""
+    return Keypoints.stack([batch[i] for batch in batches for i in range(len(batch))])
+
+
+def pooled(features: Tensor) -> Tensor:
+    """The mean over a map's pixels."""
+    return features.flatten(2).mean(dim=2)
+
+
+def head(in_channels: int, *channels: int) -> nn.Sequential:
+    """Linear layers with ReLU between, on normalised features.
+
+    Averages of an untrained encoder's maps differ little from image to image, and so would the embeddings: without the
+    norm, which spreads them, a contrast takes long to begin.
+    """
+    layers: list[nn.Module] = [nn.BatchNorm1d(in_channels), nn.Linear(in_channels, channels[0])]
+    for before, after in pairwise(channels):
+        layers += [nn.ReLU(), nn.Linear(before, after)]
+    return nn.Sequential(*layers)

@@ -1,0 +1,83 @@
+"""CAiD (Taher et al., "Context-aware instance discrimination for self-supervised learning in medical imaging", 2022).
+
+Instance discrimination, and beside it a decoder that restores what was augmented. Of the discriminators that the paper
+takes, this is SimSiam (Chen and He, 2021), which needs neither large batches nor negatives.
+"""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from examples.protocol.finetune import gather
+from examples.protocol.methods.base import Pretraining, Slice, pooled
+from examples.protocol.training import Augmentation, vary
+from kaf_layer import Keypoints
+
+CONTEXT = 10.0  # the weight of the restoration
+
+
+class CAiD(Pretraining):
+    """Two views of a slice predict each other's embedding, and each its own image before its intensities were changed.
+
+    The decoder sees the encoder's last map alone, so that all that is restored has gone through it.
+    """
+
+    title = "CAiD"
+
+    def __init__(self, network: nn.Module, samples: Sequence[Slice], options: argparse.Namespace) -> None:
+        super().__init__(network, samples, options)
+        width = self.embed_dim
+        self.projector = nn.Sequential(
+            nn.Linear(self.channels, width, bias=False),
+            nn.BatchNorm1d(width),
+            nn.ReLU(),
+            nn.Linear(width, width, bias=False),
+            nn.BatchNorm1d(width, affine=False),
+        )
+        self.predictor = nn.Sequential(
+            nn.Linear(width, width // 4, bias=False),
+            nn.BatchNorm1d(width // 4),
+            nn.ReLU(),
+            nn.Linear(width // 4, width),
+        )
+        self.decoder = decoder(self.channels, self.stride)
+
+    def draw(self, samples: Sequence[Slice], augment: Augmentation, device: torch.device) -> tuple[Any, ...]:
+        batch = gather([(sample.stack, sample.z) for sample in samples] * 2, device)
+        images, keypoints, _ = augment.move(batch.images, batch.keypoints)
+        return vary(images), keypoints, images
+
+    def forward(self, images: Tensor, keypoints: Keypoints, originals: Tensor) -> dict[str, Tensor]:
+        features = self.encoder(images, keypoints).features[-1]
+        embeddings = self.projector(pooled(features))
+        instance = agreement(self.predictor(embeddings), embeddings)
+        context = F.mse_loss(self.decoder(features).float(), originals)
+        return {
+            "loss": instance + CONTEXT * context,
+            "instance": instance.detach(),
+            "context": context.detach(),
+            "spread": F.normalize(embeddings.detach(), dim=1).std(dim=0).mean(),  # zero where all have collapsed
+        }
+
+
+def agreement(predictions: Tensor, embeddings: Tensor) -> Tensor:
+    """SimSiam's loss: minus the cosine of each view's prediction and the other view's embedding, which is held fixed.
+
+    Both are (2 B, E), view i of the first half beside view i of the second.
+    """
+    other = embeddings.detach().roll(len(embeddings) // 2, dims=0)
+    return -F.cosine_similarity(predictions.float(), other.float(), dim=1).mean()
+
+
+def decoder(channels: int, stride: int) -> nn.Sequential:
+    """From a map to the image: twice the size and half the channels, until the size is the image's."""
+    layers: list[nn.Module] = []
+    while stride > 1:
+        after = max(8, channels // 2)
+        layers += [nn.ConvTranspose2d(channels, after, 2, stride=2), nn.BatchNorm2d(after), nn.ReLU()]
+        channels, stride = after, stride // 2
+    return nn.Sequential(*layers, nn.Conv2d(channels, 1, 1))

@@ -1,0 +1,69 @@
+"""The paper's own pretraining, all of Eq. 3, and PCL (Zeng et al. 2021), its first part alone."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from examples.protocol.finetune import gather
+from examples.protocol.methods.base import Pretraining
+from examples.protocol.stacks import Stack, match_slices, say, stack_matches
+from examples.protocol.training import Augmentation
+from kaf_layer import KAFPretrainingLoss, Keypoints, Matches
+
+Pair = tuple[Stack, int, int, Matches]  # two slices of a volume, and the partners of their keypoints
+
+
+class KAF(Pretraining):
+    """Learns from pairs of neighbouring slices; a network without tokens by the positional contrast alone."""
+
+    title = "KAF"
+
+    def __init__(self, network: nn.Module, samples: Sequence[Pair], options: argparse.Namespace) -> None:
+        super().__init__(network, samples, options)
+        tokens = options.embed_dim * len(self.encoder.layers) if options.model.startswith("kaf") else 0
+        self.loss = KAFPretrainingLoss(
+            self.channels,
+            tokens,
+            embed_dim=options.embed_dim,
+            weights=tuple(options.weights) if tokens else (1.0, 0.0, 0.0),
+            temperature=options.temperature,
+            threshold=options.threshold,
+            gather_distributed=True,
+        )
+
+    @staticmethod
+    def samples(stacks: Sequence[Stack]) -> list[Pair]:
+        """Each slice with the next; the only slice of a volume with itself."""
+        pairs = []
+        for stack in tqdm(stacks, desc="matches", leave=False):
+            if len(stack.images) == 1:
+                say(stack, "a slice without a neighbour is paired with itself")
+            for z in range(max(1, len(stack.images) - 1)):
+                following = min(z + 1, len(stack.images) - 1)
+                pairs.append((stack, z, following, match_slices(stack.keypoints[z], stack.keypoints[following])))
+        return pairs
+
+    def draw(self, samples: Sequence[Pair], augment: Augmentation, device: torch.device) -> tuple[Any, ...]:
+        slices = [(stack, a) for stack, a, _, _ in samples] + [(stack, b) for stack, _, b, _ in samples]
+        images, keypoints, _ = gather(slices, device)
+        positions = torch.stack([stack.positions[z] for stack, z in slices]).to(device)
+        images, keypoints, _ = augment(images, keypoints)
+        half, slots = len(samples), keypoints.valid.shape[1]
+        matches = stack_matches([m for *_, m in samples], slots).to(device)
+        return images, keypoints, positions, matches.among(keypoints[:half], keypoints[half:])
+
+    def forward(self, images: Tensor, keypoints: Keypoints, positions: Tensor, matches: Matches) -> dict[str, Tensor]:
+        features, tokens = self.encoder(images, keypoints)
+        total, *others = losses = self.loss(features[-1], positions, tokens, keypoints, matches)
+        return {"loss": total, **dict(zip(losses._fields[1:], others, strict=True))}
+
+
+class PCL(KAF):
+    """The contrast of slices by their positions."""
+
+    title = "PCL"
+    weights = (1.0, 0.0, 0.0)

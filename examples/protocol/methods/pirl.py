@@ -1,0 +1,98 @@
+"""PIRL (Misra and van der Maaten, "Self-supervised learning of pretext-invariant representations", 2020): jigsaws."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import gather
+from torch import Tensor, nn
+
+from examples.protocol.methods.base import Pretraining, Slice, head, join, numbers, views
+from examples.protocol.training import Augmentation
+from kaf_layer import Keypoints
+from kaf_layer.augmentation import move_keypoints
+
+GRID = 3  # patches to a side
+
+
+class PIRL(Pretraining):
+    """A slice, and the slice as a shuffled jigsaw, are like the memory of it, and unlike those of all other slices.
+
+    The memory is a running mean of each slice's embedding. The loss is Eq. 5 of the paper with as many negatives as
+    there are other slices, weighted one half for the slice and one half for its jigsaw.
+    """
+
+    title = "PIRL"
+    temperature = 0.07
+    memory: Tensor
+
+    def __init__(self, network: nn.Module, samples: Sequence[Slice], options: argparse.Namespace) -> None:
+        super().__init__(network, samples, options)
+        self.contrast_temperature: float = options.temperature
+        self.head = head(self.channels, self.embed_dim)
+        self.patch_head = head(self.channels, self.embed_dim)
+        self.jigsaw_head = nn.Linear(GRID**2 * self.embed_dim, self.embed_dim)
+        self.register_buffer("memory", F.normalize(torch.randn(len(samples), self.embed_dim), dim=1))
+
+    def draw(self, samples: Sequence[Slice], augment: Augmentation, device: torch.device) -> tuple[Any, ...]:
+        images, keypoints = views(samples, augment, device, count=2)
+        count = len(samples)
+        pieces, piece_keypoints = cut(images[count:], keypoints[count:], self.stride)
+        order = torch.rand(count, GRID**2).argsort(dim=1).to(device)
+        return images[:count], keypoints[:count], pieces, piece_keypoints, order, numbers(samples, device)
+
+    def forward(
+        self,
+        images: Tensor,
+        keypoints: Keypoints,
+        pieces: Tensor,
+        piece_keypoints: Keypoints,
+        order: Tensor,
+        numbers: Tensor,
+    ) -> dict[str, Tensor]:
+        whole = F.normalize(self.head(self.embed(images, keypoints)), dim=1)
+        parts = self.patch_head(self.embed(pieces, piece_keypoints)).unflatten(0, (-1, GRID**2))
+        shuffled = parts.gather(1, order[..., None].expand_as(parts))
+        jigsaw = F.normalize(self.jigsaw_head(shuffled.flatten(1)), dim=1)
+        memory = self.memory.clone()
+        losses = [noise_contrast(z, memory, numbers, temperature=self.contrast_temperature) for z in (whole, jigsaw)]
+        self.remember(whole.detach(), numbers)
+        return {"loss": (losses[0] + losses[1]) / 2, "whole": losses[0].detach(), "jigsaw": losses[1].detach()}
+
+    def remember(self, embeddings: Tensor, numbers: Tensor) -> None:
+        """Moves the memory of these slices, and of those of all processes, halfway to their embeddings."""
+        embeddings, numbers = gather(embeddings), gather(numbers)
+        self.memory[numbers] = F.normalize((self.memory[numbers] + embeddings.to(self.memory)) / 2, dim=1)
+
+
+def noise_contrast(embeddings: Tensor, memory: Tensor, numbers: Tensor, *, temperature: float) -> Tensor:
+    """Noise-contrastive estimation (Eqs. 4 and 5): embedding i (B, E) is of memory (N, E) number i, and of no other.
+
+    With the share h of a memory's exp(similarity / temperature) in those of all, -log h of its own and -log(1 - h)
+    of each other memory, summed; the mean over the batch.
+    """
+    logits = embeddings.float() @ memory.T / temperature
+    own = F.one_hot(numbers, len(memory)).bool()
+    likelihood = logits.log_softmax(dim=1)
+    others = torch.log1p(-likelihood.exp().clamp(max=1 - 1e-6))
+    return -torch.where(own, likelihood, others).sum(dim=1).mean()
+
+
+def cut(images: Tensor, keypoints: Keypoints, divisor: int) -> tuple[Tensor, Keypoints]:
+    """The 3x3 pieces of each image, row by row: (9 B, C, h, w), h and w divisible by ``divisor``, gaps between them."""
+    cells = [size // GRID for size in images.shape[2:]]
+    height, width = (cell // divisor * divisor for cell in cells)
+    if not height or not width:
+        raise ValueError(f"pieces of a jigsaw need a --patch of {GRID * divisor} pixels or more, got {images.shape=}")
+    pieces, moved = [], []
+    for row in range(GRID):
+        for column in range(GRID):
+            top, left = row * cells[0], column * cells[1]
+            shift = keypoints.positions.new_tensor([left, top])
+            pieces.append(images[:, :, top : top + height, left : left + width])
+            moved.append(move_keypoints(keypoints, lambda p, shift=shift: p - shift, (height, width)))
+    stacked = torch.stack(pieces, dim=1).flatten(0, 1)
+    joined = join(moved)  # piece by piece; the images are image by image
+    return stacked, joined[torch.arange(len(stacked)).view(GRID**2, -1).T.flatten()]

@@ -1,0 +1,59 @@
+"""Rotation (Gidaris et al., "Unsupervised representation learning by predicting image rotations", 2018)."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from examples.protocol.methods.base import Pretraining, Slice, head, join, views
+from examples.protocol.training import Augmentation
+from kaf_layer import Keypoints
+from kaf_layer.augmentation import move_keypoints
+
+
+class Rotation(Pretraining):
+    """Says by how many quarters each slice was turned, given in all four turns at once: twice others' images.
+
+    Of a patch that is not square, its middle is turned.
+    """
+
+    title = "Rotation"
+
+    def __init__(self, network: nn.Module, samples: Sequence[Slice], options: argparse.Namespace) -> None:
+        super().__init__(network, samples, options)
+        self.head = head(self.channels, 4)
+
+    def draw(self, samples: Sequence[Slice], augment: Augmentation, device: torch.device) -> tuple[Any, ...]:
+        images, keypoints = middle(*views(samples, augment, device))
+        turned = [turn(images, keypoints, times) for times in range(4)]
+        turns = torch.arange(4, device=device).repeat_interleave(len(samples))
+        return torch.cat([images for images, _ in turned]), join([keypoints for _, keypoints in turned]), turns
+
+    def forward(self, images: Tensor, keypoints: Keypoints, turns: Tensor) -> dict[str, Tensor]:
+        logits = self.head(self.embed(images, keypoints))
+        return {"loss": F.cross_entropy(logits, turns), "accuracy": (logits.argmax(1) == turns).float().mean()}
+
+
+def middle(images: Tensor, keypoints: Keypoints) -> tuple[Tensor, Keypoints]:
+    """The largest square about the centre of images (B, C, H, W)."""
+    edge = min(images.shape[2:])
+    top, left = ((size - edge) // 2 for size in images.shape[2:])
+    shift = keypoints.positions.new_tensor([left, top])
+    cut = images[:, :, top : top + edge, left : left + edge]
+    return cut, move_keypoints(keypoints, lambda positions: positions - shift, (edge, edge))
+
+
+def turn(images: Tensor, keypoints: Keypoints, times: int) -> tuple[Tensor, Keypoints]:
+    """Square images turned by so many quarters against the clock, and their keypoints with them."""
+    edge = images.shape[-1]
+
+    def move(positions: Tensor) -> Tensor:
+        for _ in range(times):
+            x, y = positions.unbind(-1)
+            positions = torch.stack([y, edge - 1 - x], dim=-1)
+        return positions
+
+    return torch.rot90(images, times, (2, 3)), move_keypoints(keypoints, move, (edge, edge))

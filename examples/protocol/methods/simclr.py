@@ -1,0 +1,33 @@
+"""SimCLR (Chen et al., "A simple framework for contrastive learning of visual representations", 2020).
+
+Its loss NT-Xent is our PCLLoss where only the views of one slice are positives: with the slices' numbers for positions.
+"""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from examples.protocol.methods.base import Pretraining, Slice, head, numbers, views
+from examples.protocol.training import Augmentation
+from kaf_layer import Keypoints, PCLLoss
+
+
+class SimCLR(Pretraining):
+    """Two views of each slice find each other among the views of the batch, those of other processes too."""
+
+    title = "SimCLR"
+
+    def __init__(self, network: nn.Module, samples: Sequence[Slice], options: argparse.Namespace) -> None:
+        super().__init__(network, samples, options)
+        self.projector = head(self.channels, self.embed_dim, self.embed_dim)
+        self.contrast = PCLLoss(temperature=options.temperature, threshold=0.5, gather_distributed=True)
+
+    def draw(self, samples: Sequence[Slice], augment: Augmentation, device: torch.device) -> tuple[Any, ...]:
+        return *views(samples, augment, device, count=2), numbers(samples, device)
+
+    def forward(self, images: Tensor, keypoints: Keypoints, numbers: Tensor) -> dict[str, Tensor]:
+        one, other = self.projector(self.embed(images, keypoints)).chunk(2)
+        return {"loss": self.contrast(torch.stack([one, other], dim=1), numbers.float())}

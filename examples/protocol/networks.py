@@ -1,0 +1,80 @@
+"""The networks that ``--model`` names, from (images, keypoints) to logits."""
+
+import argparse
+
+import torch
+from torch import Tensor, nn
+
+from examples.fcn import FCN
+from examples.unet import UNet, UNetC2
+from kaf_layer import KAFEncoderOutput, KAFLayer, Keypoints
+
+MODELS = {
+    "unet": "UNet",
+    "unet-c2": "UNet (c2)",
+    "fcn": "FCN",
+    "kaf-fcn": "KAF-FCN",
+    "kaf-unet": "KAF-UNet",
+    "swin-unet": "Swin-Unet",
+    "swin-unetr": "SwinUNETR",
+}
+
+
+def build_model(options: argparse.Namespace) -> nn.Module:
+    """The network of one's choice, with an ``encoder`` from (images, keypoints) to KAFEncoderOutput."""
+    classes, width = options.classes, options.width
+    if options.model == "swin-unetr":
+        from monai.networks.nets import SwinUNETR
+
+        features = 12 * -(-width // 8)  # a multiple of 12; 48 beside a UNet of width 32
+        return WithoutKeypoints(SwinUNETR(1, classes, feature_size=features, spatial_dims=2))
+    if options.model == "swin-unet":
+        from examples.swin_unet import SwinUNet
+
+        return SwinUNet(1, classes, embed_dim=3 * width)  # the paper's 96 beside a UNet of width 32
+    if options.model == "unet-c2":
+        return UNetC2(1, classes, width=width, levels=options.levels)
+    chosen = options.scales if options.model.startswith("kaf") else ()
+    with torch.random.fork_rng():  # the rest starts as it does without layers, for paired comparisons
+        layers = [build_layer(width * 2**i, options) if i in chosen else None for i in range(options.levels - 1)]
+    if options.share_attention:
+        for layer in filter(None, layers):
+            layer.transformer = next(filter(None, layers)).transformer
+    return (FCN if options.model.endswith("fcn") else UNet)(1, classes, width=width, layers=layers)
+
+
+def build_layer(channels: int, options: argparse.Namespace) -> KAFLayer:
+    return KAFLayer(channels, embed_dim=options.embed_dim, depth=options.depth, fusion=options.fusion)
+
+
+class WithoutKeypoints(nn.Module):
+    """A network that is given keypoints and takes none."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor, keypoints: Keypoints) -> Tensor:  # noqa: ARG002
+        return self.network(images)
+
+    @property
+    def encoder(self) -> "SwinEncoder":
+        return SwinEncoder(self.network.swinViT)
+
+
+class SwinEncoder(nn.Module):
+    """The Swin Transformer within a SwinUNETR, as an encoder."""
+
+    def __init__(self, swin: nn.Module) -> None:
+        super().__init__()
+        self.swin = swin
+
+    def forward(self, images: Tensor, keypoints: Keypoints | None = None) -> KAFEncoderOutput:  # noqa: ARG002
+        return KAFEncoderOutput(self.swin(images), [])
+
+
+def weights_of(network: nn.Module, parts: list[nn.Module]) -> dict[str, Tensor]:
+    """What of a network's state dict belongs to some of its parts, by the names in the network."""
+    chosen = {id(tensor) for part in parts for tensor in part.state_dict(keep_vars=True).values()}
+    state = network.state_dict(keep_vars=True)
+    return {name: tensor.detach() for name, tensor in state.items() if id(tensor) in chosen}
