@@ -9,7 +9,7 @@ from common import fill_padding, random_keypoints
 from torch import Tensor, nn
 
 from kaf_layer import KeypointTransformer
-from kaf_layer.attention import Attention, PropagationBlock, key_mask
+from kaf_layer.attention import Attention, PropagationBlock, TransformerBlock, key_mask
 from kaf_layer.normalization import MaskedBatchNorm
 
 
@@ -185,3 +185,20 @@ def test_errors() -> None:
         KeypointTransformer(8, depth=1)(torch.rand(2, 4, 8), keypoints)
     with pytest.raises(ValueError, match=r"spatial_dims=3.*image_size=\(12, 20\)"):
         KeypointTransformer(8, depth=1, spatial_dims=3)(torch.rand(2, 5, 8), keypoints)
+
+
+@pytest.mark.parametrize("block", [TransformerBlock, PropagationBlock])
+def test_blocks_have_four_heads_and_save_activations(block: type[nn.Module]) -> None:
+    assert block().attention.num_heads == 4
+    assert block().attention.out.in_features == 256
+    assert not block().recompute
+
+
+@pytest.mark.parametrize("block", ["transformer", "propagation"])
+def test_options_reach_the_blocks(block: str) -> None:
+    transformer = KeypointTransformer(6, depth=3, num_heads=3, block=block, spatial_dims=3, recompute=True)
+    assert len(transformer.blocks) == 3
+    assert all(b.recompute and b.attention.num_heads == 3 for b in transformer.blocks)
+    assert transformer.position_encoder.linears[0].in_features == 3
+    with pytest.raises(ValueError, match="spatial_dims must be a whole number"):
+        KeypointTransformer(6, num_heads=3, block=block, spatial_dims=0)

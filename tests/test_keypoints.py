@@ -110,6 +110,7 @@ def test_pytree_round_trip() -> None:
     leaves, tree = pytree.tree_flatten(keypoints)
     again = pytree.tree_unflatten(leaves, tree)
     assert isinstance(again, Keypoints)
+    assert any(leaf is keypoints.positions for leaf in leaves)
     assert again.image_size == (6, 8)
     assert torch.equal(again.valid, keypoints.valid)
 

@@ -93,6 +93,15 @@ def test_it_compiles_and_exports(reduce):
     torch.testing.assert_close(exported(tokens, kp, (4, 3)), expected)
 
 
+def test_a_slot_that_is_not_valid_joins_no_cell():
+    """It counts as being in the first cell, beside a keypoint there, and must not tie that to the slot after it."""
+    positions = torch.tensor([[[0.0, 0.0], [3.0, 3.0], [0.0, 0.0]]])
+    kp = Keypoints(positions, torch.tensor([[True, True, False]]), (4, 4))
+    tokens = torch.tensor([[[2.0], [6.0], [9.0]]])
+    for reduce in REDUCTIONS:
+        assert scatter_keypoints(tokens, kp, (2, 2), reduce=reduce).flatten().tolist() == [2.0, 0.0, 0.0, 6.0]
+
+
 def test_no_slots_give_a_zero_map():
     kp = Keypoints(torch.zeros(2, 0, 2), torch.zeros(2, 0).bool(), (4, 4))
     assert scatter_keypoints(torch.zeros(2, 0, 3), kp, (2, 2)).tolist() == torch.zeros(2, 3, 2, 2).tolist()

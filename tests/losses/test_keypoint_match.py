@@ -80,6 +80,16 @@ def test_module_is_finite(sample: int) -> None:
         assert all(p.grad.abs().max() < 1e-12 for p in tokens)
 
 
+def test_a_batch_is_the_mean_of_its_samples() -> None:
+    scores, a, b, matches = example()
+    log_assignment = log_sinkhorn(scores.detach(), scores.new_ones(()), valid_a=a.valid, valid_b=b.valid)
+    alone = [
+        keypoint_match_loss(log_assignment[i], a[i], b[i], Matches(matches.indices[i], matches.inverse[i]))
+        for i in (slice(k, k + 1) for k in range(5))
+    ]
+    torch.testing.assert_close(keypoint_match_loss(log_assignment, a, b, matches), sum(alone) / 5)
+
+
 def test_empty_batch() -> None:
     _, a, b, matches = example()
     tokens = [torch.zeros(0, slots, 16, requires_grad=True) for slots in (7, 8)]

@@ -130,6 +130,13 @@ def test_identical_embeddings(value: float) -> None:
     assert embeddings.grad.isfinite().all()
 
 
+def test_options_reach_the_function() -> None:
+    embeddings, positions = batch(5, 2)
+    options = {"temperature": 0.5, "threshold": 0.3}
+    assert PCLLoss(**options)(embeddings, positions) == pcl_loss(embeddings, positions, **options)
+    assert not PCLLoss().gather_distributed
+
+
 def test_compiles() -> None:
     embeddings, positions = batch(4, 2)
     loss = PCLLoss(threshold=0.3, gather_distributed=True)  # without processes: the same as without it

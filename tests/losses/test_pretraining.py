@@ -82,6 +82,18 @@ def test_weights_of_zero(weights: tuple[float, float, float]) -> None:
     assert all(grad is not None for grad in grads)  # no parameter that DDP would miss
 
 
+def test_options_reach_the_parts() -> None:
+    options = {"temperature": 0.3, "threshold": 0.2, "matcher_depth": 3, "num_heads": 2, "iterations": 7}
+    loss = KAFPretrainingLoss(12, 24, embed_dim=16, spatial_dims=3, **options)
+    matcher = loss.match.matcher
+    assert (loss.contrast.temperature, loss.contrast.threshold) == (0.3, 0.2)
+    assert (len(matcher.blocks), matcher.iterations, matcher.position_encoder.spatial_dims) == (3, 7, 3)
+    assert all(block.attention.num_heads == 2 for block in matcher.blocks)
+    assert matcher.out.in_features == 16
+    assert not loss.contrast.gather_distributed
+    assert KAFPretrainingLoss(12, gather_distributed=True, weights=(1.0, 0.0, 0.0)).contrast.gather_distributed
+
+
 def test_empty_batch() -> None:
     loss = loss_of((1.0, 1.0, 0.01))
     bottleneck, positions, tokens, keypoints, matches = inputs()

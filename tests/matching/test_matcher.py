@@ -112,6 +112,28 @@ def test_autocast(dtype: torch.dtype) -> None:
     torch.testing.assert_close(low.exp(), exact.exp(), rtol=0, atol=0.1)
 
 
+def test_single_precision() -> None:
+    torch.manual_seed(0)
+    matcher = KeypointMatcher(16, num_heads=2, depth=2).double()
+    given = inputs()
+    exact = matcher(*given)
+    single = matcher.float()(*(value.float() if isinstance(value, Tensor) else value for value in given))
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.exp().double(), exact.exp(), rtol=0, atol=1e-4)
+
+
+def test_options() -> None:
+    torch.manual_seed(0)
+    matcher = KeypointMatcher(16, num_heads=2, depth=3, iterations=1).double().eval()
+    assert len(matcher.blocks) == 3
+    once = matcher(*inputs()).exp()
+    matcher.iterations = 50
+    valid = inputs()[1].valid
+    assert (once[:, :-1].sum(dim=2) - 1)[valid].abs().max() > 1e-3  # rows are not yet normalised
+    assert (matcher(*inputs()).exp()[:, :-1].sum(dim=2) - 1)[valid].abs().max() < 1e-4
+    assert len(KeypointMatcher(16).blocks) == 4
+
+
 def test_compiles() -> None:
     torch.manual_seed(0)
     matcher = KeypointMatcher(16, num_heads=2, depth=2).double()
