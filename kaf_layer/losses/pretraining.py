@@ -17,7 +17,7 @@ __all__ = ["KAFPretrainingLoss", "PretrainingLosses"]
 
 
 class PretrainingLosses(NamedTuple):
-    """The weighted total to train with, and its parts before weighting, to log; parts of weight zero are zero."""
+    """The weighted total, to train with, and its parts before weighting, for logs; zero for those left out."""
 
     total: Annotated[Tensor, ""]
     bottleneck: Annotated[Tensor, ""]
@@ -114,7 +114,7 @@ class KAFPretrainingLoss(nn.Module):
         keypoints: Keypoints | None = None,
         matches: Matches | None = None,
     ) -> PretrainingLosses:
-        """Returns the total and its parts. Inputs that only parts of weight zero need may be left out."""
+        """Returns the total and its parts; what a part of weight zero would take may be left out."""
         tokens = [tokens] if isinstance(tokens, Tensor) else tokens
         parts = [torch.zeros((), device=bottleneck.device)] * 3
         if self.projector is not None:
