@@ -28,8 +28,9 @@ from kaf_layer.plotting import (
 )
 
 FOLDER = Path(__file__).parent / "images"
-LAYER = 1  # of two: the one on half the image's resolution
-STYLE = {"font.size": 9, "axes.titlesize": 9.5, "savefig.dpi": 150}
+LAYER = 0  # of two: the one on the image's own resolution, where the distance is bridged
+HEAD = 0, 2  # the block and head of it that look at the marker most
+STYLE = {"font.size": 9, "axes.titlesize": 9.5, "savefig.dpi": 120}
 
 
 def train(steps: int = 250, images: int = 1000) -> KAFUNet:
@@ -87,24 +88,24 @@ def draw_concept(network: KAFUNet, task: Task) -> Figure:
     features, fused, tokens = seen["features"], seen["output"].features[0], seen["output"].tokens[0]
     diffused = fused[len(features) :]
 
-    figure = Figure(figsize=(11, 4.7), layout="constrained")
+    figure = Figure(figsize=(8.4, 5.6), layout="constrained")
     (a, b, c), (d, e, f) = figure.subplots(2, 3)
     draw_image(a, image)
     draw_keypoints(a, keypoints)
-    a.set_title("1  Detect: an image and its keypoints")
+    a.set_title("1  Detect keypoints")
     draw_channel(b, features, image)
-    draw_keypoints(b, keypoints, s=14)
-    b.set_title("2  Sample: the feature map at the keypoints")
+    draw_keypoints(b, keypoints)
+    b.set_title("2  Sample the feature map there:")
     at = sample_keypoints(features[None], task.keypoints)[0, keypoints.valid]
     draw_tokens(c, at, tokens[keypoints.valid])
-    c.set_title("a row for each keypoint: a vector becomes a token")
+    c.set_title("a vector, then a token, for each")
     draw_links(d, image, keypoints, weights[0], query)
-    d.set_title("3  Attend: each token takes from the others")
+    d.set_title("3  Attend: tokens take from each other")
     change = (diffused - diffused.flatten(1).median(1).values[:, None, None]).norm(dim=0)
     draw_channel(e, change[None], image, cmap="magma")
-    e.set_title("4  Diffuse: a patch around each keypoint")
+    e.set_title("4  Diffuse: a patch around each")
     draw_stack(f, [*features[:4], *diffused[:4]])
-    f.set_title("5  Fuse: the map's channels, then the diffused ones")
+    f.set_title("5  Fuse with the map")
     return figure
 
 
@@ -119,12 +120,12 @@ def draw_tokens(axes: Any, sampled: Tensor, tokens: Tensor) -> None:
     axes.set_axis_off()
     axes.set_aspect("auto")
     for values, left, right in ((sampled, 0.0, 0.2), (tokens, 0.35, 1.0)):
-        inset = axes.inset_axes((left, 0.12, right - left, 0.78))
+        inset = axes.inset_axes((left, 0.1, right - left, 0.9))
         inset.imshow((values - values.mean(0)) / values.std(0), aspect="auto", cmap="coolwarm", vmin=-2.5, vmax=2.5)
         inset.set(xticks=[], yticks=[])
         inset.set_xlabel(f"{values.shape[1]} channels", fontsize=8)
         inset.set_ylabel(f"{len(values)} keypoints" if not left else "", fontsize=8)
-    axes.annotate("", (0.34, 0.51), (0.21, 0.51), xycoords="axes fraction", arrowprops={"arrowstyle": "->"})
+    axes.annotate("", (0.34, 0.55), (0.21, 0.55), xycoords="axes fraction", arrowprops={"arrowstyle": "->"})
 
 
 def draw_links(axes: Any, image: Tensor, keypoints: Keypoints, weights: Tensor, query: int) -> None:
@@ -140,19 +141,21 @@ def draw_stack(axes: Any, channels: list[Tensor]) -> None:
     axes.set_axis_off()
     for i, channel in enumerate(channels):
         half = len(channels) // 2
-        left = 0.075 * i + (0.1 if i >= half else 0.0)
-        card = axes.inset_axes((left, 0.42 - 0.04 * (i % half), 0.34, 0.52), zorder=i)
+        left = 0.07 * (i % half) + (0.5 if i >= half else 0.0)
+        card = axes.inset_axes((left, 0.5 - 0.07 * (i % half), 0.3, 0.4), zorder=i)
         card.imshow(channel, cmap="viridis" if i < half else "magma")
         card.set(xticks=[], yticks=[])
         for side in card.spines.values():
             side.set(color="white", linewidth=1.5)
-    axes.text(0.29, 0.1, "the map", ha="center")
-    axes.text(0.72, 0.1, "around the keypoints", ha="center")
+    axes.text(0.25, 0.12, "its channels", ha="center")
+    axes.text(0.76, 0.12, "the diffused ones", ha="center")
 
 
 @torch.no_grad()
 def draw_reading(network: KAFUNet, task: Task) -> Figure:
-    """Attention of the target, in four images."""
+    """Attention of the target by one head, in two images of each class."""
+    kinds = task.labels.flatten(1).amax(1)
+    task = task[torch.cat([(kinds == kind).nonzero()[:2, 0] for kind in (0, 1)])]
     figure = Figure(figsize=(9, 2.7), layout="constrained")
     axes = figure.subplots(1, 4)
     for i, axis in enumerate(axes):
@@ -160,7 +163,7 @@ def draw_reading(network: KAFUNet, task: Task) -> Figure:
         with record_attention(network) as recorded:
             kind = network(one.images, one.keypoints).argmax(1)[one.labels != IGNORED].mode().values.item()
         weights = recorded[f"encoder.layers.{LAYER}.transformer"]
-        dots = draw_attention(axis, one.images[0, 0], one.keypoints[0], weights[0], target_slot(one))
+        dots = draw_attention(axis, one.images[0, 0], one.keypoints[0], weights[0][HEAD], target_slot(one), vmax=0.5)
         axis.set_title(f"class {int(one.labels.max())}, predicted {kind}")
     figure.colorbar(dots, ax=axes, label="attention weight", shrink=0.8)
     return figure
@@ -197,7 +200,7 @@ def main() -> None:
     network = train()
     task = draw_task(60, seed=1)
     print(f"accuracy on {len(task.images)} unseen images: {accuracy(network, task):.3f}")
-    far = task[task.distances > 55]
+    far = task[task.distances > 45]
     with rc_context(STYLE):
         figures = {"concept": draw_concept(network, far[:1]), "attention": draw_reading(network, far)}
         figures |= draw_phantoms()

@@ -167,7 +167,7 @@ class Attention(nn.Module):
         return self.out(attended.transpose(1, 2).flatten(2))
 
     def weights(self, tokens: Tokens, mask: Mask | None, source: Tokens | None = None) -> Annotated[Tensor, "B H N M"]:
-        """The softmax that :meth:`forward` never holds: how much each token takes from each of the source."""
+        """How much each token takes from each of the source: the softmax, which :meth:`forward` never holds."""
         query, key, _ = self._heads(tokens, source)
         scores = query * query.shape[-1] ** -0.5 @ key.mT
         return (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(dim=-1)

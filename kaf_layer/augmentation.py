@@ -22,7 +22,7 @@ Points: TypeAlias = Annotated[Tensor, "B N 2"]
 
 
 class Augmented(NamedTuple):
-    """What belongs together after an augmentation."""
+    """Images, keypoints and labels (None if there were none) after an augmentation."""
 
     images: Annotated[Tensor, "B C H W"]
     keypoints: Keypoints
@@ -33,8 +33,8 @@ class KeypointAugmentation(nn.Module):
     """Applies kornia's augmentations to images, keypoints and labels alike (the paper's Appendix B).
 
     A keypoint moves with the pixels under it, keeps its slot, and becomes invalid when it leaves the frame.
-    Descriptors and scores stay as they are; angles and scales follow. Matches follow by
-    :meth:`~kaf_layer.Matches.among`, which leaves no partner to those whose partner is gone.
+    Descriptors and scores stay as they are; angles and scales follow. Afterwards
+    :meth:`~kaf_layer.Matches.among` drops the matches of which a keypoint has left the frame.
 
     Args:
         *transforms: kornia's 2-D augmentations, one after the other: geometric ones that have a transform
@@ -136,7 +136,7 @@ def move_keypoints(keypoints: Keypoints, move: Callable[[Points], Points], size:
 def invert_deformation(
     sources: Annotated[Tensor, "B 2 H W"], positions: Points, *, iterations: int = 100, tolerance: float = 0.1
 ) -> Points:
-    """Where positions are after a warp that says, pixel by pixel, where it takes its values from.
+    """Moves positions through a warp that is given backwards: for each pixel of the result its source.
 
     Solves ``sources(p) = position``, between pixels bilinearly, by a damped fixed-point iteration. It converges
     where the deformation does not fold, and shrinks the image less than 4 times.

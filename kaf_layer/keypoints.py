@@ -98,7 +98,7 @@ class Keypoints:
         return self._map(lambda value: value[index])
 
     def to(self, *args: Any, **kwargs: Any) -> Keypoints:
-        """As :meth:`torch.Tensor.to`; as in :meth:`torch.nn.Module.to`, a type is for what is floating point."""
+        """Moves or converts the tensors, as :meth:`torch.Tensor.to`; a dtype is for floating-point tensors only."""
 
         def move(value: Tensor) -> Tensor:
             moved = value.to(*args, **kwargs)
@@ -107,11 +107,11 @@ class Keypoints:
         return self._map(move)
 
     def where(self, keep: Annotated[Tensor, "B N"]) -> Keypoints:
-        """The keypoints that ``keep`` keeps, such as those within a mask of the body, in their slots."""
+        """Keeps the keypoints that ``keep`` marks, such as those inside the body; other slots become invalid."""
         return replace(self, valid=self.valid & keep, padded=True)
 
     def detach(self) -> Keypoints:
-        """The same keypoints, cut from the graph."""
+        """The same keypoints, detached from the autograd graph."""
         return self._map(Tensor.detach)
 
     def pin_memory(self) -> Keypoints:
@@ -119,7 +119,7 @@ class Keypoints:
         return self._map(Tensor.pin_memory)
 
     def positions_in(self, feature_size: Sequence[int]) -> Annotated[Tensor, "B N D"]:
-        """Positions in pixels of a map of another size, (x, y) order; finite where not valid.
+        """Positions (B, N, D) in pixels of a map of another size; slots that are not valid hold finite values.
 
         Args:
             feature_size: the map's size in tensor order. Positions outside the image stay outside.
@@ -147,7 +147,7 @@ class Keypoints:
         return index
 
     def resize(self, feature_size: Sequence[int], *, snap: bool = False) -> Keypoints:
-        """The same keypoints in pixels of a map of another size: scores and descriptors stay behind.
+        """The same keypoints in pixels of a map of another size; scores, scales, angles, descriptors are dropped.
 
         Args:
             feature_size: the map's size in tensor order.

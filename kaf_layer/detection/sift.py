@@ -32,7 +32,7 @@ class SIFTDetector(nn.Module):
 
     Finds the keypoints of ``cv2.SIFT_create`` for whole batches where the images are, and describes them. The
     result always has ``max_keypoints`` slots, by descending score; those that an image does not
-    fill are not ``valid`` and hold zeros. A batch gives each image what it gets alone.
+    fill are not ``valid`` and hold zeros. Images do not influence each other.
 
     Which pixels are keypoints, and in which order, is piecewise constant in the image. The rest is differentiable:
     positions, scores and scales have the gradient of the quadratic that is fitted to the differences of

@@ -52,12 +52,12 @@ def cheapest_method(slots: int, size: Sequence[int]) -> Method:
 
 
 class KeypointDiffusion(nn.Module):
-    """Spreads tokens over a feature map: convolution, batch normalisation, ReLU, convolution (section 3.2).
+    """Spreads tokens over a feature map: convolution, batch normalisation, ReLU, convolution (Section 3.1).
 
-    The network sees a map that is zero but for the keypoints' cells, and is computed only
-    where that makes a difference; see :func:`cheapest_method`, which setting the attribute
-    ``method`` overrides. A ``norm`` that has been replaced, or that keeps no running
-    average, makes the computation dense.
+    Its input is a map that is zero except at the keypoints' cells. Away from them the result is
+    constant, and nothing is computed. :func:`cheapest_method` chooses how; set the attribute
+    ``method`` to choose yourself. Replace ``norm`` by a module of another type, or by one
+    without running averages, and the computation becomes dense.
 
     Args:
         in_channels: of a token.
@@ -122,8 +122,8 @@ class KeypointDiffusion(nn.Module):
             tokens: one per slot. Slots that are not valid may hold anything.
             keypoints: where the tokens belong.
             size: the map's size in tensor order.
-            features: a map that the result follows, channel after channel, as in fusion by
-                concatenation: sparingly, without a copy of the result.
+            features: a map to put before the result's channels, as in fusion by concatenation;
+                cheaper than ``torch.cat``, which would copy the result.
 
         Raises:
             TypeError: if an argument is of another type.

@@ -38,7 +38,7 @@ def attach(
     """Puts a KAF layer behind submodules of any network.
 
     Each layer adds to the map that its submodule returns, times a learned gain that starts at zero: until it is
-    trained, the network's output is what it was. See :class:`KAFBackbone` for what one gets.
+    trained, the network's output is what it was. See :class:`KAFBackbone` for the result.
 
     Args:
         backbone: the network. It gets forward hooks, which do nothing when it is called by itself.
@@ -108,8 +108,10 @@ def _names(channels_last: bool | Collection[str] | None, wanted: Collection[str]
 class KAFBackbone(nn.Module):
     """A network with KAF layers behind some of its submodules; :func:`attach` makes it.
 
-    It is called as the network is, and returns what the network returns. The keyword ``keypoints`` spares it
-    the detection. Its state dict holds the network's under ``backbone.`` and the layers' under ``layers.``, with dots
+    Call it like the network: it takes the same arguments and returns the same output. Given ``keypoints=...`` it
+    does not detect them.
+
+    Its state dict holds the network's under ``backbone.`` and the layers' under ``layers.``, with dots
     in the submodules' names as underscores. A checkpoint of the network loads into ``model.backbone``, which called
     by itself is the network without layers. To train the layers alone, freeze ``model.backbone``.
 

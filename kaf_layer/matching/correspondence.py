@@ -16,7 +16,7 @@ __all__ = ["Matches", "check_matches", "match_keypoints"]
 
 @dataclass(eq=False)
 class Matches:
-    """Which keypoint of b is the partner of which of a, and the other way round.
+    """The partners of the keypoints of two images, a and b, in both directions.
 
     The class is a pytree, as :class:`~kaf_layer.Keypoints` is.
 
