@@ -136,6 +136,8 @@ class SIFTDetector(nn.Module):
                 f"images must have at least {SMALLEST} x {SMALLEST} pixels: the first octave, twice as large, has a "
                 f"border of {BORDER} pixels without keypoints, got {images.shape=}"
             )
+        if not torch.compiler.is_compiling() and hasattr(images, "as_tensor"):  # a MetaTensor of MONAI
+            images = images.as_tensor()
         static = images.device.type != "cpu" or torch.compiler.is_compiling()
         with torch.autocast(images.device.type, enabled=False):
             grey = self._grey(images, static=static)

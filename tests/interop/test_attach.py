@@ -542,6 +542,11 @@ def test_metadata_of_monai() -> None:
     output = model(data.MetaTensor(IMAGES, affine=2 * torch.eye(4)))
     assert output.affine[0, 0] == 2
     assert torch.equal(output.as_tensor(), model(IMAGES))
+    images = nn.functional.avg_pool2d(torch.rand(1, 1, 144, 192, generator=torch.Generator().manual_seed(0)), 3)
+    found, expected = SIFTDetector()(data.MetaTensor(images)), SIFTDetector()(images)
+    assert expected.valid.any()
+    assert type(found.positions) is Tensor
+    assert torch.equal(found.positions, expected.positions)
 
 
 def test_the_example(capsys: pytest.CaptureFixture[str]) -> None:
