@@ -556,6 +556,15 @@ def test_the_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.count("True") == 2
 
 
+@pytest.mark.parametrize(("name", "needs"), [("attach_timm", "timm"), ("attach_smp", "segmentation_models_pytorch")])
+def test_the_examples_of_backbones(name: str, needs: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip(needs)
+    importlib.import_module(f"examples.{name}").main()
+    printed = capsys.readouterr().out
+    assert "until trained: True" in printed
+    assert "a training step: loss" in printed
+
+
 @pytest.mark.parametrize(("name", "encoder"), [("Unet", "resnet18"), ("FPN", "mobilenet_v2")])
 def test_segmentation_models(name: str, encoder: str) -> None:
     smp = pytest.importorskip("segmentation_models_pytorch")

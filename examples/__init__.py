@@ -1,0 +1,1 @@
+"""Scripts to copy, each by itself; the paper's experiments are in ``examples.protocol``."""
