@@ -173,6 +173,8 @@ class SIFTDetector(nn.Module):
             )
         if images.shape[0] == 0:
             return self(F.pad(images, (0, 0) * (images.ndim - 1) + (0, 1)))[:0]
+        if not torch.compiler.is_compiling() and hasattr(images, "as_tensor"):  # a MetaTensor of MONAI
+            images = images.as_tensor()
         static = images.device.type != "cpu" or torch.compiler.is_compiling()
         with torch.autocast(images.device.type, enabled=False):
             grey = self._grey(images, static=static)

@@ -542,6 +542,11 @@ def test_metadata_of_monai() -> None:
     output = model(data.MetaTensor(IMAGES, affine=2 * torch.eye(4)))
     assert output.affine[0, 0] == 2
     assert torch.equal(output.as_tensor(), model(IMAGES))
+    images = nn.functional.avg_pool2d(torch.rand(1, 1, 144, 192, generator=torch.Generator().manual_seed(0)), 3)
+    found, expected = SIFTDetector()(data.MetaTensor(images)), SIFTDetector()(images)
+    assert expected.valid.any()
+    assert type(found.positions) is Tensor
+    assert torch.equal(found.positions, expected.positions)
 
 
 def test_the_example(capsys: pytest.CaptureFixture[str]) -> None:
@@ -549,6 +554,15 @@ def test_the_example(capsys: pytest.CaptureFixture[str]) -> None:
     attach_monai = importlib.import_module("examples.attach_monai")
     attach_monai.main(steps=1)
     assert capsys.readouterr().out.count("True") == 2
+
+
+@pytest.mark.parametrize(("name", "needs"), [("attach_timm", "timm"), ("attach_smp", "segmentation_models_pytorch")])
+def test_the_examples_of_backbones(name: str, needs: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip(needs)
+    importlib.import_module(f"examples.{name}").main()
+    printed = capsys.readouterr().out
+    assert "until trained: True" in printed
+    assert "a training step: loss" in printed
 
 
 @pytest.mark.parametrize(("name", "encoder"), [("Unet", "resnet18"), ("FPN", "mobilenet_v2")])
