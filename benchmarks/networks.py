@@ -14,7 +14,7 @@ import torch
 from monai.networks.nets.swin_unetr import SwinTransformer
 from torch import Tensor, nn
 
-from kaf_layer import KAFLayer, Keypoints
+from kaf_layer import KAFLayer, KeypointDiffusion, Keypoints
 from kaf_layer.attention import BlockType, TransformerBlock
 
 sys.path.append(str(Path(__file__).parent.parent))
@@ -68,6 +68,25 @@ class KAFLayers(Network):
 
     def forward(self, maps: list[Tensor], points: Keypoints) -> list[Tensor]:
         return [layer(features, points).features for layer, features in zip(self.layers, maps, strict=True)]
+
+
+class Diffusion(Network):
+    """The diffusion alone, on the finest map of a volume; it has no attention."""
+
+    spatial_dims = 3
+
+    def __init__(self, _attentions: int, *, dense: bool = False) -> None:
+        super().__init__()
+        self.diffusion = KeypointDiffusion(256, WIDTH, spatial_dims=3)
+        if dense:
+            self.diffusion.method = "dense"
+        self.configuration = f"{KEYPOINTS} keypoints of 256 channels to a map of {WIDTH}, 64 between"
+
+    def inputs(self, edge: int) -> tuple[object, ...]:
+        return torch.rand(1, KEYPOINTS, 256, requires_grad=True), keypoints(edge, 3), (edge,) * 3
+
+    def forward(self, tokens: Tensor, points: Keypoints, size: tuple[int, ...]) -> list[Tensor]:
+        return [self.diffusion(tokens, points, size)]
 
 
 class KAFUNetEncoder(Network):
@@ -188,6 +207,8 @@ VOLUMETRIC: dict[str, Callable[[int], Network]] = {
     "KAF layers": partial(KAFLayers, spatial_dims=3),
     "KAF layers, the paper's block": partial(KAFLayers, block="propagation", spatial_dims=3),
     "KAF layers, dense": partial(KAFLayers, block="propagation", dense=True, spatial_dims=3),
+    "diffusion alone": Diffusion,
+    "diffusion alone, dense": partial(Diffusion, dense=True),
     "SwinUNETR": partial(swin_unetr, spatial_dims=3),
     "SwinUNETR, embedding 24": partial(swin_unetr, embed_dim=24, spatial_dims=3),
     "KAF-UNet's encoder": partial(KAFUNetEncoder, spatial_dims=3),

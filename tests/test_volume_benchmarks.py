@@ -36,19 +36,29 @@ def rows_of(results, name: str) -> dict[str, dict]:
 
 def test_dense_diffusion_by_its_formula(results, monkeypatch):
     edge, hidden = 32, 64
-    compared = {name: build for name, build in VOLUMETRIC.items() if "dense" in name or "block" in name}
+    compared = {
+        name: build
+        for name, build in VOLUMETRIC.items()
+        if "Swin" not in name and "UNet" not in name and name != "KAF layers"
+    }
     assert {"SwinUNETR", "KAF-UNet's encoder"} < VOLUMETRIC.keys() - compared.keys()
     monkeypatch.setattr(sweep, "VOLUMETRIC", compared)
-    options = ["--spatial-dims", "3", "--edges", str(edge), "--attentions", "8"]
+    options = ["--spatial-dims", "3", "--edges", str(edge), "--attentions", "4"]
     flops.main(options)
     memory.main(options)
     counted, saved = rows_of(results, "flops-3d"), rows_of(results, "memory-3d")
     voxels = [(edge // 2**i) ** 3 for i in range(4)]
-    dense = sum(2 * 27 * n * hidden * (256 + 32 * 2**i) for i, n in enumerate(voxels)) / 1e9
-    pair = [counted[name]["32"] for name in ("KAF layers, dense", "KAF layers, the paper's block")]
-    assert 0.5 * dense < pair[0] - pair[1] < dense
-    pair = [saved[name]["32"] for name in ("KAF layers, dense", "KAF layers, the paper's block")]
-    assert 0 < pair[0] - pair[1] < sum(4 * n * (256 + 2 * hidden) for n in voxels) / 1e6
+    by_scale = [2 * 27 * n * hidden * (256 + 32 * 2**i) / 1e9 for i, n in enumerate(voxels)]
+    assert counted["diffusion alone, dense"]["32"] == pytest.approx(by_scale[0], rel=1e-9)
+    ratio = counted["diffusion alone, dense"]["32"] / counted["diffusion alone"]["32"]
+    assert 3 < ratio < 30  # an eighth of what it is at 64, where nearly as many voxels are active
+    layers = [counted[name]["32"] for name in ("KAF layers, dense", "KAF layers, the paper's block")]
+    assert 0.5 * sum(by_scale) < layers[0] - layers[1] < sum(by_scale)
+    # The map of tokens, the first convolution's result, and that after batch normalisation and ReLU.
+    dense = [4 * n * (256 + 2 * hidden) / 1e6 for n in voxels]
+    assert saved["diffusion alone, dense"]["32"] == pytest.approx(dense[0], rel=0.01)
+    layers = [saved[name]["32"] for name in ("KAF layers, dense", "KAF layers, the paper's block")]
+    assert 0 < layers[0] - layers[1] < sum(dense)
 
 
 def test_the_baseline_computes_the_same():
