@@ -1,13 +1,18 @@
 """What cross-validation says of two methods: mean and deviation over folds, and paired differences over volumes."""
 
+import argparse
 from collections import defaultdict
 from collections.abc import Sequence
 from math import isnan, nan
+from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 from scipy.stats import wilcoxon
 
+from examples.protocol.files import read_json
+
+PUBLISHED = Path(__file__).parent / "published"  # the paper's rows, by preset
 Result = dict[str, Any]  # what finetune.py writes, with the method, fold, seed and number of labelled subjects
 Volume = tuple[int, int]  # a fold, and a volume's number among those that it tests
 
@@ -19,6 +24,15 @@ class Difference(NamedTuple):
     p: float
     ahead: int
     folds: int
+
+
+def published(path: str) -> dict[str, dict[str, float]]:
+    """The rows of a JSON file."""
+    try:
+        rows = read_json(Path(path))
+        return {title: {str(int(m)): float(dice) for m, dice in row.items()} for title, row in rows.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise argparse.ArgumentTypeError(f'{path} must hold {{"title": {{"M": Dice, ...}}, ...}}: {error}') from error
 
 
 def spread(values: Sequence[float]) -> str:

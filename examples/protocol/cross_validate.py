@@ -31,9 +31,9 @@ from statistics import mean
 import torch
 
 from examples.protocol import finetune, pretrain
-from examples.protocol.comparison import Result, compare, spread
+from examples.protocol.comparison import PUBLISHED, Result, compare, published, spread
 from examples.protocol.data import load_volumes
-from examples.protocol.files import read_json, write_json
+from examples.protocol.files import claimed, read_json, write_json
 from examples.protocol.methods import METHODS
 from examples.protocol.networks import MODELS
 from examples.protocol.recipes import keep_split, load_split, load_stacks, parse, parser_of
@@ -41,7 +41,6 @@ from examples.protocol.splits import Fold
 from examples.protocol.stacks import Stack
 from examples.protocol.training import settings
 
-PUBLISHED = Path(__file__).parent / "published"  # the paper's rows, by preset
 NETWORK = ("resize", "patch", "normalise", "width", "levels", "scales", "fusion", "embed_dim", "depth")
 NETWORK += ("detector", "max_keypoints", "spacing", "drop_keypoints", "share_attention", "token_loss")
 OWN = ("--lr", "--epochs", "--batch", "--steps-per-epoch", "--save-every")  # what may differ between the two stages
@@ -90,15 +89,6 @@ def only(*names: str) -> Callable[[str], list[str]]:
         return options
 
     return split
-
-
-def published(path: str) -> dict[str, dict[str, float]]:
-    """The rows of a JSON file."""
-    try:
-        rows = read_json(Path(path))
-        return {title: {str(int(m)): float(dice) for m, dice in row.items()} for title, row in rows.items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise argparse.ArgumentTypeError(f'{path} must hold {{"title": {{"M": Dice, ...}}, ...}}: {error}') from error
 
 
 def complete(own: argparse.Namespace, options: argparse.Namespace) -> None:
@@ -152,6 +142,17 @@ def run_fold(fold: int, own: argparse.Namespace, shared: list[str]) -> list[Resu
             result = finetune.main([*arguments, "--output", str(folder / f"M{labelled}")], stacks=stacks)
             results.append(result | {"method": name, "fold": fold, "seed": seed, "M": labelled})
     return results
+
+
+def run_folds(folds: Sequence[int], own: argparse.Namespace, shared: list[str]) -> list[Result]:
+    """All results, of --jobs folds at a time."""
+    if own.jobs == 1:
+        return [result for fold in folds for result in run_fold(fold, own, shared)]
+    threads = max(1, torch.get_num_threads() // own.jobs)
+    workers = {"mp_context": get_context("spawn"), "initializer": torch.set_num_threads, "initargs": (threads,)}
+    with ProcessPoolExecutor(own.jobs, **workers) as pool:
+        jobs = [pool.submit(run_fold, fold, own, shared) for fold in folds]
+        return [result for job in jobs for result in job.result()]
 
 
 def title(name: str) -> str:
@@ -228,16 +229,10 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
         raise ValueError(f"--test-folds must be among 0 to {len(split) - 1}, got {own.test_folds}")
     for fold, count in product(folds, own.labelled):
         split[fold].labelled(count)
-    keep_options(own, options, split)
-    keep_split(split, options)
-    if own.jobs == 1:
-        results = [result for fold in folds for result in run_fold(fold, own, shared)]
-    else:
-        threads = max(1, torch.get_num_threads() // own.jobs)
-        workers = {"mp_context": get_context("spawn"), "initializer": torch.set_num_threads, "initargs": (threads,)}
-        with ProcessPoolExecutor(own.jobs, **workers) as pool:
-            jobs = [pool.submit(run_fold, fold, own, shared) for fold in folds]
-            results = [result for job in jobs for result in job.result()]
+    with claimed(own.output):
+        keep_options(own, options, split)
+        keep_split(split, options)
+        results = run_folds(folds, own, shared)
     subjects = len({volume.subject for volume in volumes})
     data = f"{options.data.name if options.data else 'phantoms'}, {subjects} subjects, {len(volumes)} volumes"
     command = f"python -m examples.protocol.cross_validate {shlex.join(arguments)}"

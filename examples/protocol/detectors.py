@@ -11,19 +11,24 @@ from examples.protocol.files import load
 from kaf_layer import GridDetector, KeypointDetector, Keypoints, SIFTDetector
 
 DETECTORS = ("sift", "grid", "none", "disk", "dedode", "aliked", "keynet")
-LEARNT: dict[str, Callable[[], nn.Module]] = {  # without weights: these come from --detector-weights
-    "disk": KF.DISK,
-    "dedode": lambda: KF.DeDoDe(descriptor_model="B"),
-    "aliked": KF.ALIKED,
-    "keynet": lambda: KF.LocalFeature(KF.KeyNetDetector(pretrained=False), KF.LAFDescriptor(KF.HardNet(), 32)),
+LEARNT: dict[str, Callable[[int], nn.Module]] = {  # of at most so many keypoints; weights come from --detector-weights
+    "disk": lambda _: KF.DISK(),
+    "dedode": lambda _: KF.DeDoDe(descriptor_model="B"),
+    "aliked": lambda count: KF.ALIKED(max_num_keypoints=count),
+    "keynet": lambda count: KF.LocalFeature(
+        KF.KeyNetDetector(pretrained=False, num_features=count), KF.LAFDescriptor(KF.HardNet(pretrained=False), 32)
+    ),
 }
 
 
 def build_detector(options: argparse.Namespace) -> KeypointDetector:
     if options.detector in LEARNT:
-        feature = LEARNT[options.detector]()
+        feature = LEARNT[options.detector](options.max_keypoints)
         weights = load(options.detector_weights)
-        feature.load_state_dict(weights.get("extractor", weights))  # DISK's file holds other things beside it
+        try:
+            feature.load_state_dict(weights.get("extractor", weights))  # DISK's file holds other things beside it
+        except RuntimeError as error:
+            raise ValueError(f"{options.detector_weights} holds no weights of --detector {options.detector}") from error
         return KorniaDetector(feature, options.max_keypoints)
     if options.detector == "sift":
         return SIFTDetector(options.max_keypoints)

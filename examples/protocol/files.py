@@ -1,22 +1,54 @@
-"""Files that are written at once or not at all, and whose name is in the message when they cannot be read."""
+"""Files that are written at once or not at all, and that are named when they cannot be read or written."""
 
 import json
 import os
 import pickle
+import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Makes a folder for one run to write in, and takes away what a run that was killed had begun to write.
+
+    Raises:
+        ValueError: if another run is writing there. One that was killed is none.
+        OSError: if the folder cannot be written.
+    """
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"another run is writing in {folder}: wait for its end, or choose another --output") from None
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written, choose another --output: {error}") from error
+    try:
+        for path in folder.iterdir():
+            if re.fullmatch(r".+\.\d+\.tmp", path.name):
+                path.unlink()
+        yield
+    finally:
+        lock.release()
 
 
 def write(path: Path, writer: Callable[[Path], Any]) -> None:
     """Lets ``writer`` write a temporary file, which then takes the file's place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    writer(temporary)
-    os.replace(temporary, path)
+    try:
+        writer(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written, what it held is still there: {error}") from error
 
 
 def write_json(content: Any, path: Path) -> None:
@@ -41,10 +73,14 @@ def save(content: Any, path: Path) -> None:
 
 
 def load(path: Path) -> Any:
-    """Reads a file of plain tensors, numbers and texts."""
+    """Reads a file of plain tensors, numbers and texts; code that a file holds does not run."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds other things than plain tensors, such as code, and was not run: {error}"
+        ) from error
+    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} cannot be read, it may be truncated: {error}") from error

@@ -13,17 +13,19 @@ import argparse
 import hashlib
 import platform
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import Accelerator
 from monai.losses import DiceCELoss
 from monai.metrics import DiceMetric
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from examples.protocol.files import read_json, save, write_json
+from examples.protocol.files import claimed, read_json, save, write_json
 from examples.protocol.networks import build_model
 from examples.protocol.recipes import keep_split, load_split, load_stacks, parse, parser_of
 from examples.protocol.stacks import Stack
@@ -116,6 +118,11 @@ def main(arguments: Sequence[str] | None = None, *, stacks: list[Stack] | None =
     """Returns what result.json holds; ``stacks`` spares the loading of the data."""
     options = parse(parser(), arguments)
     accelerator = start(options)
+    with claimed(options.output) if accelerator.is_main_process else nullcontext():
+        return run(options, accelerator, stacks)
+
+
+def run(options: argparse.Namespace, accelerator: Accelerator, stacks: list[Stack] | None) -> dict[str, Any]:
     stacks = load_stacks(options) if stacks is None else stacks
     split = load_split(options, (stack.volume for stack in stacks))
     if not 0 <= options.fold < len(split):

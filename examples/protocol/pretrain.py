@@ -13,14 +13,15 @@ Writes weights.pt, a plain state dict of the encoder, for finetune.py --pretrain
 
 import argparse
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from accelerate import DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
-from examples.protocol.files import save
+from examples.protocol.files import claimed, save
 from examples.protocol.methods import METHODS
 from examples.protocol.networks import build_model, weights_of
 from examples.protocol.recipes import keep_split, load_split, load_stacks, parse, parser_of
@@ -59,6 +60,11 @@ def main(arguments: Sequence[str] | None = None, *, stacks: list[Stack] | None =
     # An encoder's last block is not trained by the parts on keypoints alone.
     unused = DistributedDataParallelKwargs(find_unused_parameters=not options.weights[0])
     accelerator = start(options, kwargs_handlers=[unused])
+    with claimed(options.output) if accelerator.is_main_process else nullcontext():
+        run(options, accelerator, stacks)
+
+
+def run(options: argparse.Namespace, accelerator: Accelerator, stacks: list[Stack] | None) -> None:
     stacks = load_stacks(options, labelled=False) if stacks is None else stacks
     split = load_split(options, (stack.volume for stack in stacks))
     if not 0 <= options.fold < len(split):

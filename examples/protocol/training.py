@@ -25,8 +25,8 @@ from kaf_layer import KeypointDetector
 from kaf_layer.augmentation import KeypointAugmentation
 
 Sample = TypeVar("Sample")
-# Options that a resumed run may change; of the last three the content is compared.
-PLACES = ("output", "resume", "save_every", "data", "split", "pretrained")
+# Options that a resumed run may change; of the last four the content is compared.
+PLACES = ("output", "resume", "save_every", "data", "split", "pretrained", "detector_weights")
 
 
 class History(NamedTuple):
