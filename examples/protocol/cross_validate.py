@@ -56,7 +56,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the training; --seed draws the folds")
     parser.add_argument("--reference", type=method, help="the method that the others are compared with")
     parser.add_argument("--test-folds", nargs="+", type=int, metavar="FOLD", help="only these of --folds")
-    pretraining, finetuning = only(*OWN, "--weights", "--temperature", "--threshold"), only(*OWN, "--loss")
+    pretraining, finetuning = (
+        only(*OWN, "--weights", "--temperature", "--threshold", "--max-distance", "--optimizer"),
+        only(*OWN, "--loss"),
+    )
     parser.add_argument("--pretrain", type=pretraining, default=[], metavar="OPTIONS", help="for pretrain.py alone")
     parser.add_argument("--finetune", type=finetuning, default=[], metavar="OPTIONS", help="for finetune.py alone")
     parser.add_argument("--beside", type=published, metavar="FILE", help="Dice of others, by row and M")
