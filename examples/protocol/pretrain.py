@@ -42,9 +42,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--weights", type=float, nargs=3, default=[1.0, 1.0, 0.01], help="of the parts of Eq. 3")
     parser.add_argument("--temperature", type=float, help="of a contrast (default: the method's own)")
     parser.add_argument("--threshold", type=float, help="between relative positions, below which slices are alike")
-    parser.add_argument(
-        "--max-distance", type=float, default=30.0, help="in pixels of the patch, of matching keypoints"
-    )
+    parser.add_argument("--max-distance", type=float, default=30.0, help="pixels between matching keypoints")
     return parser
 
 
