@@ -1,6 +1,8 @@
 """Cross-validation: the table says what the runs gave, and the figures show them."""
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 from statistics import mean
@@ -8,6 +10,7 @@ from statistics import mean
 import pytest
 
 cross_validate = pytest.importorskip("examples.protocol.cross_validate", reason="the extra train is not here")
+from examples.protocol.recipes import parse  # noqa: E402  # after the skip
 
 SMALL = ["--limit", "3", "--folds", "2", "--patch", "64", "64", "--width", "4", "--depth", "1", "--embed-dim", "8"]
 SMALL += ["--steps-per-epoch", "1", "--finetune", "--epochs 1 --batch 4", "--pretrain", "--epochs 1 --batch 2"]
@@ -158,3 +161,37 @@ def test_the_papers_rows_stand_beside_its_presets(preset: str) -> None:
     if not source.is_file():
         pytest.skip("the paper's numbers are not beside the project")
     assert list(rows.values()) == list(json.loads(source.read_text()).values())
+
+
+def ablations() -> list[str]:
+    text = (Path(cross_validate.__file__).parent / "ABLATIONS.md").read_text()
+    return re.findall(r"`(--methods .*)` \|$", text, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", ablations())
+def test_the_ablations_are_commands(line: str) -> None:
+    """Every line parses, for every script that it would start, with the presets of the paper."""
+    for preset in ("acdc", "chd", "phantom"):
+        arguments = ["--preset", preset, "--labelled", "6", "--output", "x", *shlex.split(line)]
+        own, shared = cross_validate.parser().parse_known_args(arguments)
+        for name in own.methods:
+            model, pretraining, more = cross_validate.parts(name)
+            common = [*shared, "--model", model, "--output", "x", *more]
+            parse(cross_validate.finetune.parser(), [*common, *own.finetune])
+            if pretraining:
+                options = cross_validate.pretrain.parse_pretraining([*common, *own.pretrain, "--method", pretraining])
+                assert options.method == pretraining
+
+
+def test_the_papers_ablations_are_all_there() -> None:
+    lines = ablations()
+    assert len(lines) > 15
+    for expected in (
+        "--scales 0 1 3",
+        "--depth 9",
+        "--weights 0 1 0",
+        "--max-distance 5",
+        "--detector disk",
+        "kaf-fcn",
+    ):
+        assert any(expected in line for line in lines), expected

@@ -32,6 +32,33 @@ def test_networks_learn_in_every_parameter(name: str) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
 
 
+def test_swin_unet() -> None:
+    """The size is the paper's, all parameters learn, and maps grow as by a pixel shuffle."""
+    script = pytest.importorskip("examples.swin_unet", reason="the extra train is not here")
+    with torch.device("meta"):
+        full = script.SwinUNet(3, 9)
+        assert [f.shape[1:] for f in full.encoder(torch.zeros(1, 3, 224, 192)).features] == [
+            (96, 56, 48),
+            (192, 28, 24),
+            (384, 14, 12),
+            (768, 7, 6),
+        ]
+    assert sum(p.numel() for p in full.parameters()) == pytest.approx(27.2e6, rel=0.01)  # Cao et al.: 27.17 M
+    network = script.SwinUNet(1, 3, embed_dim=12)
+    logits = network(torch.rand(2, 1, 32, 64))
+    assert logits.shape == (2, 3, 32, 64)
+    logits.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+    expand = script.Expand(4, 2)
+    image = torch.randn(1, 4, 3, 5)
+    oracle = torch.nn.functional.pixel_shuffle(
+        expand.linear(image.movedim(1, -1)).unflatten(-1, (4, 2)).movedim((-1, -2), (1, 2)).flatten(1, 2), 2
+    )
+    torch.testing.assert_close(expand(image), expand.norm(oracle.movedim(1, -1)).movedim(-1, 1))
+    with pytest.raises(ValueError, match=r"divisible by 32, got images.shape=torch.Size\(\[1, 1, 32, 40\]\)"):
+        network(torch.rand(1, 1, 32, 40))
+
+
 @pytest.mark.parametrize(("build", "plain"), [(KAFUNet, UNet), (KAFFCN, FCN)])
 def test_keypoints_reach_the_logits(build: type[nn.Module], plain: type[nn.Module]) -> None:
     images = torch.rand(2, 1, 32, 48)

@@ -180,7 +180,7 @@ def test_glcl_pretrains_the_decoder_but_not_its_last_block(levels: str, blocks: 
 def test_the_local_contrast_gives_the_encoder_no_gradient(stacks: list[Stack]) -> None:
     chosen = options("--model", "unet", "--method", "glcl")
     method = METHODS["glcl"](build_model(chosen), [], chosen)
-    samples = method.samples(stacks)[:4]
+    samples = method.samples(stacks, chosen)[:4]
     batch = method.draw(samples, training.Augmentation(), torch.device("cpu"))
     images, keypoints, partitions = batch
     assert images.shape[0] == len(keypoints) == 12
@@ -217,7 +217,7 @@ def test_methods_train_all_of_an_encoder(stacks: list[Stack], model: str, edge: 
     for name in names:
         chosen = options("--model", model, "--method", name, "--patch", edge, edge)
         network = build_model(chosen)
-        samples = METHODS[name].samples(square)
+        samples = METHODS[name].samples(square, chosen)
         method = METHODS[name](network, samples, chosen)
         method(*method.draw(samples[::5], training.Augmentation(), torch.device("cpu")))["loss"].backward()
         missing = [key for key, parameter in method.named_parameters() if parameter.grad is None]

@@ -50,7 +50,7 @@ def test_the_papers_recipe(stacks: list[Stack], tmp_path: Path, capsys: pytest.C
 
 
 def test_neighbours_pair_slices_of_one_volume(stacks: list[Stack], capsys: pytest.CaptureFixture[str]) -> None:
-    pairs = KAF.samples(stacks)
+    pairs = KAF.samples(stacks, pretrain.parse_pretraining([*SMALL, "--output", "x"]))
     assert "s1: a slice without a neighbour" in capsys.readouterr().err
     assert [(stack.volume.subject, a, b) for stack, a, b, _ in pairs] == [
         ("s0", 0, 1),

@@ -44,6 +44,7 @@ from examples.protocol.training import settings
 NETWORK = ("resize", "patch", "normalise", "width", "levels", "scales", "fusion", "embed_dim", "depth")
 NETWORK += ("detector", "max_keypoints", "spacing", "drop_keypoints", "share_attention", "token_loss")
 OWN = ("--lr", "--epochs", "--batch", "--steps-per-epoch", "--save-every")  # what may differ between the two stages
+OF_PRETRAINING = ("--weights", "--temperature", "--threshold", "--max-distance", "--optimizer")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the training; --seed draws the folds")
     parser.add_argument("--reference", type=method, help="the method that the others are compared with")
     parser.add_argument("--test-folds", nargs="+", type=int, metavar="FOLD", help="only these of --folds")
-    pretraining, finetuning = only(*OWN, "--weights", "--temperature", "--threshold"), only(*OWN, "--loss")
+    pretraining, finetuning = only(*OWN, *OF_PRETRAINING), only(*OWN, "--loss")
     parser.add_argument("--pretrain", type=pretraining, default=[], metavar="OPTIONS", help="for pretrain.py alone")
     parser.add_argument("--finetune", type=finetuning, default=[], metavar="OPTIONS", help="for finetune.py alone")
     parser.add_argument("--beside", type=published, metavar="FILE", help="Dice of others, by row and M")

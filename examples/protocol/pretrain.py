@@ -42,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--weights", type=float, nargs=3, default=[1.0, 1.0, 0.01], help="of the parts of Eq. 3")
     parser.add_argument("--temperature", type=float, help="of a contrast (default: the method's own)")
     parser.add_argument("--threshold", type=float, help="between relative positions, below which slices are alike")
+    parser.add_argument("--max-distance", type=float, default=30.0, help="pixels between matching keypoints")
     return parser
 
 
@@ -70,7 +71,8 @@ def run(options: argparse.Namespace, accelerator: Accelerator, stacks: list[Stac
     if not 0 <= options.fold < len(split):
         raise ValueError(f"--fold must be 0 to {len(split) - 1}, got {options.fold}")
     options.subjects = chosen = split[options.fold].train
-    samples = METHODS[options.method].samples([stack for stack in stacks if stack.volume.subject in chosen])
+    training = [stack for stack in stacks if stack.volume.subject in chosen]
+    samples = METHODS[options.method].samples(training, options)
 
     torch.manual_seed(seed_of(options.seed))
     network = build_model(options)

@@ -42,7 +42,7 @@ class Pretraining(nn.Module):
         self.embed_dim: int = options.embed_dim
 
     @staticmethod
-    def samples(stacks: Sequence[Stack]) -> list[Any]:
+    def samples(stacks: Sequence[Stack], options: argparse.Namespace) -> list[Any]:  # noqa: ARG004
         slices = [(stack, z) for stack in stacks for z in range(len(stack.images))]
         return [Slice(stack, z, number) for number, (stack, z) in enumerate(slices)]
 

@@ -36,7 +36,7 @@ class KAF(Pretraining):
         )
 
     @staticmethod
-    def samples(stacks: Sequence[Stack]) -> list[Pair]:
+    def samples(stacks: Sequence[Stack], options: argparse.Namespace) -> list[Pair]:
         """Each slice with the next; the only slice of a volume with itself."""
         pairs = []
         for stack in tqdm(stacks, desc="matches", leave=False):
@@ -44,7 +44,8 @@ class KAF(Pretraining):
                 say(stack, "a slice without a neighbour is paired with itself")
             for z in range(max(1, len(stack.images) - 1)):
                 following = min(z + 1, len(stack.images) - 1)
-                pairs.append((stack, z, following, match_slices(stack.keypoints[z], stack.keypoints[following])))
+                both = stack.keypoints[z], stack.keypoints[following]
+                pairs.append((stack, z, following, match_slices(*both, max_distance=options.max_distance)))
         return pairs
 
     def draw(self, samples: Sequence[Pair], augment: Augmentation, device: torch.device) -> tuple[Any, ...]:
