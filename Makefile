@@ -22,7 +22,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 test: $(VENV)/.installed  ## run all tests and doctests, with branch coverage
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term --cov-fail-under=95
 
-mutants: $(VENV)/.installed  ## small faults in the package, of which the tests should notice nine in ten; half an hour
+mutants: $(VENV)/.installed  ## make small faults in the package, one at a time, and list those that no test notices (slow)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py
 
 demo: $(VENV)/.installed  ## train a UNet and a KAF-UNet on synthetic volumes, compare them, draw outputs/demo.png
