@@ -138,7 +138,11 @@ def main() -> None:
                 print(f"    {line}", flush=True)
                 alive += 1
         seconds = f"in {time.monotonic() - start:.0f} s"
-        print(f"{module}: {len(drawn) - alive} of {len(drawn)} noticed, of {len(found)} possible ones,", seconds)
+        print(
+            f"{module}: {len(drawn) - alive} of {len(drawn)} noticed, of {len(found)} possible ones,",
+            seconds,
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
