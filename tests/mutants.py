@@ -137,8 +137,8 @@ def main() -> None:
             if survives(path, mutant, tests):
                 print(f"    {line}", flush=True)
                 alive += 1
-        seconds = f"in {time.monotonic() - start:.0f} s"
-        print(f"{module}: {len(drawn) - alive} of {len(drawn)} noticed, of {len(found)} possible ones,", seconds)
+        counts = f"{len(drawn) - alive} of {len(drawn)} noticed, {len(found)} possible"
+        print(f"{module}: {counts}, in {time.monotonic() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

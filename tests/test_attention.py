@@ -9,7 +9,7 @@ from common import fill_padding, random_keypoints
 from torch import Tensor, nn
 
 from kaf_layer import KeypointTransformer
-from kaf_layer.attention import Attention, PropagationBlock, TransformerBlock, key_mask
+from kaf_layer.attention import Attention, PositionEncoder, PropagationBlock, TransformerBlock, key_mask
 from kaf_layer.normalization import MaskedBatchNorm
 
 
@@ -202,3 +202,24 @@ def test_options_reach_the_blocks(block: str) -> None:
     assert transformer.position_encoder.linears[0].in_features == 3
     with pytest.raises(ValueError, match="spatial_dims must be a whole number"):
         KeypointTransformer(6, num_heads=3, block=block, spatial_dims=0)
+
+
+@pytest.mark.parametrize("block", ["transformer", "propagation"])
+def test_positions_are_relative_to_the_image(block: str) -> None:
+    """Against the formulas: half the longest edge about the centre, or the authors' 0.7 and their order of axes."""
+    keypoints = random_keypoints((12, 20), (5, 0, 3))
+    encoder = randomise(PositionEncoder(8, block=block)).double().eval()
+    encoded = encoder(keypoints)
+    for sample, slot in keypoints.valid.nonzero().tolist():
+        x, y = keypoints.positions[sample, slot].tolist()
+        relative = (x - 9.5) / 10, (y - 5.5) / 10
+        if block == "propagation":
+            relative = (y - 10) / 14, (x - 6) / 14
+        values = torch.tensor(relative, dtype=torch.float64)
+        for linear, norm in zip(encoder.linears, encoder.norms, strict=True):
+            values = values @ linear.weight.T + linear.bias
+            if block == "transformer":
+                values = layer_norm(norm, values).relu()
+            else:  # whose running statistics are still 0 and 1
+                values = (values / (1 + norm.eps) ** 0.5 * norm.weight + norm.bias).relu()
+        torch.testing.assert_close(encoded[sample, slot], values @ encoder.out.weight.T + encoder.out.bias)

@@ -123,3 +123,14 @@ def test_errors() -> None:
         Matches(torch.zeros(2, dtype=torch.long), torch.zeros(2, dtype=torch.long))
     with pytest.raises(ValueError, match="must be long"):
         Matches(torch.zeros(2, 3), torch.zeros(2, 3))
+
+
+def test_descriptors_that_are_nearly_alike() -> None:
+    """A distance by a matrix product, which torch prefers from 25 points on, would lose such differences."""
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
+    descriptors = 100 + 1e-3 * torch.eye(30)[None]
+    a, b = (
+        Keypoints(torch.zeros(1, 30, 2), torch.ones(1, 30, dtype=torch.bool), (8, 8), descriptors=values)
+        for values in (descriptors[:, order], descriptors)
+    )
+    assert match_keypoints(a, b).indices[0].equal(order)
