@@ -50,7 +50,6 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 def target(page: str, link: str) -> str:
     """The path in the repository that a link on a page of the site means."""
     home = page.removeprefix("repository/") if page.startswith("repository/") else f"docs/{page}"
-    home = home.removesuffix(".py.md")
     return posixpath.normpath(posixpath.join(posixpath.dirname(home), link))
 
 
@@ -68,7 +67,7 @@ def publish(path: str, files: Files, config: Any, inclusion: InclusionLevel) -> 
         text = f"# {source.name}\n\n`{path}`\n\n````python\n{source.read_text()}````\n"
         file = File.generated(config, name, content=text, inclusion=inclusion)
     elif source.is_dir():
-        inside = [found.relative_to(source.parent) for found in sorted(source.rglob("*")) if found.suffix]
+        inside = [found.relative_to(source.parent) for found in sorted(source.rglob("*.*")) if found.suffix != ".pyc"]
         text = f"# {source.name}/\n\n" + "".join(f"- [`{found}`]({found})\n" for found in inside)
         file = File.generated(config, name, content=text, inclusion=inclusion)
     else:
