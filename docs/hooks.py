@@ -1,7 +1,7 @@
 """What the pages need beyond MkDocs: links to files of the repository, and formulas without JavaScript.
 
 The pages are read in the repository too, where a link such as ``../examples/unet.py`` leads to the file. On the site it
-leads to a copy of that file, under ``repository/``; of source code, to a page that shows it.
+leads to a copy of that file, under ``repository/``; of source code or a folder, to a page that shows it.
 """
 
 import posixpath
@@ -26,7 +26,7 @@ def on_files(files: Files, config: Any) -> Files:
         page = waiting.pop()
         for link in LINK.findall(page.content_string):
             path = target(page.src_uri, link)
-            if (ROOT / path).is_file() and files.get_file_from_path(published(path)) is None:
+            if (ROOT / path).exists() and files.get_file_from_path(published(path)) is None:
                 new = publish(path, files, config, InclusionLevel.NOT_IN_NAV)
                 waiting += [new] if new.is_documentation_page() else []
     return files
@@ -37,7 +37,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
     def redirect(match: re.Match[str]) -> str:
         path = target(page.file.src_uri, match[0])
-        if not (ROOT / path).is_file():
+        if not (ROOT / path).exists():
             return match[0]
         return posixpath.relpath(published(path), posixpath.dirname(page.file.src_uri))
 
@@ -50,22 +50,25 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 def target(page: str, link: str) -> str:
     """The path in the repository that a link on a page of the site means."""
     home = page.removeprefix("repository/") if page.startswith("repository/") else f"docs/{page}"
-    home = home.removesuffix(".py.md") or home
     return posixpath.normpath(posixpath.join(posixpath.dirname(home), link))
 
 
 def published(path: str) -> str:
     """Where a path of the repository is on the site."""
-    if path.endswith(".py"):
+    if path.endswith(".py") or (ROOT / path).is_dir():
         return f"repository/{path}.md"
     return path.removeprefix("docs/") if path.startswith("docs/") else f"repository/{path}"
 
 
 def publish(path: str, files: Files, config: Any, inclusion: InclusionLevel) -> File:
-    """Adds a file of the repository to the site; source code becomes a page."""
+    """Adds a file of the repository to the site; source code and folders become pages."""
     source, name = ROOT / path, published(path)
     if path.endswith(".py"):
         text = f"# {source.name}\n\n`{path}`\n\n````python\n{source.read_text()}````\n"
+        file = File.generated(config, name, content=text, inclusion=inclusion)
+    elif source.is_dir():
+        inside = [found.relative_to(source.parent) for found in sorted(source.rglob("*.*")) if found.suffix != ".pyc"]
+        text = f"# {source.name}/\n\n" + "".join(f"- [`{found}`]({found})\n" for found in inside)
         file = File.generated(config, name, content=text, inclusion=inclusion)
     else:
         file = File.generated(config, name, abs_src_path=str(source), inclusion=inclusion)
