@@ -21,7 +21,7 @@ def record_attention(module: nn.Module) -> Iterator[dict[str, Annotated[Tensor, 
 
     Works for whatever contains a :class:`~kaf_layer.KeypointTransformer`: a single :class:`~kaf_layer.KAFLayer`, a
     :class:`~kaf_layer.KAFEncoder`, a network made by :func:`~kaf_layer.interop.attach.attach`. The outputs stay as
-    they are. Outside of the block, the forward pass has nothing added: its fused attention never holds these weights.
+    they are. Outside of the block the forward pass is as always: its fused attention never holds these weights.
 
     Inside the block, compiled modules run without their compiler. If a layer runs more than once, its last pass counts.
 
