@@ -68,11 +68,11 @@ def _interpolate(
     stride = 1  # in rows, from a cell to the next; the map's last axis comes first
     for p, length in zip(positions[:, None].unbind(-1), reversed(size), strict=True):
         p = p.clamp(0, length - 1)
-        low = p.detach().floor().clamp(max=torch.sym_max(length - 2, 0))  # the next cell is in the map too
+        low = p.detach().floor().clamp(max=max(length - 2, 0))  # the next cell is in the map too
         upper = p - low
         overlaps = torch.cat([1 - upper, upper], dim=1)
         index = low.long() if index is None else torch.add(index, low.long(), alpha=stride)
-        index = torch.cat([index, index + stride * torch.sym_min(length - 1, 1)], dim=1)
+        index = torch.cat([index, index + (stride if length > 1 else 0)], dim=1)
         weight = overlaps if weight is None else (overlaps[:, :, None] * weight[:, None]).flatten(1, 2)
         stride = stride * length
     # One gather for all corners: each would allocate a dense gradient of its own.

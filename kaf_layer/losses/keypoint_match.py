@@ -47,7 +47,7 @@ def keypoint_match_loss(
     positive = _total(of_a, matched) / matched.sum(dim=1).clamp(min=1)
     unmatched = alone_a.sum(dim=1) + alone_b.sum(dim=1)
     negative = (_total(of_a, alone_a) + _total(of_b, alone_b)) / unmatched.clamp(min=1)
-    return (positive_weight * positive + negative_weight * negative).sum() / torch.sym_max(cost.shape[0], 1)
+    return (positive_weight * positive + negative_weight * negative).sum() / max(cost.shape[0], 1)
 
 
 def _total(cost: Annotated[Tensor, "B N"], mask: Annotated[Tensor, "B N"]) -> Annotated[Tensor, "B"]:
