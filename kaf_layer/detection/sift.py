@@ -114,9 +114,7 @@ class SIFTDetector(nn.Module):
         if spatial_dims not in (2, 3):
             raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims=}")
         if spatial_dims == 3 and (upscale, orientations) != ("precise", "strongest"):
-            raise ValueError(
-                f'volumes have upscale="precise" and orientations="strongest" alone, got {upscale=}, {orientations=}'
-            )
+            raise ValueError(f"these are for images, got {upscale=}, {orientations=} and {spatial_dims=}")
         if upscale not in ("precise", "opencv"):
             raise ValueError(f'upscale must be "precise" or "opencv", got {upscale=}')
         if orientations not in ("strongest", "all"):
@@ -205,9 +203,8 @@ class SIFTDetector(nn.Module):
             if self.spatial_dims == 2:
                 extrema, valid, angles = self._orient(space, extrema, valid)
         centre, scale, contrast = locate(space, extrema, valid)
-        pixel = torch.stack(
-            [s / f for s, f in zip(extrema.stride.unbind(-1), self._voxels.factors, strict=True)], dim=-1
-        )
+        strides = zip(extrema.stride.unbind(-1), self._voxels.factors, strict=True)
+        pixel = torch.stack([stride / factor for stride, factor in strides], dim=-1)
         values = {
             "positions": centre * pixel.flip(-1),
             "scores": contrast.abs(),

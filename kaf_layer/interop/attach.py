@@ -45,7 +45,7 @@ def attach(
         submodules: names, as in ``backbone.named_modules()``, and the channels of their maps. Channels that are None,
             or names alone, need an ``example``. Where a submodule returns a tuple, a list or a dictionary,
             the first tensor in it is its map, and the others stay as they are.
-        detector: finds keypoints in the image; ``SIFTDetector(descriptors=False)`` if None.
+        detector: finds keypoints in the image; ``SIFTDetector(descriptors=False)``, for images or volumes, if None.
         example: the backbone's input, or a tuple of its inputs: it is run once, in evaluation mode without
             gradients, to see the channels, where they are, and the number of spatial axes.
         image: the name of the argument of ``backbone.forward`` in which to detect; the first tensor if None.
@@ -90,9 +90,7 @@ def attach(
         if channels is None:
             raise ValueError(f"give the channels of {name!r}, or an example to see them in, got {channels=}")
         layers[name] = KAFLayer(channels, fusion="add", **options).to(like)
-    if detector is None and any(layer.transformer.position_encoder.spatial_dims != 2 for layer in layers.values()):
-        raise ValueError("SIFT is for 2-D images: give a detector, such as GridDetector(8), got detector=None")
-    detector = detector or SIFTDetector(descriptors=False)
+    detector = detector or SIFTDetector(descriptors=False, spatial_dims=options.get("spatial_dims", 2))
     return KAFBackbone(backbone, layers, detector=detector, image=image, channels_last=last)
 
 

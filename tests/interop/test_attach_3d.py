@@ -80,3 +80,9 @@ def test_layers_learn_behind_a_frozen_network(case: tuple[str, nn.Module, Tensor
     first(model(volumes)).square().mean().backward()
     assert all(layer.gain.grad.isfinite().all() and layer.gain.grad.any() for layer in model.layers.values())
     assert all(p.grad is None for p in model.backbone.parameters())
+
+
+def test_sift_is_the_detector_of_volumes_too() -> None:
+    volumes = torch.rand(1, 1, 12, 16, 24)
+    model = attach(nets.UNet(3, 1, 2, (4, 8), (2,)), ["model.0"], example=volumes, **SMALL)
+    assert model.detector(volumes).image_size == (12, 16, 24)
