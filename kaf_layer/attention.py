@@ -171,7 +171,9 @@ class Attention(nn.Module):
         """How much each token takes from each of the source: the softmax, which :meth:`forward` never holds."""
         query, key, _ = self._heads(tokens, source)
         scores = query * query.shape[-1] ** -0.5 @ key.mT
-        return (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(dim=-1)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        return scores.softmax(dim=-1)
 
     def _heads(self, tokens: Tokens, source: Tokens | None) -> list[Annotated[Tensor, "B H N E/H"]]:
         """Queries, keys and values, head by head."""
