@@ -98,7 +98,7 @@ def mark_dynamic(tensor: Tensor, keypoints: Keypoints) -> None:
 
 def test_compiles_whole_and_once(device: str) -> None:
     """Forward and backward, with the encoder and its layers inside."""
-    model = unet(device)
+    model = unet(device, levels=3)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend=counter)
     for counts in [(20, 0, 31), (25, 40), (22, 30, 18, 0)]:
@@ -127,7 +127,7 @@ def test_inductor(device: str) -> None:
 
 def test_exports_with_dynamic_shapes(device: str) -> None:
     """The batch, the slots and the image's size; the keypoints' path is then the one that fits all shapes."""
-    model = unet(device).eval()
+    model = unet(device, levels=3).eval()
     images, keypoints = batch(device=device)
     d = Dim.DYNAMIC
     shapes = ({0: d, 2: d, 3: d}, [{0: d, 1: d}] * 2 + [(d, d), None])
@@ -153,7 +153,7 @@ def test_onnx(tmp_path: Path) -> None:
     for name in ("onnx", "onnxscript"):
         pytest.importorskip(name)
     runtime = pytest.importorskip("onnxruntime")
-    model = TensorsIn(unet()).eval()
+    model = TensorsIn(unet(levels=3)).eval()
     with torch.no_grad():
         model.model.decoder.head.weight.mul_(10)  # logits of a size that 1e-4 says something about
     expected_from = copy.deepcopy(model)
@@ -200,6 +200,7 @@ def ddp_process(rank: int, folder: str) -> None:
             parallel(images[half], keypoints=keypoints[half]).square().mean().backward()
         results[name] = [p.grad for p in model.parameters()]
     torch.save(results, Path(folder, f"{rank}.pt"))
+    dist.barrier()  # a group that is destroyed right after a collective can hang
     dist.destroy_process_group()
 
 

@@ -25,8 +25,8 @@ def border_matrix(dims: int) -> Annotated[Tensor, "3^D 3^D"]:
     Example:
         >>> border_matrix(1)  # all pixels see three positions, but the first and the last lack one each
         tensor([[ 1.,  1.,  1.],
-                [-1., -0., -0.],
-                [-0., -0., -1.]])
+                [-1.,  0.,  0.],
+                [ 0.,  0., -1.]])
     """
     return reduce(torch.kron, [torch.tensor([[1.0, 1, 1], [-1, 0, 0], [0, 0, -1]])] * dims)
 

@@ -177,6 +177,7 @@ def process(rank: int, world: int, folder: str) -> None:
     except ValueError as error:
         result["error"] = str(error)
     Path(folder, f"{rank}.json").write_text(json.dumps(result))
+    dist.barrier()  # a group that is destroyed right after a collective can hang
     dist.destroy_process_group()
 
 
