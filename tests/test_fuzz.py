@@ -43,7 +43,7 @@ TYPES = (*FLOATS, torch.uint8, torch.int16)
 PLACES = ("inside", "border", "outside", "far", "infinite", "one cell")
 SMALL = {"embed_dim": 8, "depth": 1, "num_heads": 2}
 CHANNELS = 8
-EXAMPLES = 30  # of each call
+EXAMPLES = 50  # of each call
 
 
 @dataclass
