@@ -138,8 +138,7 @@ class PositionEncoder(nn.Module):
         sizes = keypoints.image_size[::-1]
         axes = zip(keypoints.positions_in(keypoints.image_size).unbind(-1), sizes, strict=True)
         positions = [p.clamp(-0.5, s - 0.5) for p, s in axes]
-        # For numbers max: torch 2.11 cannot compile sym_max of these. For symbols, of torch.export, max would compare.
-        longest = max(sizes) if all(isinstance(s, int) for s in sizes) else reduce(torch.sym_max, sizes)
+        longest = reduce(torch.sym_max, sizes)
         if self.block == "transformer":
             centred = [p + (1 - s) / 2 for p, s in zip(positions, sizes, strict=True)]
             return torch.stack(centred, dim=-1) * (2 / longest)
