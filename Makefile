@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 test: $(VENV)/.installed  ## run all tests and doctests, with branch coverage
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term --cov-fail-under=95
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term --cov-fail-under=95
 
 mutants: $(VENV)/.installed  ## make small faults in the package, one at a time, and list those that no test notices (slow)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py
