@@ -79,20 +79,22 @@ class KeypointTransformer(nn.Module):
         check_tokens(tokens, keypoints, weight=self.position_encoder.out.weight.mT)
         valid = keypoints.valid[..., None]
         tokens = tokens.where(valid, 0.0) + self.position_encoder(keypoints)
-        mask = key_mask(keypoints)
-        if mask is not None:
-            mask = mask.to(tokens.dtype).log()  # 0 or -inf, once: each block would turn the boolean mask into these
+        mask = key_mask(keypoints, tokens.dtype)
         for block in self.blocks:
             tokens = block(tokens, keypoints.valid, mask)
         return self.norm(tokens).where(valid, 0.0)
 
 
-def key_mask(keypoints: Keypoints) -> Mask | None:
-    """Which slots may be attended to, (B, 1, 1, N), or None if all may and this is known without looking."""
+def key_mask(keypoints: Keypoints, dtype: torch.dtype) -> Mask | None:
+    """What is added to the scores of slots, (B, 1, 1, N): 0 where they may be attended to, else -inf.
+
+    None if all may, and this is known without looking.
+    """
     if not keypoints.padded:
         return None
     # A softmax over nothing is NaN: a sample without keypoints attends to its (finite) padding.
-    return (keypoints.valid == keypoints.valid.any(-1, keepdim=True))[:, None, None]
+    allowed = keypoints.valid == keypoints.valid.any(-1, keepdim=True)
+    return allowed.to(dtype).log()[:, None, None]  # once, as each block would turn a boolean mask into this
 
 
 class PositionEncoder(nn.Module):
@@ -161,7 +163,7 @@ class Attention(nn.Module):
         self.out = Linear(embed_dim, embed_dim)
 
     def forward(self, tokens: Tokens, mask: Mask | None, source: Tokens | None = None) -> Tokens:
-        """Tokens attend to ``source`` (themselves if None) where the mask says so."""
+        """Tokens attend to ``source`` (themselves if None) where the mask is 0."""
         query, key, value = self._heads(tokens, source)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.out(attended.transpose(1, 2).flatten(2))
@@ -170,9 +172,7 @@ class Attention(nn.Module):
         """How much each token takes from each of the source: the softmax, which :meth:`forward` never holds."""
         query, key, _ = self._heads(tokens, source)
         scores = query * query.shape[-1] ** -0.5 @ key.mT
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        return scores.softmax(dim=-1)
+        return (scores if mask is None else scores + mask).softmax(dim=-1)
 
     def _heads(self, tokens: Tokens, source: Tokens | None) -> list[Annotated[Tensor, "B H N E/H"]]:
         """Queries, keys and values, head by head."""
@@ -227,7 +227,7 @@ class PropagationBlock(nn.Module):
     def forward(
         self, tokens: Tokens, valid: Annotated[Tensor, "B N"], mask: Mask | None, source: Tokens | None = None
     ) -> Tokens:
-        """Tokens (B, N, E) to tokens; ``mask`` says which slots of the source may be attended to."""
+        """Tokens (B, N, E) to tokens; ``mask`` is that of the source's slots."""
         if self.recompute and torch.is_grad_enabled():
             arguments = tokens, valid, mask, source
             tokens, moments = checkpoint(self._forward, *arguments, use_reentrant=False, preserve_rng_state=False)

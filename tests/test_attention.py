@@ -102,7 +102,7 @@ def test_cross_attention_against_formulas() -> None:
     block = randomise(PropagationBlock(8, num_heads=2).double()).eval()
     tokens = torch.randn(*own.valid.shape, 8, dtype=torch.float64)
     source = torch.randn(*other.valid.shape, 8, dtype=torch.float64)
-    actual = block(tokens, own.valid, key_mask(other), source)
+    actual = block(tokens, own.valid, key_mask(other, torch.float64), source)
     for sample in range(2):
         x = tokens[sample, own.valid[sample]]
         message = attend(block.attention, x, source[sample, other.valid[sample]])
@@ -152,12 +152,12 @@ def test_recomputation_changes_nothing_but_memory(block: str) -> None:
 
 def test_no_mask_where_nothing_is_padded() -> None:
     keypoints = random_keypoints((12, 20), (6, 6), slots=6)
-    assert key_mask(keypoints).shape == (2, 1, 1, 6)
+    assert key_mask(keypoints, torch.float64).shape == (2, 1, 1, 6)
     transformer = KeypointTransformer(8, depth=1, num_heads=2).double()
     tokens = torch.randn(2, 6, 8, dtype=torch.float64)
     masked = transformer(tokens, keypoints)
     keypoints.padded = False
-    assert key_mask(keypoints) is None
+    assert key_mask(keypoints, torch.float64) is None
     torch.testing.assert_close(transformer(tokens, keypoints), masked)
 
 

@@ -76,7 +76,7 @@ class KeypointMatcher(nn.Module):
         if tokens_a.shape[0] != tokens_b.shape[0]:
             raise ValueError(f"both sides must have the same batch size, got {tokens_a.shape=} and {tokens_b.shape=}")
         (a, valid_a, mask_a), (b, valid_b, mask_b) = (
-            (self._encode(tokens, keypoints), keypoints.valid, key_mask(keypoints))
+            (self._encode(tokens, keypoints), keypoints.valid, key_mask(keypoints, tokens.dtype))
             for tokens, keypoints in ((tokens_a, keypoints_a), (tokens_b, keypoints_b))
         )
         for i, block in enumerate(self.blocks):
