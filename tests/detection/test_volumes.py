@@ -239,6 +239,16 @@ def test_a_batch_gives_what_each_volume_gets_alone_compiled_or_not():
         torch.testing.assert_close(getattr(compiled, name), getattr(batch, name), rtol=1e-4, atol=1e-4)
 
 
+def test_exported():
+    """Without descriptors, whose graph takes minutes to trace."""
+    volumes = torch.stack([texture((8, 14, 12), seed) for seed in range(2)])[:, None]
+    find = detector(12, octave_layers=1, contrast_threshold=0.01, edge_threshold=100.0, descriptors=False)
+    exported, expected = torch.export.export(find, (volumes,)).module()(volumes), find(volumes)
+    assert expected.valid.any()
+    for name in ("valid", "positions", "scores", "scales"):
+        torch.testing.assert_close(getattr(exported, name), getattr(expected, name), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_without_waiting_for_it():
     volumes = torch.stack([texture((20, 24, 28), seed) for seed in range(2)])[:, None]
