@@ -16,7 +16,7 @@ from kaf_layer.diffusion.karatsuba import karatsuba_matrices
 from kaf_layer.diffusion.neighbours import closest, find_neighbours, find_rows
 from kaf_layer.diffusion.patches import memory_format, rows_to_map
 from kaf_layer.diffusion.pixels import pixels_to_map
-from kaf_layer.diffusion.rows import convolve_tokens, moments, wide
+from kaf_layer.diffusion.rows import Hidden, convolve_tokens, moments, wide
 from kaf_layer.keypoints import Keypoints, check_size
 from kaf_layer.scattering import Reduce, check_reduce, scatter_keypoints, weigh_tokens
 
@@ -171,10 +171,10 @@ class KeypointDiffusion(nn.Module):
         index = find_rows(*nearest, size, every_pixel=every_pixel)
         rows = convolve_tokens(weighted, self.conv1.weight, index, count=pixels if every_pixel else index.numel())
         scale, shift = self._normalisation(rows, pixels=pixels)
-        arguments = (rows, scale, shift, self.conv2.weight, self.conv2.bias)
+        hidden = Hidden(rows, scale, shift, self.conv2.weight, self.conv2.bias)
         if not every_pixel:
-            return rows_to_map(*arguments, features, near, (self.before, self.after, self.borders), size)
-        return _concatenate(features, pixels_to_map(*arguments, size, memory_format(features)))
+            return rows_to_map(hidden, features, near, (self.before, self.after, self.borders), size)
+        return _concatenate(features, pixels_to_map(hidden, size, memory_format(features)))
 
     def _normalisation(self, rows: Tensor, *, pixels: int) -> tuple[Tensor, Tensor]:
         """Batch normalisation as a factor and a summand, for rows that lack the first convolution's bias."""

@@ -13,37 +13,29 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kaf_layer.diffusion.background import fill, fill_backward
-from kaf_layer.diffusion.rows import activate, activate_backward, from_kernel, to_kernel, wide
+from kaf_layer.diffusion.rows import Hidden, activate, activate_backward, from_kernel, to_kernel, wide
 
 __all__ = ["memory_format", "rows_to_map"]
 
 
 def rows_to_map(
-    rows: Annotated[Tensor, "K*B*N+1 C"],
-    scale: Annotated[Tensor, "C"],
-    shift: Annotated[Tensor, "C"],
-    weight: Annotated[Tensor, "O C *K"],
-    bias: Annotated[Tensor, "O"],
+    hidden: Hidden,
     features: Annotated[Tensor, "B F *S"] | None,
     near: tuple[Annotated[Tensor, "5^D B N"], Annotated[Tensor, "5^D B N"]],
     matrices: tuple[Annotated[Tensor, "6^D 3^D"], Annotated[Tensor, "5^D 6^D"], Annotated[Tensor, "3^D 3^D"]],
     size: Sequence[int],
 ) -> Annotated[Tensor, "B F+O *S"]:
-    """``relu(rows * scale + shift)`` and the second convolution, written after the features.
+    """Normalisation, ReLU and the second convolution, written after the features.
 
     Args:
-        rows: as :func:`~kaf_layer.diffusion.rows.convolve_tokens` gives them.
-        scale: of the normalisation.
-        shift: of the normalisation.
-        weight: of the convolution.
-        bias: of the convolution.
+        hidden: with K rows for each keypoint, as :func:`~kaf_layer.diffusion.rows.convolve_tokens` gives them.
         features: a map that the result follows, channel after channel.
         near: the cells around each keypoint, as :func:`~kaf_layer.diffusion.neighbours.find_neighbours` gives them.
         matrices: those of :func:`~kaf_layer.diffusion.karatsuba.karatsuba_matrices`, then
             :func:`~kaf_layer.diffusion.background.border_matrix`.
         size: the map's size.
     """
-    return _RowsToMap.apply(rows, scale, shift, weight, bias, features, *near, *matrices, size)
+    return _RowsToMap.apply(features, *near, *matrices, size, *hidden)
 
 
 def memory_format(features: Annotated[Tensor, "B F *S"] | None) -> torch.memory_format:
@@ -63,11 +55,6 @@ class _RowsToMap(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        rows: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        weight: Tensor,
-        bias: Tensor,
         features: Tensor | None,
         index: Tensor,
         inside: Tensor,
@@ -75,8 +62,10 @@ class _RowsToMap(torch.autograd.Function):
         after: Tensor,
         borders: Tensor,
         size: Sequence[int],
+        *hidden: Tensor,
     ) -> Tensor:
         """Rows (9 * B * N + 1, C), a weight (O, C, 3, 3) and features (B, F, H, W) to a map (B, F + O, H, W)."""
+        rows, scale, shift, weight, bias = hidden
         ctx.save_for_backward(rows, scale, shift, weight, index.int(), inside, before, after, borders)
         ctx.features = 0 if features is None else features.shape[1]
         before, after, borders, kernel = (x.to(wide(rows)) for x in (before, after, borders, to_kernel(weight)))
@@ -94,7 +83,7 @@ class _RowsToMap(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of the rows, scale, shift, weight, bias and features."""
+        """The gradients of the features and of what is hidden."""
         rows, scale, shift, weight, index, inside, before, after, borders = ctx.saved_tensors
         grad_features, grad = grad[:, : ctx.features] if ctx.features else None, grad[:, ctx.features :]
         before, after, borders, kernel = (x.to(wide(rows)) for x in (before, after, borders, to_kernel(weight)))
@@ -105,25 +94,25 @@ class _RowsToMap(torch.autograd.Function):
         background, spectra = _spectra(rows, scale, shift, before)
         grad_kernel = _combine(before.mT, spectra.mT @ patches)
         del spectra
-        grad_hidden = _combine(before.mT, patches @ _combine(before, kernel).mT).flatten(0, 1)
+        grad_activated = _combine(before.mT, patches @ _combine(before, kernel).mT).flatten(0, 1)
         # ... and the background, everywhere.
         sums = fill_backward(grad, borders)
         grad_kernel += background[:, None] * sums.mT.flip(0)[:, None]
-        grad_background = torch.einsum("kco,ok->c", kernel.flip(0), sums) - grad_hidden.sum(0)
+        grad_background = torch.einsum("kco,ok->c", kernel.flip(0), sums) - grad_activated.sum(0)
 
-        grad_hidden = torch.cat([grad_background[None], grad_hidden])
+        grad_activated = torch.cat([grad_background[None], grad_activated])
         grad_weight, grad_bias = from_kernel(grad_kernel, weight), sums[:, sums.shape[1] // 2]
-        gradients = activate_backward(grad_hidden, rows, scale, shift)
-        return *gradients, grad_weight, grad_bias, grad_features, *[None] * 6
+        gradients = activate_backward(grad_activated, rows, scale, shift)
+        return grad_features, *[None] * 6, *gradients, grad_weight, grad_bias
 
 
 def _spectra(
     rows: Annotated[Tensor, "K*M+1 C"], scale: Tensor, shift: Tensor, before: Annotated[Tensor, "J K"]
 ) -> tuple[Annotated[Tensor, "C"], Annotated[Tensor, "J M C"]]:
     """The activated row 0; and the combinations of what the others deviate from it, around each keypoint."""
-    hidden = activate(rows, scale, shift)
-    background = hidden[0].clone()
-    deviations = hidden[1:].sub_(background).view(before.shape[1], rows.shape[0] // before.shape[1], rows.shape[1])
+    activated = activate(rows, scale, shift)
+    background = activated[0].clone()
+    deviations = activated[1:].sub_(background).view(before.shape[1], rows.shape[0] // before.shape[1], rows.shape[1])
     return background, (before @ deviations.transpose(0, 1)).transpose(0, 1)  # many small products are faster than one
 
 

@@ -8,7 +8,7 @@ The arithmetic is in single precision at least: there is so little of it that ha
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,17 @@ from torch.autograd.function import once_differentiable
 
 from kaf_layer.linear import linear
 
-__all__ = ["activate", "activate_backward", "convolve_tokens", "from_kernel", "moments", "to_kernel", "wide"]
+__all__ = ["Hidden", "activate", "activate_backward", "convolve_tokens", "from_kernel", "moments", "to_kernel", "wide"]
+
+
+class Hidden(NamedTuple):
+    """What lies between the convolutions, and the second one: it takes ``relu(rows * scale + shift)``."""
+
+    rows: Annotated[Tensor, "R+1 C"]
+    scale: Annotated[Tensor, "C"]
+    shift: Annotated[Tensor, "C"]
+    weight: Annotated[Tensor, "O C *K"]
+    bias: Annotated[Tensor, "O"]
 
 
 def convolve_tokens(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from torch import Tensor, nn
 
@@ -67,12 +67,9 @@ class KeypointMatchLoss(nn.Module):
 
     Args:
         embed_dim: E, the channels of a token.
-        depth: the matcher's number of blocks; every other one attends across.
-        num_heads: the number of attention heads; divides ``embed_dim``.
-        iterations: of Sinkhorn's algorithm.
         positive_weight: of the matched pairs; the default is the authors'.
         negative_weight: of the keypoints without a partner.
-        spatial_dims: the number of coordinates of a position.
+        **matcher: further options of the :class:`~kaf_layer.KeypointMatcher`, such as ``depth``.
 
     Shape:
         - tokens_a: (B, N_a, E), one for each slot of keypoints_a.
@@ -81,7 +78,7 @@ class KeypointMatchLoss(nn.Module):
         - result: a scalar.
 
     Raises:
-        TypeError: if an argument is of another type.
+        TypeError: if an argument is of another type, or the matcher has no such option.
         ValueError: if a shape or type does not fit, or matches name slots that do not exist or are not valid.
 
     Example:
@@ -95,17 +92,12 @@ class KeypointMatchLoss(nn.Module):
         self,
         embed_dim: int = 256,
         *,
-        depth: int = 4,
-        num_heads: int = 4,
-        iterations: int = 100,
         positive_weight: float = 0.45,
         negative_weight: float = 1.0,
-        spatial_dims: int = 2,
+        **matcher: Any,
     ) -> None:
         super().__init__()
-        self.matcher = KeypointMatcher(
-            embed_dim, depth=depth, num_heads=num_heads, iterations=iterations, spatial_dims=spatial_dims
-        )
+        self.matcher = KeypointMatcher(embed_dim, **matcher)
         self.positive_weight = positive_weight
         self.negative_weight = negative_weight
 
