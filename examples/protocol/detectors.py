@@ -30,6 +30,8 @@ def build_detector(options: argparse.Namespace) -> KeypointDetector:
         except RuntimeError as error:
             raise ValueError(f"{options.detector_weights} holds no weights of --detector {options.detector}") from error
         return KorniaDetector(feature, options.max_keypoints)
+    if options.detector == "sift" and options.spatial_dims == 3:
+        return SIFTDetector(options.max_keypoints, spatial_dims=3, descriptors=False)
     if options.detector == "sift":
         return SIFTDetector(options.max_keypoints)
     return GridDetector(options.spacing) if options.detector == "grid" else no_keypoints
@@ -37,5 +39,5 @@ def build_detector(options: argparse.Namespace) -> KeypointDetector:
 
 def no_keypoints(images: Tensor) -> Keypoints:
     """One empty slot for each image."""
-    positions = images.new_zeros(len(images), 1, 2)
+    positions = images.new_zeros(len(images), 1, images.ndim - 2)
     return Keypoints(positions, positions[..., 0] > 0, tuple(images.shape[2:]))

@@ -25,25 +25,26 @@ from monai.metrics import DiceMetric
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from examples.protocol.detectors import build_detector
 from examples.protocol.files import claimed, read_json, save, write_json
 from examples.protocol.networks import build_model
 from examples.protocol.recipes import keep_split, load_split, load_stacks, parse, parser_of
 from examples.protocol.stacks import Stack
 from examples.protocol.token_loss import WithTokenLogits, token_loss
 from examples.protocol.training import Augmentation, load_pretrained, seed_of, settings, start, train
-from kaf_layer import GridDetector, Keypoints
+from kaf_layer import GridDetector, KeypointDetector, Keypoints
 
 LOSSES = {  # by the weight of the Dice loss
     "ce": 0.0,
     "dice_ce": 1.0,
 }
-Sample = tuple[Stack, int]  # a slice: the volume, and its number in there
+Sample = tuple[Stack, int]  # a slice: the volume, and its number in there; 0 for all of the volume
 
 
 class Batch(NamedTuple):
-    images: Tensor  # B 1 H W
+    images: Tensor  # B 1 H W, or B 1 D H W
     keypoints: Keypoints
-    labels: Tensor  # B H W
+    labels: Tensor  # B H W, or B D H W
 
 
 def gather(samples: Sequence[Sample], device: torch.device) -> Batch:
@@ -68,6 +69,13 @@ def predict(model: nn.Module, stack: Stack, *, batch: int = 8) -> Tensor:
     slices = [(stack, z) for z in range(len(stack.images))]
     batches = [gather(slices[i : i + batch], device) for i in range(0, len(slices), batch)]
     return stack.restore(torch.cat([model(b.images, b.keypoints).argmax(1).cpu() for b in batches]))
+
+
+def redetector(options: argparse.Namespace) -> KeypointDetector | None:
+    """What finds keypoints anew in augmented images: those of a grid, and in volumes all."""
+    if options.detector == "grid" and options.spatial_dims == 2:
+        return GridDetector(options.spacing * options.resize)
+    return build_detector(options) if options.spatial_dims == 3 else None
 
 
 def evaluate(model: nn.Module, stacks: Sequence[Stack], *, classes: int) -> list[list[float]]:
@@ -140,8 +148,9 @@ def run(options: argparse.Namespace, accelerator: Accelerator, stacks: list[Stac
     if options.pretrained:
         accelerator.print(load_pretrained(model, options.pretrained))
     learner = WithTokenLogits(model, options.embed_dim, options.classes) if options.token_loss else model
-    grid = GridDetector(options.spacing * options.resize) if options.detector == "grid" else None
-    augment = Augmentation(drop_keypoints=options.drop_keypoints, detector=grid)
+    augment = Augmentation(
+        drop_keypoints=options.drop_keypoints, detector=redetector(options), spatial_dims=options.spatial_dims
+    )
     criterion = DiceCELoss(to_onehot_y=True, softmax=True, lambda_dice=LOSSES[options.loss])
 
     def compute(module: nn.Module, samples: list[Sample]) -> dict[str, Tensor]:

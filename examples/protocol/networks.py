@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from examples.fcn import FCN
 from examples.unet import UNet, UNetC2
+from examples.unet3d import UNet3d, UNet3dC2
 from kaf_layer import KAFEncoderOutput, KAFLayer, Keypoints
 
 MODELS = {
@@ -18,6 +19,7 @@ MODELS = {
     "swin-unet": "Swin-Unet",
     "swin-unetr": "SwinUNETR",
 }
+VOLUMETRIC = ("unet", "unet-c2", "kaf-unet", "swin-unetr")  # with --spatial-dims 3
 
 
 def build_model(options: argparse.Namespace) -> nn.Module:
@@ -27,11 +29,13 @@ def build_model(options: argparse.Namespace) -> nn.Module:
         from monai.networks.nets import SwinUNETR
 
         features = 12 * -(-width // 8)  # a multiple of 12; 48 beside a UNet of width 32
-        return WithoutKeypoints(SwinUNETR(1, classes, feature_size=features, spatial_dims=2))
+        return WithoutKeypoints(SwinUNETR(1, classes, feature_size=features, spatial_dims=options.spatial_dims))
     if options.model == "swin-unet":
         from examples.swin_unet import SwinUNet
 
         return SwinUNet(1, classes, embed_dim=3 * width)  # the paper's 96 beside a UNet of width 32
+    if options.model == "unet-c2" and options.spatial_dims == 3:
+        return UNet3dC2(1, classes, width=width, strides=[2] * (options.levels - 1))
     if options.model == "unet-c2":
         return UNetC2(1, classes, width=width, levels=options.levels)
     chosen = options.scales if options.model.startswith("kaf") else ()
@@ -40,11 +44,19 @@ def build_model(options: argparse.Namespace) -> nn.Module:
     if options.share_attention:
         for layer in filter(None, layers):
             layer.transformer = next(filter(None, layers)).transformer
+    if options.spatial_dims == 3:
+        return UNet3d(1, classes, width=width, strides=[2] * len(layers), layers=layers)
     return (FCN if options.model.endswith("fcn") else UNet)(1, classes, width=width, layers=layers)
 
 
 def build_layer(channels: int, options: argparse.Namespace) -> KAFLayer:
-    return KAFLayer(channels, embed_dim=options.embed_dim, depth=options.depth, fusion=options.fusion)
+    return KAFLayer(
+        channels,
+        embed_dim=options.embed_dim,
+        depth=options.depth,
+        fusion=options.fusion,
+        spatial_dims=options.spatial_dims,
+    )
 
 
 class WithoutKeypoints(nn.Module):

@@ -49,6 +49,8 @@ def parser() -> argparse.ArgumentParser:
 def parse_pretraining(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options, with what the method decides."""
     options = parse(parser(), arguments)
+    if options.spatial_dims == 3:
+        raise ValueError("pretraining learns from slices, got --spatial-dims 3")
     method = METHODS[options.method]
     options.weights = list(method.weights or options.weights)
     options.temperature = method.temperature if options.temperature is None else options.temperature

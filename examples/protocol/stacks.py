@@ -1,8 +1,9 @@
-"""Volumes as stacks of slices of one size, each slice with its keypoints, and what matches between slices."""
+"""Volumes as stacks of slices of one size, or as wholes, with their keypoints; and what matches between slices."""
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,32 +20,34 @@ from kaf_layer.augmentation import move_keypoints
 class Stack:
     """A volume's slices, resized, then padded and cropped about the centre to a patch (H, W), each with its keypoints.
 
-    ``positions`` (Z,) are relative, from 0 to below 1; ``margins`` were added on the left, right, above and below to
-    slices of ``resized`` pixels.
+    Or the volume in one piece (D, H, W), as if it were a single slice. ``positions`` (Z,) are relative, from 0 to below
+    1; ``margins`` were added before and after each axis, the last one first, to slices of ``resized`` pixels.
     """
 
     volume: Volume
-    images: Tensor  # Z 1 H W
-    labels: Tensor  # Z H W
+    images: Tensor  # Z 1 H W, or 1 1 D H W
+    labels: Tensor  # Z H W, or 1 D H W
     keypoints: list[Keypoints]
     positions: Tensor
-    margins: tuple[int, int, int, int]
-    resized: tuple[int, int]
+    margins: tuple[int, ...]
+    resized: tuple[int, ...]
 
     def restore(self, labels: Tensor) -> Tensor:
-        """Labels (Z, H, W) of the patches, in the volume's size; background outside the patch."""
-        return resize_labels(F.pad(labels, [-margin for margin in self.margins]), self.volume.label.shape[1:])
+        """Labels (Z, H, W) of the patches, or (1, D, H, W), in the volume's size; background outside the patch."""
+        size = self.volume.label.shape
+        restored = resize_labels(F.pad(labels, [-margin for margin in self.margins]), size[-len(self.resized) :])
+        return restored.view(size)
 
     def crop(self, labels: Tensor) -> Tensor:
         """Labels (Z, H, W) of the volume, in the patch's size."""
-        return F.pad(resize_labels(labels, self.resized), self.margins)
+        return F.pad(resize_labels(pieces(labels, len(self.resized)), self.resized), self.margins)
 
 
 def prepare(
     volumes: Sequence[Volume],
     detector: KeypointDetector,
     *,
-    patch: tuple[int, int],
+    patch: tuple[int, ...],
     resize: float = 1.0,
     by_slice: bool = False,
 ) -> list[Stack]:
@@ -53,31 +56,31 @@ def prepare(
     Args:
         volumes: what to cut patches from.
         detector: of the keypoints.
-        patch: (H, W), to which resized slices are padded and cropped about the centre.
-        resize: the factor by which height and width change before: images by area, labels to the nearest.
+        patch: (H, W), to which resized slices are padded and cropped about the centre; or (D, H, W), for volumes in one
+            piece, whose keypoints are detected in the patch.
+        resize: the factor by which all sides change before: images by area, labels to the nearest.
         by_slice: normalise each patch by itself, for data whose slices are not on one scale.
     """
     stacks = []
     for volume in tqdm(volumes, desc="keypoints", leave=False):
-        before = volume.image.shape[1:]
+        whole = pieces(volume.image, len(patch))[:, None]
+        before = whole.shape[2:]
         resized = tuple(max(1, round(edge * resize)) for edge in before)
-        rows, columns = (
-            (-(-(after - edge) // 2), (after - edge) // 2) for edge, after in zip(resized, patch, strict=True)
-        )
-        margins, shift = (*columns, *rows), torch.tensor([columns[0], rows[0]])
-        ratio = torch.tensor([resized[1] / before[1], resized[0] / before[0]])
-
-        def into_patch(positions: Tensor, shift: Tensor = shift, ratio: Tensor = ratio) -> Tensor:
-            return (positions + 0.5) * ratio - 0.5 + shift
-
-        keypoints = move_keypoints(detector(volume.image[:, None]), into_patch, patch)
-        images = F.interpolate(volume.image[:, None], resized, mode="area")
-        labels = resize_labels(volume.label, resized)
+        missing = [after - edge for edge, after in zip(resized, patch, strict=True)]
+        margins = tuple(margin for m in reversed(missing) for margin in (-(-m // 2), m // 2))
+        images = F.interpolate(whole, resized, mode="area")
+        labels = resize_labels(pieces(volume.label, len(patch)), resized)
         if volume.label.any() and not labels.any():
             where = volume.file or volume.subject
             raise ValueError(f"{where} has no foreground left at --resize {resize:g}, give a factor nearer to 1")
         depth = len(images)
         patches = F.pad(images, margins, value=float(images.min()))
+        if len(patch) == 3:
+            keypoints = detector(patches)
+        else:
+            ratio, shift = torch.tensor(resized).flip(0) / torch.tensor(before).flip(0), torch.tensor(margins[::2])
+            into_patch = partial(scale_positions, ratio=ratio, shift=shift)
+            keypoints = move_keypoints(detector(whole), into_patch, patch)
         stacks.append(
             Stack(
                 volume,
@@ -92,8 +95,18 @@ def prepare(
     return stacks
 
 
+def pieces(volume: Tensor, dims: int) -> Tensor:
+    """What is cut from a volume (Z, H, W): its slices, or itself as (1, Z, H, W)."""
+    return volume if dims == 2 else volume[None]
+
+
+def scale_positions(positions: Tensor, *, ratio: Tensor, shift: Tensor) -> Tensor:
+    """Where pixels lie after a resizing and a shift."""
+    return (positions + 0.5) * ratio - 0.5 + shift
+
+
 def resize_labels(labels: Tensor, size: Sequence[int]) -> Tensor:
-    """Labels (Z, H, W) in another size, each pixel that of the nearest."""
+    """Labels (Z, *S) in another size, each pixel that of the nearest."""
     if labels.shape[1:] == tuple(size):
         return labels
     return F.interpolate(labels[:, None].float(), tuple(size), mode="nearest-exact")[:, 0].to(labels.dtype)
