@@ -64,7 +64,7 @@ PRESETS = {
     ),
     "hippocampus": Recipe(
         classes=3,
-        patch=(48, 64, 48),
+        patch=(40, 56, 40),
         width=8,
         threshold=0.35,
         lr=3e-3,
