@@ -48,6 +48,10 @@ class KAFPretrainingLoss(nn.Module):
         temperature: of the contrasts, > 0.
         threshold: the difference of positions below which slices are positives, > 0.
         gather_distributed: contrasts with the embeddings of all processes.
+        batch_norm: whether the projection of the last map begins with a batch norm. Without one, as in the paper, the
+            averages of an untrained encoder are nearly parallel, and the contrast may push them together until it has
+            no gradient: its loss stays at the logarithm of the number of other images. With several processes use
+            ``nn.SyncBatchNorm.convert_sync_batchnorm``.
         matcher_depth: the matcher's number of attention blocks.
         num_heads: the number of attention heads; divides ``embed_dim``.
         iterations: of the matcher's Sinkhorn algorithm.
@@ -85,6 +89,7 @@ class KAFPretrainingLoss(nn.Module):
         temperature: float = 0.1,
         threshold: float = 0.1,
         gather_distributed: bool = False,
+        batch_norm: bool = False,
         matcher_depth: int = 4,
         num_heads: int = 4,
         iterations: int = 100,
@@ -100,6 +105,7 @@ class KAFPretrainingLoss(nn.Module):
         check_counts(bottleneck_channels=bottleneck_channels, embed_dim=embed_dim)
         self.weights = weights
         self.contrast = PCLLoss(temperature=temperature, threshold=threshold, gather_distributed=gather_distributed)
+        self.norm = nn.BatchNorm1d(bottleneck_channels) if weights[0] and batch_norm else None
         self.projector = _mlp(bottleneck_channels, embed_dim) if weights[0] else None
         self.token_mlp = _mlp(token_channels, embed_dim) if any(weights[1:]) else None
         self.match = (
@@ -123,7 +129,10 @@ class KAFPretrainingLoss(nn.Module):
         tokens = [tokens] if isinstance(tokens, Tensor) else tokens
         parts = [torch.zeros((), device=bottleneck.device)] * 3
         if self.projector is not None:
-            embeddings = self.projector(_pooled(bottleneck, self.projector))
+            pooled = _pooled(bottleneck, self.projector)
+            # An empty batch has no statistics.
+            pooled = pooled if self.norm is None or not len(pooled) else self.norm(pooled)
+            embeddings = self.projector(pooled)
             parts[0] = self.contrast(embeddings[:, None], positions)
         if self.token_mlp is not None:
             if keypoints is None or not tokens:

@@ -31,9 +31,9 @@ def inputs(garbage: float = float("nan")) -> tuple[Tensor, Tensor, list[Tensor],
     return bottleneck, positions, tokens, keypoints, matches
 
 
-def loss_of(weights: tuple[float, float, float]) -> KAFPretrainingLoss:
+def loss_of(weights: tuple[float, float, float], **options: bool) -> KAFPretrainingLoss:
     torch.manual_seed(0)
-    return KAFPretrainingLoss(12, 24, embed_dim=16, num_heads=2, weights=weights, threshold=0.06).double()
+    return KAFPretrainingLoss(12, 24, embed_dim=16, num_heads=2, weights=weights, threshold=0.06, **options).double()
 
 
 def test_parts() -> None:
@@ -94,8 +94,40 @@ def test_options_reach_the_parts() -> None:
     assert KAFPretrainingLoss(12, gather_distributed=True, weights=(1.0, 0.0, 0.0)).contrast.gather_distributed
 
 
-def test_empty_batch() -> None:
-    loss = loss_of((1.0, 1.0, 0.01))
+def test_the_projection_may_begin_with_a_batch_norm() -> None:
+    loss = KAFPretrainingLoss(12, weights=(1.0, 0.0, 0.0), threshold=0.06, batch_norm=True).double()
+    bottleneck, positions, *_ = inputs()
+    pooled = bottleneck.mean(dim=(2, 3))
+    standard = (pooled - pooled.mean(0)) / (pooled.var(0, correction=0) + 1e-5).sqrt()
+    expected = pcl_loss(loss.projector(standard)[:, None], positions, threshold=0.06)
+    torch.testing.assert_close(loss(bottleneck, positions).total, expected)
+    assert KAFPretrainingLoss(12, 24, weights=(0.0, 1.0, 0.0), batch_norm=True).norm is None
+
+
+def test_with_a_batch_norm_the_contrast_begins() -> None:
+    """Of averages that differ by a hundredth, as an untrained encoder's: without the norm 50 steps teach nothing."""
+
+    def after_training(*, batch_norm: bool) -> float:
+        torch.manual_seed(0)
+        loss = KAFPretrainingLoss(12, embed_dim=16, weights=(1.0, 0.0, 0.0), threshold=0.1, batch_norm=batch_norm)
+        optimizer = torch.optim.SGD(loss.parameters(), lr=0.03)
+        positions = torch.rand(16)
+        bottleneck = 1 + 0.01 * torch.stack([positions, positions**2, *torch.rand(10, 16)], dim=1)[..., None, None]
+        for _ in range(50):
+            total = loss(bottleneck, positions).total
+            optimizer.zero_grad()
+            total.backward()
+            optimizer.step()
+        return total.item()
+
+    chance = torch.tensor(15.0).log().item()
+    assert after_training(batch_norm=False) == pytest.approx(chance, abs=0.01)
+    assert after_training(batch_norm=True) < chance - 0.2
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_empty_batch(batch_norm: bool) -> None:
+    loss = loss_of((1.0, 1.0, 0.01), batch_norm=batch_norm)
     bottleneck, positions, tokens, keypoints, matches = inputs()
     none = Matches(matches.indices[:0], matches.inverse[:0])
     losses = loss(bottleneck[:0], positions[:0], [scale[:0] for scale in tokens], keypoints[:0], none)
