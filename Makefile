@@ -8,7 +8,7 @@ HAS_TORCH := $(call has,torch)
 # What they need is in the extra dev, except for torchvision, which must not bring a torch of its own.
 BACKBONES = dynamic-network-architectures segmentation-models-pytorch timm $(if $(call has,torchvision),,torchvision)
 
-.PHONY: test mutants demo docs benchmarks lint types build clean
+.PHONY: test mutants demo docs benchmarks gpu lint types build clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -42,6 +42,9 @@ benchmarks: $(VENV)/.installed  ## every benchmark at a small size, into outputs
 	$(BIN)/python benchmarks/addition.py --steps 5 --images 20
 	$(BIN)/python benchmarks/detection.py --only agreement
 	$(BIN)/python benchmarks/matching.py --only sinkhorn --points 128 --repeats 3
+
+gpu:  ## on a machine with a GPU: tests, times, peak memory and trainings, or PART="diffusion network" of it
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py $(PART)
 
 lint: $(VENV)/.installed  ## ruff: rules and format
 	$(BIN)/ruff check .

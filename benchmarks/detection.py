@@ -1,12 +1,11 @@
-"""SIFTDetector beside OpenCV and Kornia: agreement, matching under known homographies, and speed.
+"""SIFTDetector beside OpenCV and Kornia: agreement, matching under known homographies, and speed on a CPU.
 
-python benchmarks/detection.py [--data ../shared/data] [--only agreement matching speed gpu] [--compile]
+python benchmarks/detection.py [--data ../shared/data] [--only agreement matching speed]
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -159,60 +158,14 @@ def speed(images: list[np.ndarray], repeats: int) -> None:
     report("detection-speed", rows, notes=f"{notes} OpenCV {cv2.__version__}.", packages=PACKAGES)
 
 
-def gpu(images: list[np.ndarray], repeats: int, compiled: bool) -> None:
-    if not torch.cuda.is_available():
-        print("gpu: skipped, no CUDA device")
-        return
-    (batch,) = batches(images, (512,), (32,))
-    tensor = torch.from_numpy(batch)[:, None].cuda()
-    detector = SIFTDetector(512)
-    runs = {"ours": lambda: detector(tensor)}
-    if compiled:
-        faster = torch.compile(SIFTDetector(512), fullgraph=True)
-        runs["ours, compiled"] = lambda: faster(tensor)
-    memory = {}
-    for name, run in runs.items():
-        run()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        memory[name] = torch.cuda.max_memory_allocated() / 2**20
-    torch.cuda.set_sync_debug_mode("error")
-    detector(tensor)
-    torch.cuda.set_sync_debug_mode("default")
-    theirs, cores = opencv(512), len(os.sched_getaffinity(0))
-
-    def on_cpu(threads: int) -> None:
-        cv2.setNumThreads(threads)
-        for image in batch:
-            theirs.detectAndCompute(image, None)
-
-    cpu = {"OpenCV, 1 core": lambda: on_cpu(1), f"OpenCV, {cores} cores": lambda: on_cpu(cores)}
-    seconds = compare(runs | cpu, repeats=repeats)
-    rows: list[dict[str, object]] = [
-        {
-            "SIFT": name,
-            "ms/image": 1e3 * value / len(batch),
-            "images/s": len(batch) / value,
-            "peak MiB": memory.get(name, ""),
-            "times ours": value / seconds["ours"],
-        }
-        for name, value in seconds.items()
-    ]
-    notes = (
-        "32 images of 512x512, 512 keypoints with descriptors. No synchronisation with the GPU on the way (checked)."
-    )
-    report("detection-gpu", rows, notes=f"{notes} OpenCV {cv2.__version__}.", packages=PACKAGES)
-
-
 PACKAGES = ("kornia", "scikit-image")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path(__file__).parents[1] / ".." / "shared" / "data")
-    parser.add_argument("--only", nargs="+", default=["agreement", "matching", "speed", "gpu"])
+    parser.add_argument("--only", nargs="+", default=["agreement", "matching", "speed"])
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--compile", action="store_true", help="compile for the GPU as well, which takes minutes")
     arguments = parser.parse_args()
     natural = natural_images()
     sets = {"of scikit-image": natural}
@@ -225,8 +178,6 @@ def main() -> None:
         matching(sets)
     if "speed" in arguments.only:
         speed(natural, arguments.repeats)
-    if "gpu" in arguments.only:
-        gpu(natural, arguments.repeats, arguments.compile)
 
 
 if __name__ == "__main__":

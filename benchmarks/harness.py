@@ -112,6 +112,7 @@ def report(
     packages: Iterable[str] = (),
     save: bool = True,
     measured: bool = True,
+    show: bool = True,
 ) -> str:
     """Prints the table with its notes and versions, and saves it as Markdown and JSON under RESULTS.
 
@@ -121,7 +122,8 @@ def report(
     if not measured:
         del where["device"]
     text = f"{markdown(rows)}\n\n{notes}\n\n" + ", ".join(f"{key} {value}" for key, value in where.items()) + "\n"
-    print(text)
+    if show:
+        print(text)
     if save:
         RESULTS.mkdir(parents=True, exist_ok=True)
         device = torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else "cpu"

@@ -2,21 +2,19 @@
 
 python benchmarks/memory.py [--edges 128 256 ...] [--attentions 20 100] [--spatial-dims 3]
 
-Counts what the forward pass saves for the backward pass. Where there is a GPU, also measures there.
+Counts what the forward pass saves for the backward pass; gpu.py measures peaks on a GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import figure
-import torch
-from harness import compare, report, saved_bytes
-from networks import NETWORKS, Network, backward
+from harness import report, saved_bytes
+from networks import Network
 from sweep import parse, sweep
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from tqdm import tqdm
 
 NOTES = """MB (10^6 bytes) in float32 for one image of edge x edge pixels: what the forward pass saves for the backward
 pass, every storage once, without parameters and the network's inputs. A forward pass alone saves nothing.
@@ -30,51 +28,10 @@ VOLUME_NOTES = """MB (10^6 bytes) in float32 for one volume of as many voxels al
 (memory.md). "Dense" diffuses over every voxel, as the paper's layer does, with the propagation block; compare it with
 "the paper's block"."""
 
-GPU_NOTES = """One image, float32, in one process, alternating. GB (10^9 bytes) are the peak above what the weights and
-inputs take; ms are medians."""
-
 
 def measure(network: Network, inputs: tuple[object, ...]) -> dict[str, float]:
     aside = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
     return {"saved for backward": saved_bytes(lambda: network(*inputs), aside=aside) / 1e6}
-
-
-def measure_on_gpu(*, edges: Sequence[int], attentions: Sequence[int]) -> list[dict[str, object]]:
-    """Peak memory and time of all networks, side by side."""
-    rows: list[dict[str, object]] = []
-    for count in attentions:
-        with torch.device("cuda"):
-            networks = {name: build(count) for name, build in NETWORKS.items()}
-        for edge in tqdm(edges, desc=f"{count} attentions", unit="edge"):
-            with torch.device("cuda"):
-                steps = {name: training_step(network, edge) for name, network in networks.items()}
-            peaks = {name: peak_bytes(step) for name, step in steps.items()}
-            fitting = {name: step for name, step in steps.items() if peaks[name] is not None}
-            seconds = compare(fitting)
-            for name, network in networks.items():
-                fits = name in fitting
-                row: dict[str, object] = {"network": name, "attentions": count, "edge": edge}
-                row["GB"] = peaks[name] / 1e9 if fits else "out of memory"
-                row["ms"] = 1e3 * seconds[name] if fits else ""
-                rows.append(row | {"configuration": network.configuration})
-    return rows
-
-
-def training_step(network: Network, edge: int) -> Callable[[], None]:
-    inputs = network.inputs(edge)
-    return lambda: backward(network(*inputs))
-
-
-def peak_bytes(step: Callable[[], None]) -> int | None:
-    """The peak of allocated memory above what there is before the step, or None if it does not fit."""
-    try:
-        step()  # gradients are allocated here
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    except torch.OutOfMemoryError:
-        return None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -85,9 +42,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     report("memory", rows, notes=NOTES, packages=("monai",), measured=False)
     figure.draw()
-    if torch.cuda.is_available():
-        rows = measure_on_gpu(edges=options.edges, attentions=options.attentions)
-        report("attention", rows, notes=GPU_NOTES, packages=("monai",))
 
 
 if __name__ == "__main__":

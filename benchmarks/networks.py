@@ -32,14 +32,14 @@ class Network(nn.Module):
     configuration: str
     spatial_dims = 2
 
-    def inputs(self, edge: int) -> tuple[object, ...]:
-        """For one image, or volume, as long in every axis, on the current default device; by default the image."""
-        return (torch.rand(1, 1, *(edge,) * self.spatial_dims),)
+    def inputs(self, edge: int, batch: int = 1) -> tuple[object, ...]:
+        """For images, or volumes, as long in every axis, on the current default device; by default the images."""
+        return (torch.rand(batch, 1, *(edge,) * self.spatial_dims),)
 
 
-def keypoints(edge: int, spatial_dims: int = 2) -> Keypoints:
-    positions, size = torch.rand(1, KEYPOINTS, spatial_dims) * edge, (edge,) * spatial_dims
-    return Keypoints(positions, torch.ones(1, KEYPOINTS, dtype=torch.bool), size, padded=False)
+def keypoints(edge: int, batch: int = 1, spatial_dims: int = 2) -> Keypoints:
+    positions, size = torch.rand(batch, KEYPOINTS, spatial_dims) * edge, (edge,) * spatial_dims
+    return Keypoints(positions, torch.ones(batch, KEYPOINTS, dtype=torch.bool), size, padded=False)
 
 
 class KAFLayers(Network):
@@ -62,9 +62,9 @@ class KAFLayers(Network):
             f"embedding 256, {diffusion}"
         )
 
-    def inputs(self, edge: int) -> tuple[object, ...]:
-        sizes = [(1, WIDTH * 2**i, *(edge // 2**i,) * self.spatial_dims) for i in range(SCALES)]
-        return [torch.rand(size, requires_grad=True) for size in sizes], keypoints(edge, self.spatial_dims)
+    def inputs(self, edge: int, batch: int = 1) -> tuple[object, ...]:
+        sizes = [(batch, WIDTH * 2**i, *(edge // 2**i,) * self.spatial_dims) for i in range(SCALES)]
+        return [torch.rand(size, requires_grad=True) for size in sizes], keypoints(edge, batch, self.spatial_dims)
 
     def forward(self, maps: list[Tensor], points: Keypoints) -> list[Tensor]:
         return [layer(features, points).features for layer, features in zip(self.layers, maps, strict=True)]
@@ -82,8 +82,8 @@ class Diffusion(Network):
             self.diffusion.method = "dense"
         self.configuration = f"{KEYPOINTS} keypoints of 256 channels to a map of {WIDTH}, 64 between"
 
-    def inputs(self, edge: int) -> tuple[object, ...]:
-        return torch.rand(1, KEYPOINTS, 256, requires_grad=True), keypoints(edge, 3), (edge,) * 3
+    def inputs(self, edge: int, batch: int = 1) -> tuple[object, ...]:
+        return torch.rand(batch, KEYPOINTS, 256, requires_grad=True), keypoints(edge, batch, 3), (edge,) * 3
 
     def forward(self, tokens: Tensor, points: Keypoints, size: tuple[int, ...]) -> list[Tensor]:
         return [self.diffusion(tokens, points, size)]
@@ -101,8 +101,8 @@ class KAFUNetEncoder(Network):
             self.encoder = KAFUNet3d(width=WIDTH, strides=(2,) * SCALES, depth=depth).encoder
         self.configuration = f"the KAF layers and all convolutions of the KAF-UNet's encoder, width {WIDTH}"
 
-    def inputs(self, edge: int) -> tuple[object, ...]:
-        return *super().inputs(edge), keypoints(edge, self.spatial_dims)
+    def inputs(self, edge: int, batch: int = 1) -> tuple[object, ...]:
+        return *super().inputs(edge, batch), keypoints(edge, batch, self.spatial_dims)
 
     def forward(self, image: Tensor, points: Keypoints) -> list[Tensor]:
         return self.encoder(image, points).features
@@ -158,8 +158,8 @@ class TorchvisionSwin(Network):
             ).features
         self.configuration = f"torchvision SwinTransformer, patch 4, embedding 96, window 7, depths {tuple(depths)}"
 
-    def inputs(self, edge: int) -> tuple[object, ...]:
-        return (torch.rand(1, 3, edge, edge),)
+    def inputs(self, edge: int, batch: int = 1) -> tuple[object, ...]:
+        return (torch.rand(batch, 3, edge, edge),)
 
     def forward(self, image: Tensor) -> list[Tensor]:
         return [self.features(image)]
@@ -178,9 +178,9 @@ class GlobalAttention(Network):
             f"every pixel of {channels} channels at stride 16, {attentions} transformer blocks, embedding {embed_dim}"
         )
 
-    def inputs(self, edge: int) -> tuple[object, ...]:
+    def inputs(self, edge: int, batch: int = 1) -> tuple[object, ...]:
         side = edge // 2**SCALES
-        return (torch.rand(1, WIDTH * 2**SCALES, side, side, requires_grad=True),)
+        return (torch.rand(batch, WIDTH * 2**SCALES, side, side, requires_grad=True),)
 
     def forward(self, features: Tensor) -> list[Tensor]:
         tokens = self.embed(features.flatten(2).mT)

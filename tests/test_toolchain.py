@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 from common import random_keypoints
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -175,6 +176,66 @@ def test_onnx(tmp_path: Path) -> None:
         expected = expected_from(*inputs).detach()
         assert expected.abs().max() > 0.3
         torch.testing.assert_close(torch.from_numpy(logits), expected, atol=1e-4, rtol=0)
+
+
+# CUDA graphs
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_graph_from_images_to_gradients() -> None:
+    """Nothing waits for the GPU, and no size depends on what the images show: the whole step is recorded once."""
+    model, detector = unet("cuda"), SIFTDetector(32, contrast_threshold=0.0)
+    images, others = (torch.rand(2, 1, *SIZE, device="cuda") for _ in range(2))
+
+    def step() -> Tensor:
+        logits = model(images, detector(images))
+        logits.square().mean().backward()
+        return logits
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    model.zero_grad(set_to_none=False)
+    with torch.cuda.graph(graph):
+        logits = step()
+    images.copy_(others)
+    model.zero_grad(set_to_none=False)
+    graph.replay()
+    actual, grads = logits.clone(), [p.grad.clone() for p in model.parameters()]
+    model.zero_grad(set_to_none=False)
+    torch.testing.assert_close(actual, step(), atol=1e-4, rtol=1e-4)
+    assert relative_difference(grads, [p.grad for p in model.parameters()]) < 1e-3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_graphed_callables() -> None:
+    model, given = TensorsIn(unet("cuda")), []
+    for counts in ((20, 31), (7, 0)):
+        images, keypoints = batch(counts, "cuda")
+        slots = 40 - keypoints.valid.shape[1]
+        positions, valid = keypoints.positions, keypoints.valid
+        given.append((images, F.pad(positions, (0, 0, 0, slots)), F.pad(valid, (0, slots))))
+    expected = copy.deepcopy(model)
+    graphed = torch.cuda.make_graphed_callables(model, given[0])
+    for inputs in given:
+        actual, other = graphed(*inputs), expected(*inputs)
+        torch.testing.assert_close(actual, other, atol=1e-4, rtol=1e-4)
+        assert relative_difference(gradients(model, actual), gradients(expected, other)) < 1e-3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_reduced_overhead() -> None:
+    model = unet("cuda", levels=3)
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, mode="reduce-overhead")
+    images, keypoints = batch(device="cuda")
+    for _ in range(3):  # the third is a replay
+        torch.compiler.cudagraph_mark_step_begin()
+        actual, expected = compiled(images, keypoints), model(images, keypoints)
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+        assert relative_difference(gradients(compiled, actual), gradients(model, expected)) < 1e-3
 
 
 # Processes
