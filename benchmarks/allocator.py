@@ -29,8 +29,8 @@ KEPT = {
 CHANNELS, KEYPOINTS = 32, 512
 
 NOTES = f"""The diffusion network in training mode behind a map of {CHANNELS} channels, {KEYPOINTS} keypoints, batch 1,
-float32, forward and backward pass; medians of alternating runs. "torch.cat" computes nothing: two such maps side by side,
-and the backward pass. Memory is kept by glibc with this in the environment:
+float32, forward and backward pass; medians of alternating runs. "torch.cat" computes nothing: two such maps side by
+side, and the backward pass. Memory is kept by glibc with this in the environment:
 {" ".join(f"{key}={value}" for key, value in KEPT.items())}"""
 
 

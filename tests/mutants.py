@@ -34,6 +34,7 @@ MODULES = {
 LEFT_OUT = "not compile and not export and not processes and not cuda and not memory"  # slow, or in other processes
 UNTOUCHED = {"_gather", "_all_gather", "extra_repr"}  # functions that only run in other processes, or print
 TIMEOUT = 300  # seconds, after which a mutant counts as noticed
+EQUIVALENT = {"strict", "device"}  # keyword arguments that change nothing: lengths are checked, and there is one device
 LIBRARIES = {"torch", "F", "nn", "dist", "math"}
 OTHER: dict[type, list[type]] = {
     ast.Lt: [ast.LtE, ast.GtE], ast.LtE: [ast.Lt, ast.Gt], ast.Gt: [ast.GtE, ast.LtE], ast.GtE: [ast.Gt, ast.Lt],
@@ -61,7 +62,7 @@ def replacements(node: ast.AST) -> Iterator[ast.AST]:
     elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
         yield ast.Pass()
     elif isinstance(node, ast.Call):
-        for i in range(len(node.keywords)):
+        for i in (i for i, keyword in enumerate(node.keywords) if keyword.arg not in EQUIVALENT):
             yield ast.Call(node.func, node.args, node.keywords[:i] + node.keywords[i + 1 :])
         if isinstance(node.func, ast.Attribute) and ast.unparse(node.func).split(".")[0] not in LIBRARIES:
             yield node.func.value  # x in place of x.method(...)
