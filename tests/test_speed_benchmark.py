@@ -51,6 +51,7 @@ def test_the_other_tables(results, monkeypatch):
     monkeypatch.setattr(
         speed, "compare", lambda runs, repeats: {name: (run(), 1.0 * repeats)[1] for name, run in runs.items()}
     )
+    monkeypatch.setattr(speed, "WIDTH", 8)
     speed.main(["--parts", "stack", "network", "--edges", "64", "--depth", "2", "--repeats", "1"])
     ours, recomputing = rows_of(results, "stack")
     assert recomputing["saved"] > ours["saved"] > 1
