@@ -193,7 +193,8 @@ def shared_batch() -> tuple[Tensor, Tensor]:
     return torch.randn(6, 1, 5, generator=generator, dtype=torch.float64), positions
 
 
-def test_processes(tmp_path: Path, world: int = 3) -> None:
+def test_processes(tmp_path: Path) -> None:
+    world = 3
     mp.spawn(process, args=(world, str(tmp_path)), nprocs=world)
     images, positions = shared_batch()
     model = projector()
