@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Annotated, NamedTuple, TypeAlias, cast
+from typing import Annotated, Any, NamedTuple, TypeAlias, cast
 
 import kornia.augmentation as K
 import torch
@@ -82,18 +82,18 @@ class KeypointAugmentation(nn.Module):
         _check(images, keypoints, labels)
         sources = _pixels(images)
         for transform in self.transforms:
-            images = transform(images)
+            images = _apply(transform, images)
             if isinstance(transform, K.IntensityAugmentationBase2D):
                 continue
             if isinstance(transform, K.GeometricAugmentationBase2D):
                 matrix = cast("Tensor", transform.transform_matrix)
                 move = partial(transform_points, matrix.to(keypoints.positions.dtype))
             else:
-                warped = transform(_pixels(images)[:, :2], params=transform._params, padding_mode="border")
+                warped = _apply(transform, _pixels(images)[:, :2], params=transform._params, padding_mode="border")
                 move = partial(invert_deformation, warped)
             keypoints = move_keypoints(keypoints, move, (images.shape[2], images.shape[3]))
             if labels is not None:
-                sources = transform(sources, params=transform._params)
+                sources = _apply(transform, sources, params=transform._params)
         return Augmented(images, keypoints, None if labels is None else _resample(labels, sources))
 
 
@@ -161,6 +161,13 @@ def invert_deformation(
         result = result + (positions - _sample(sources, result)) / 2
     error = (positions - _sample(sources, result)).abs().amax(dim=-1, keepdim=True)
     return result.masked_fill(~(error <= tolerance), torch.nan)
+
+
+def _apply(transform: nn.Module, images: Annotated[Tensor, "B C H W"], **options: Any) -> Annotated[Tensor, "B C h w"]:
+    if len(images):
+        return transform(images, **options)
+    # Before kornia 0.8.3 an empty batch is an error: one image tells the shape.
+    return transform(images.new_zeros(1, *images.shape[1:]), **options)[:0]
 
 
 def _sample(sources: Annotated[Tensor, "B 2 H W"], positions: Points) -> Points:

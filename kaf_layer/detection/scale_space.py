@@ -131,7 +131,7 @@ def _planes(
 def _halve(images: Annotated[Tensor, "B *S"], halved: Sequence[bool]) -> Annotated[Tensor, "B *S"]:
     """Every second pixel of these axes, without the last of an odd number."""
     sizes = zip(images.shape[1:], halved, strict=True)
-    return images[:, *(slice(0, size // 2 * 2, 2) if half else slice(None) for size, half in sizes)]
+    return images[(slice(None), *(slice(0, size // 2 * 2, 2) if half else slice(None) for size, half in sizes))]
 
 
 def _in_one_row(planes: Iterable[Tensor], images: Tensor, length: int) -> tuple[Tensor, list[Tensor]]:

@@ -45,7 +45,7 @@ def fill(
     out.copy_(everywhere + bias.view_as(everywhere))
     _, *places = product(SIDES, repeat=dims)
     for where, difference in zip(places, sides, strict=True):
-        out[..., *where].add_(difference)
+        out[(..., *where)].add_(difference)
 
 
 def fill_backward(
