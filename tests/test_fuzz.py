@@ -283,7 +283,7 @@ def reachable(results: list[Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
 def test_hostile_calls(call: Callable[[Problem], Any]) -> None:
     if call is augmentation and kornia.__version__ == "0.8.2":
-        pytest.skip("kornia 0.8.2 fails for half precision, maps of one pixel, and no keypoints")
+        pytest.skip("kornia 0.8.2 fails for half precision, images of one pixel, and zero slots")
     ran = []
 
     @settings(derandomize=True, database=None, deadline=None, max_examples=EXAMPLES, suppress_health_check=HealthCheck)
