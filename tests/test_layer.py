@@ -174,7 +174,9 @@ def test_dtype_of_the_caller(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "training"), [({}, False), ({"block": "propagation", "recompute": True}, True)], ids=["eval", "recompute"]
+    ("options", "training"),
+    [({}, False), ({"block": "propagation", "recompute": True}, True)],
+    ids=["eval", "recompute"],
 )
 def test_compiles_whole(options: dict[str, object], training: bool) -> None:
     layer, other = KAFLayer(4, **SMALL, **options).train(training), KAFLayer(4, **SMALL, **options).train(training)
