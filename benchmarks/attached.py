@@ -23,13 +23,14 @@ from monai.networks.nets import UNet
 from torch import nn
 
 sys.path.append(str(Path(__file__).parent.parent))
+from examples.protocol.augmentation import Augmentation
 from examples.protocol.comparison import difference, spread
 from examples.protocol.files import read_json, write_json
 from examples.protocol.finetune import evaluate, gather, mean_dice
 from examples.protocol.networks import WithoutKeypoints
 from examples.protocol.recipes import load_split, load_stacks, parse, parser_of
 from examples.protocol.stacks import Stack
-from examples.protocol.training import Augmentation, cosine, draw_batches
+from examples.protocol.training import cosine, draw_batches
 from kaf_layer import GridDetector, KAFLayer, attach
 
 BEFORE, WITHOUT, WITH = "UNet", "fine-tuned", "fine-tuned with layers attached"

@@ -6,6 +6,7 @@ import pickle
 import random
 import signal
 import time
+from contextlib import redirect_stderr
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -125,6 +126,25 @@ def test_a_disk_that_fills_up_during_a_run(
     assert len(files.load(tmp_path / "full" / "checkpoint.pt")["losses"]) == 1
     resumed = run(tmp_path / "full", stacks, "--resume")
     assert all(value.equal(resumed[name]) for name, value in whole.items())
+
+
+def learn_without_space(folder: Path) -> None:
+    """A run of a process of its own, in which no file may be longer than 200 bytes."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
+    message = r"logs in .* cannot be written: .*File too large; then go on with --resume"
+    # What is printed goes to a file, too.
+    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere), pytest.raises(OSError, match=message):
+        run(folder, prepare(volumes(), GridDetector(8), patch=(32, 32)), "--save-every", "1000")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of files are of POSIX")
+def test_a_disk_that_is_full_for_the_logs(tmp_path: Path) -> None:
+    process = get_context("forkserver").Process(target=learn_without_space, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
 
 
 class Hostile:

@@ -19,7 +19,7 @@ from examples.protocol.splits import make_split, read_split, write_split
 from examples.unet import UNet
 
 finetune = pytest.importorskip("examples.protocol.finetune", reason="the extra train is not here")
-from examples.protocol import training  # noqa: E402  # after the skip
+from examples.protocol import augmentation, training  # noqa: E402  # after the skip
 from examples.protocol.detectors import build_detector  # noqa: E402
 from examples.protocol.networks import build_model  # noqa: E402
 from examples.protocol.phantom import Volume  # noqa: E402
@@ -241,15 +241,15 @@ def test_keypoints_can_be_dropped_or_found_anew() -> None:
     images = torch.rand(300, 1, 32, 48)
     keypoints = GridDetector(8)(images)
     torch.manual_seed(0)
-    _, dropped, _ = training.Augmentation(drop_keypoints=0.5)(images, keypoints)
+    _, dropped, _ = augmentation.Augmentation(drop_keypoints=0.5)(images, keypoints)
     torch.manual_seed(0)
-    _, kept, _ = training.Augmentation()(images, keypoints)
+    _, kept, _ = augmentation.Augmentation()(images, keypoints)
     shares = dropped.valid.sum(1) / kept.valid.sum(1)
     assert shares.mean() == pytest.approx(0.75, abs=0.03)
     assert shares.min() < 0.6
     assert shares.max() > 0.9
     assert not (dropped.valid & ~kept.valid).any()
-    _, found, _ = training.Augmentation(detector=GridDetector(8))(images, keypoints)
+    _, found, _ = augmentation.Augmentation(detector=GridDetector(8))(images, keypoints)
     assert torch.equal(found.positions, keypoints.positions)
     assert not torch.equal(kept.positions, keypoints.positions)
 
@@ -258,7 +258,7 @@ def test_nothing_tells_where_the_frame_was() -> None:
     """What comes into view has the image's own grey levels: none is far from those that were there."""
     torch.manual_seed(0)
     images = 5 + torch.rand(20, 1, 32, 48)
-    moved, *_ = training.Augmentation().move(images, GridDetector(8)(images))
+    moved, *_ = augmentation.Augmentation().move(images, GridDetector(8)(images))
     assert moved.min() >= 5
 
 

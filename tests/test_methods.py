@@ -10,7 +10,7 @@ from common import random_keypoints
 from torch import Tensor
 
 pretrain = pytest.importorskip("examples.protocol.pretrain", reason="the extra train is not here")
-from examples.protocol import files, training  # noqa: E402  # after the skip
+from examples.protocol import augmentation, files  # noqa: E402  # after the skip
 from examples.protocol.methods import METHODS, caid, glcl, pirl, rotation  # noqa: E402
 from examples.protocol.methods.base import join  # noqa: E402
 from examples.protocol.networks import build_model, weights_of  # noqa: E402
@@ -181,7 +181,7 @@ def test_the_local_contrast_gives_the_encoder_no_gradient(stacks: list[Stack]) -
     chosen = options("--model", "unet", "--method", "glcl")
     method = METHODS["glcl"](build_model(chosen), [], chosen)
     samples = method.samples(stacks, chosen)[:4]
-    batch = method.draw(samples, training.Augmentation(), torch.device("cpu"))
+    batch = method.draw(samples, augmentation.Augmentation(), torch.device("cpu"))
     images, keypoints, partitions = batch
     assert images.shape[0] == len(keypoints) == 12
     assert partitions.tolist() == [0, 1, 2, 3] * 2
@@ -219,7 +219,7 @@ def test_methods_train_all_of_an_encoder(stacks: list[Stack], model: str, edge: 
         network = build_model(chosen)
         samples = METHODS[name].samples(square, chosen)
         method = METHODS[name](network, samples, chosen)
-        method(*method.draw(samples[::5], training.Augmentation(), torch.device("cpu")))["loss"].backward()
+        method(*method.draw(samples[::5], augmentation.Augmentation(), torch.device("cpu")))["loss"].backward()
         missing = [key for key, parameter in method.named_parameters() if parameter.grad is None]
         assert not missing, (name, missing[:3])
         learnt = weights_of(network, method.parts())

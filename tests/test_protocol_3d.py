@@ -7,10 +7,10 @@ import torch
 
 pytest.importorskip("examples.protocol.finetune", reason="the extra train is not here")
 from examples.protocol import cross_validate, finetune, pretrain  # after the skip
+from examples.protocol.augmentation import Augmentation
 from examples.protocol.phantom import Volume
 from examples.protocol.recipes import parse
 from examples.protocol.stacks import Stack, prepare
-from examples.protocol.training import Augmentation
 from kaf_layer import GridDetector
 
 OPTIONS = ["--spatial-dims", "3", "--patch", "16", "24", "20", "--width", "4", "--classes", "2", "--levels", "3"]

@@ -93,6 +93,22 @@ def test_it_compiles_and_exports(reduce):
     torch.testing.assert_close(exported(tokens, kp, (4, 3)), expected)
 
 
+def test_the_module_is_the_function():
+    kp = Keypoints(torch.zeros(1, 3, 2), torch.ones(1, 3, dtype=torch.bool), (4, 6))
+    tokens = torch.tensor([[[1.0], [2.0], [6.0]]])
+    cells = {reduce: KeypointScatter(reduce)(tokens, kp, (2, 3))[0, 0, 0, 0].item() for reduce in REDUCTIONS}
+    assert cells == {"mean": 3.0, "sum": 9.0, "amax": 6.0}
+    with pytest.raises(ValueError, match=r"reduce must be one of .* got reduce='max'"):
+        KeypointScatter("max")
+
+
+def test_more_samples_than_slots():
+    kp = Keypoints(torch.full((5, 1, 2), 3.0), torch.ones(5, 1, dtype=torch.bool), (4, 4))
+    tokens = torch.arange(5.0).view(5, 1, 1)
+    for reduce in REDUCTIONS:
+        assert scatter_keypoints(tokens, kp, (1, 2), reduce=reduce)[:, 0, 0].tolist() == [[0.0, i] for i in range(5)]
+
+
 def test_a_slot_that_is_not_valid_joins_no_cell():
     """It counts as being in the first cell, beside a keypoint there, and must not tie that to the slot after it."""
     positions = torch.tensor([[[0.0, 0.0], [3.0, 3.0], [0.0, 0.0]]])

@@ -25,13 +25,14 @@ from monai.metrics import DiceMetric
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from examples.protocol.augmentation import Augmentation
 from examples.protocol.detectors import build_detector
 from examples.protocol.files import claimed, read_json, save, write_json
 from examples.protocol.networks import build_model
 from examples.protocol.recipes import keep_split, load_split, load_stacks, parse, parser_of
 from examples.protocol.stacks import Stack
 from examples.protocol.token_loss import WithTokenLogits, token_loss
-from examples.protocol.training import Augmentation, load_pretrained, seed_of, settings, start, train
+from examples.protocol.training import load_pretrained, seed_of, settings, start, train
 from kaf_layer import GridDetector, KeypointDetector, Keypoints
 
 LOSSES = {  # by the weight of the Dice loss

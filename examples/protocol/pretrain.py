@@ -21,12 +21,13 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
+from examples.protocol.augmentation import Augmentation
 from examples.protocol.files import claimed, save
 from examples.protocol.methods import METHODS
 from examples.protocol.networks import build_model, weights_of
 from examples.protocol.recipes import keep_split, load_split, load_stacks, parse, parser_of
 from examples.protocol.stacks import Stack
-from examples.protocol.training import Augmentation, seed_of, start, train
+from examples.protocol.training import seed_of, start, train
 
 OPTIMIZERS = {"sgd": partial(torch.optim.SGD, momentum=0.9), "adam": torch.optim.Adam}
 

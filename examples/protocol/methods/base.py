@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from examples.protocol.augmentation import Augmentation
 from examples.protocol.detectors import no_keypoints
 from examples.protocol.finetune import gather
 from examples.protocol.stacks import Stack
-from examples.protocol.training import Augmentation
 from kaf_layer import Keypoints
 
 

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from examples.protocol.augmentation import Augmentation, vary
 from examples.protocol.finetune import gather
 from examples.protocol.methods.base import Pretraining, Slice, pooled
-from examples.protocol.training import Augmentation, vary
 from kaf_layer import Keypoints
 
 CONTEXT = 10.0  # the weight of the restoration

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from examples.protocol.augmentation import Augmentation, vary
 from examples.protocol.methods.base import Pretraining, Slice, head, pooled, views
-from examples.protocol.training import Augmentation, vary
 from examples.unet import Decoder
 from kaf_layer import Keypoints
 

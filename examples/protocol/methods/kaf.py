@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from examples.protocol.augmentation import Augmentation
 from examples.protocol.finetune import gather
 from examples.protocol.methods.base import Pretraining
 from examples.protocol.stacks import Stack, match_slices, say, stack_matches
-from examples.protocol.training import Augmentation
 from kaf_layer import KAFPretrainingLoss, Keypoints, Matches
 
 Pair = tuple[Stack, int, int, Matches]  # two slices of a volume, and the partners of their keypoints

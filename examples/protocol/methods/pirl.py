@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from accelerate.utils import gather
 from torch import Tensor, nn
 
+from examples.protocol.augmentation import Augmentation
 from examples.protocol.methods.base import Pretraining, Slice, head, join, numbers, views
-from examples.protocol.training import Augmentation
 from kaf_layer import Keypoints
 from kaf_layer.augmentation import move_keypoints
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from examples.protocol.augmentation import Augmentation
 from examples.protocol.methods.base import Pretraining, Slice, head, join, views
-from examples.protocol.training import Augmentation
 from kaf_layer import Keypoints
 from kaf_layer.augmentation import move_keypoints
 

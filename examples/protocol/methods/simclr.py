@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from examples.protocol.augmentation import Augmentation
 from examples.protocol.methods.base import Pretraining, Slice, head, numbers, views
-from examples.protocol.training import Augmentation
 from kaf_layer import Keypoints, PCLLoss
 
 

@@ -1,0 +1,77 @@
+"""How training images, and volumes in one piece, are varied."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from kornia.augmentation import RandomAffine, RandomAffine3D
+from kornia.geometry.transform import warp_affine3d
+from torch import Tensor, nn
+
+from kaf_layer import KeypointDetector
+from kaf_layer.augmentation import KeypointAugmentation
+
+
+class Augmentation(nn.Module):
+    """Rotates, shifts and scales images or volumes, keypoints and labels, and changes contrast and brightness.
+
+    What comes into view is the image mirrored at its border: an empty frame would tell attention, which sees all of the
+    image, how it was moved, and so where the organs of the few training subjects are.
+
+    Args:
+        drop_keypoints: each sample loses a random share of its keypoints, from none up to this.
+        detector: finds keypoints anew instead of moving them, for those of a grid, which tell by themselves how they
+            were moved, and for those of volumes.
+        spatial_dims: 3 for volumes.
+    """
+
+    def __init__(
+        self, *, drop_keypoints: float = 0.0, detector: KeypointDetector | None = None, spatial_dims: int = 2
+    ) -> None:
+        super().__init__()
+        self.drop_keypoints, self.detector = drop_keypoints, detector
+        move = {"degrees": 15.0, "translate": (0.1,) * spatial_dims, "scale": (0.8, 1.25), "p": 1.0}
+        self.move = (
+            KeypointAugmentation(RandomAffine(**move, padding_mode="reflection"))
+            if spatial_dims == 2
+            else VolumeAugmentation(RandomAffine3D(**move))
+        )
+
+    def forward(self, images: Tensor, keypoints: Any, labels: Tensor | None = None) -> Any:
+        images, keypoints, labels = self.move(images, keypoints, labels)
+        if self.detector is not None:
+            keypoints = self.detector(images)
+        images = vary(images)
+        if self.drop_keypoints:
+            shares = self.drop_keypoints * torch.rand(len(images), 1)
+            kept = torch.rand(keypoints.valid.shape) >= shares
+            keypoints = replace(keypoints, valid=keypoints.valid & kept.to(keypoints.valid.device), padded=True)
+        return images, keypoints, labels
+
+
+class VolumeAugmentation(nn.Module):
+    """Moves volumes (B, 1, D, H, W) and labels (B, D, H, W), mirrored at the border, and leaves keypoints as they are.
+
+    The affine transform is kornia's, but not its warping, which leaves an empty frame.
+    """
+
+    def __init__(self, affine: RandomAffine3D) -> None:
+        super().__init__()
+        self.affine = affine
+
+    def forward(self, images: Tensor, keypoints: Any, labels: Tensor | None = None) -> Any:
+        parameters = self.affine.forward_parameters(images.shape)
+        matrix = self.affine.compute_transformation(images, parameters, self.affine.flags)[:, :3]
+        warp = partial(warp_affine3d, M=matrix, dsize=images.shape[2:], padding_mode="reflection", align_corners=False)
+        if labels is not None:
+            labels = warp(labels[:, None].to(images), flags="nearest")[:, 0].to(labels.dtype)
+        return warp(images), keypoints, labels
+
+
+def vary(images: Tensor) -> Tensor:
+    """Changes each image's contrast and brightness."""
+    each = (len(images), *[1] * (images.ndim - 1))
+    contrast = torch.empty(each).uniform_(0.6, 1.5).to(images)
+    brightness = torch.empty(each).uniform_(-0.2, 0.2).to(images)
+    return images * contrast + brightness
