@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("examples.protocol.finetune", reason="the extra train is not here")
 from examples.protocol import cross_validate, finetune, pretrain  # after the skip
 from examples.protocol.augmentation import Augmentation
+from examples.protocol.detectors import redetector
 from examples.protocol.phantom import Volume
 from examples.protocol.recipes import parse
 from examples.protocol.stacks import Stack, prepare
@@ -75,7 +76,7 @@ def test_networks_learn_from_volumes(model: str, stacks: list[Stack], tmp_path: 
 @pytest.mark.parametrize(("detector", "slots"), [("sift", 16), ("none", 1)])
 def test_detectors(detector: str, slots: int, stacks: list[Stack]) -> None:
     chosen = ["--detector", detector, "--max-keypoints", "16"]
-    find = finetune.redetector(parse(finetune.parser(), [*OPTIONS, *chosen, "--output", "x"]))
+    find = redetector(parse(finetune.parser(), [*OPTIONS, *chosen, "--output", "x"]))
     assert find(stacks[0].images).positions.shape == (1, slots, 3)
 
 

@@ -37,6 +37,13 @@ def build_detector(options: argparse.Namespace) -> KeypointDetector:
     return GridDetector(options.spacing) if options.detector == "grid" else no_keypoints
 
 
+def redetector(options: argparse.Namespace) -> KeypointDetector | None:
+    """What finds keypoints anew in augmented images: those of a grid, and in volumes all."""
+    if options.detector == "grid" and options.spatial_dims == 2:
+        return GridDetector(options.spacing * options.resize)
+    return build_detector(options) if options.spatial_dims == 3 else None
+
+
 def no_keypoints(images: Tensor) -> Keypoints:
     """One empty slot for each image."""
     positions = images.new_zeros(len(images), 1, images.ndim - 2)

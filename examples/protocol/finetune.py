@@ -26,14 +26,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from examples.protocol.augmentation import Augmentation
-from examples.protocol.detectors import build_detector
+from examples.protocol.detectors import redetector
 from examples.protocol.files import claimed, read_json, save, write_json
 from examples.protocol.networks import build_model
 from examples.protocol.recipes import keep_split, load_split, load_stacks, parse, parser_of
 from examples.protocol.stacks import Stack
 from examples.protocol.token_loss import WithTokenLogits, token_loss
 from examples.protocol.training import load_pretrained, seed_of, settings, start, train
-from kaf_layer import GridDetector, KeypointDetector, Keypoints
+from kaf_layer import Keypoints
 
 LOSSES = {  # by the weight of the Dice loss
     "ce": 0.0,
@@ -70,13 +70,6 @@ def predict(model: nn.Module, stack: Stack, *, batch: int = 8) -> Tensor:
     slices = [(stack, z) for z in range(len(stack.images))]
     batches = [gather(slices[i : i + batch], device) for i in range(0, len(slices), batch)]
     return stack.restore(torch.cat([model(b.images, b.keypoints).argmax(1).cpu() for b in batches]))
-
-
-def redetector(options: argparse.Namespace) -> KeypointDetector | None:
-    """What finds keypoints anew in augmented images: those of a grid, and in volumes all."""
-    if options.detector == "grid" and options.spatial_dims == 2:
-        return GridDetector(options.spacing * options.resize)
-    return build_detector(options) if options.spatial_dims == 3 else None
 
 
 def evaluate(model: nn.Module, stacks: Sequence[Stack], *, classes: int) -> list[list[float]]:
