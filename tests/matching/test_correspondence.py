@@ -99,14 +99,21 @@ def test_among() -> None:
         matches.among(b, a)
 
 
-def test_compiles_and_is_a_pytree() -> None:
+def test_compiles() -> None:
     a, b = described((7, 0), seed=0), described((9, 6), seed=1)
     compiled = torch.compile(match_keypoints, fullgraph=True, backend="aot_eager")(a, b)
     expected = match_keypoints(a, b)
     assert compiled.indices.equal(expected.indices)
     assert compiled.inverse.equal(expected.inverse)
+
+
+def test_moves_and_is_a_pytree() -> None:
+    expected = match_keypoints(described((7, 0), seed=0), described((9, 6), seed=1))
     assert len(pytree.tree_leaves(expected)) == 2
     assert expected.to("cpu", torch.float32).indices.equal(expected.indices)
+    for moved in (expected.to("meta"), expected.to(device="meta")):
+        assert moved.indices.is_meta
+        assert moved.inverse.is_meta
 
 
 def test_errors() -> None:

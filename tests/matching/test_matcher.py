@@ -148,5 +148,9 @@ def test_errors() -> None:
         matcher(tokens_b, a, tokens_a, b)
     with pytest.raises(ValueError, match="tokens_b must be"):
         matcher(tokens_a, a, tokens_a, b)
+    with pytest.raises(ValueError, match="embed_dim must be"):
+        KeypointMatcher(0)
+    with pytest.raises(ValueError, match="iterations must be"):
+        KeypointMatcher(8, iterations=0)
     with pytest.raises(ValueError, match="same batch size"):
         matcher(tokens_a, a, tokens_b[:2], b[:2])
