@@ -110,7 +110,9 @@ def test_compiles() -> None:
 def test_moves_and_is_a_pytree() -> None:
     expected = match_keypoints(described((7, 0), seed=0), described((9, 6), seed=1))
     assert len(pytree.tree_leaves(expected)) == 2
-    assert expected.to("cpu", torch.float32).indices.equal(expected.indices)
+    for moved in (expected.to("cpu", torch.float32), expected.to(device="cpu", dtype=torch.float32)):
+        assert moved.indices.equal(expected.indices)
+        assert moved.inverse.equal(expected.inverse)
     for moved in (expected.to("meta"), expected.to(device="meta")):
         assert moved.indices.is_meta
         assert moved.inverse.is_meta
