@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from harness import compare, report
-from networks import KEYPOINTS, NETWORKS, WIDTH, KAFUNet
+from networks import KEYPOINTS, NETWORKS, WIDTH
 from plain import PlainDiffusion
 from torch.profiler import ProfilerActivity, profile
 from ways import CUDA, DEVICE, PRECISIONS, WAYS, Case, in_way, precision, record, side_by_side
@@ -27,7 +27,7 @@ from ways import CUDA, DEVICE, PRECISIONS, WAYS, Case, in_way, precision, record
 from kaf_layer import KAFEncoder, KAFLayer, KeypointDiffusion, Keypoints, SIFTDetector
 
 sys.path.append(str(Path(__file__).parent.parent))
-from examples.unet import UNetC2
+from examples.unet import KAFUNet, UNetC2
 
 ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, object]
