@@ -89,7 +89,10 @@ def count(module: nn.Module) -> int:
     ("options", "message"),
     [
         (["--token-loss", "-1"], "--token-loss must be a weight of 0 or more, got -1.0"),
-        (["--token-loss", "0.5", "--model", "unet"], "--token-loss needs --model kaf-unet and --spatial-dims 2, got unet and 2"),
+        (
+            ["--token-loss", "0.5", "--model", "unet"],
+            "--token-loss needs --model kaf-unet and --spatial-dims 2, got unet and 2",
+        ),
     ],
 )
 def test_bad_options(options: list[str], message: str, tmp_path: Path) -> None:
