@@ -96,6 +96,7 @@ def side_by_side(
     for way in ways:
         steps = {name: in_way(case, way, dtype=dtype) for name, case in cases.items() if peaks[name] is not None}
         seconds = compare(steps, repeats=repeats)
+        first = seconds.get(next(iter(cases)))
         for name in cases:
             fits = name in seconds
             yield {
@@ -103,6 +104,6 @@ def side_by_side(
                 "precision": dtype,
                 "way": way,
                 "ms": 1e3 * seconds[name] if fits else "out of memory",
-                "times the first": seconds[name] / seconds[next(iter(cases))] if fits else "",
+                "times the first": seconds[name] / first if fits and first else "",
                 "GB": peaks[name] / 1e9 if fits else "",
             }

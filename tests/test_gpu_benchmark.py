@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import allocator
 import gpu
 import harness
 import pytest
@@ -36,6 +37,23 @@ def test_precisions_side_by_side(part: str, results: Path) -> None:
     assert [row["times the first"] for row in rows] == [1.0, 2.0] * (len(rows) // 2)
     assert torch.get_float32_matmul_precision() == "highest"
     assert torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.usefixtures("results")
+def test_what_does_not_fit_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, inputs = torch.nn.Linear(4, 3), (torch.rand(2, 4),)
+    peaks = iter([None, 2_000_000_000])
+    monkeypatch.setattr(ways, "peak_bytes", lambda _: next(peaks))
+    cases = {"large": (network, inputs), "small": (network, inputs)}
+    large, small = ways.side_by_side(cases, dtype="float32", ways=("eager",))
+    assert (large["ms"], large["times the first"], large["GB"]) == ("out of memory", "", "")
+    assert (small["ms"], small["times the first"], small["GB"]) == (1000.0, "", 2.0)
+
+
+def test_kept_memory() -> None:
+    seconds = allocator.measure(32, 1)
+    assert list(seconds) == ["plain", "ours", "torch.cat"]
+    assert all(value > 0 for value in seconds.values())
 
 
 def test_compiled(results: Path) -> None:

@@ -170,7 +170,7 @@ def test_exported_gives_the_same_and_cannot_look_at_values():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_without_waiting_for_it():
+def test_on_cuda_without_waiting_for_it():
     images = torch.stack([texture(70, 93, seed) for seed in range(3)])[:, None]
     detector = SIFTDetector(64)
     expected, on_device = detector(images), images.cuda()

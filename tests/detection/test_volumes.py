@@ -250,7 +250,7 @@ def test_exported():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_without_waiting_for_it():
+def test_on_cuda_without_waiting_for_it():
     volumes = torch.stack([texture((20, 24, 28), seed) for seed in range(2)])[:, None]
     find = detector(64, spacing=(2.0, 1.0, 1.0))
     expected, on_device = find(volumes), volumes.cuda()
