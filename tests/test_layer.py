@@ -173,11 +173,8 @@ def test_dtype_of_the_caller(dtype: torch.dtype) -> None:
     assert output.features.dtype == output.tokens.dtype == dtype
 
 
-@pytest.mark.parametrize(
-    ("options", "training"),
-    [({}, False), ({"block": "propagation", "recompute": True}, True)],
-    ids=["eval", "recompute"],
-)
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("options", [{}, {"block": "propagation", "recompute": True}], ids=["default", "recompute"])
 def test_compiles_whole(options: dict[str, object], training: bool) -> None:
     layer, other = KAFLayer(4, **SMALL, **options).train(training), KAFLayer(4, **SMALL, **options).train(training)
     other.load_state_dict(layer.state_dict())

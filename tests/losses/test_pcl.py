@@ -193,8 +193,8 @@ def shared_batch() -> tuple[Tensor, Tensor]:
     return torch.randn(6, 1, 5, generator=generator, dtype=torch.float64), positions
 
 
-def test_processes(tmp_path: Path) -> None:
-    world = 3
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes(world: int, tmp_path: Path) -> None:
     mp.spawn(process, args=(world, str(tmp_path)), nprocs=world)
     images, positions = shared_batch()
     model = projector()
