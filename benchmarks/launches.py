@@ -1,11 +1,12 @@
 """How many operations a layer, the detector and Sinkhorn's iterations issue: on a GPU each is at least one kernel.
 
-python benchmarks/launches.py [--names]
+python benchmarks/launches.py [--names] [--compiled]
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from unittest.mock import patch
 import torch
 from harness import report
 from torch import Tensor
+from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kaf_layer import KAFLayer, Keypoints, SIFTDetector
@@ -22,7 +24,11 @@ from kaf_layer.matching import log_sinkhorn, sinkhorn
 NOTES = """Operations that PyTorch dispatches, without those that launch nothing: views, and allocations that are not
 filled. Counted in double precision on the CPU, where nothing takes the detour by convolutions that single precision
 takes there. A KAFLayer of depth 6 for 32 channels, two images, 500 keypoints, of which some slots are padded."""
+COMPILED_NOTES = """
+Compiled: what the program that torch.compile writes calls, its own fused loops and routines of libraries."""
+CALL = re.compile(r"(?:extern_kernels\.\w+|torch\.ops\.[\w.]+|cpp_fused\w*|triton_\w+\.run)\(")
 
+EDGES = 512, 64
 NOTHING = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
 NOTHING |= {"promote_types", "scalar_tensor"}  # on the CPU, wherever the operands are
 
@@ -70,17 +76,31 @@ def layer_launches(edge: int) -> dict[str, Counter[str]]:
     return {"forward": forward, "backward": count(lambda: torch.autograd.backward(results, gradients))}
 
 
+def compiled_calls(edge: int, *, depth: int = 6) -> dict[str, int]:
+    """How much the compiled programs of both passes call."""
+    torch.compiler.reset()
+    layer = torch.compile(KAFLayer(32, depth=depth).double(), fullgraph=True)
+    features, keypoints = inputs(edge)
+    # The program for the backward pass is written when it is first run.
+    _, programs = run_and_get_code(lambda: sum(result.sum() for result in layer(features, keypoints)).backward())
+    calls = [len(CALL.findall(program.partition("def call")[2])) for program in programs]
+    return dict(zip(("forward, compiled", "backward, compiled"), calls, strict=True))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--names", action="store_true", help="print how often each operation is issued")
+    parser.add_argument("--compiled", action="store_true", help="count the kernels of a compiled layer too; needs g++")
     options = parser.parse_args(arguments)
-    counts = {f"KAFLayer, {edge}x{edge}": layer_launches(edge) for edge in (512, 64)}
+    counts = {f"KAFLayer, {edge}x{edge}": layer_launches(edge) for edge in EDGES}
     for title, counters in counts.items() if options.names else ():
         for part, names in counters.items():
             print(title, part, dict(names.most_common()))
     rows: list[dict[str, object]] = [
         {"": title, **{part: names.total() for part, names in counters.items()}} for title, counters in counts.items()
     ]
+    for row, edge in zip(rows, EDGES if options.compiled else (), strict=False):
+        row.update(compiled_calls(edge))
     images = torch.rand(2, 1, 128, 96, dtype=torch.float64)
     scores, dustbin = torch.rand(2, 100, 90, dtype=torch.float64), torch.ones((), dtype=torch.float64)
     singles = {
@@ -89,8 +109,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     # Sinkhorn's iterations are one operator: its function is put in its place, so that what it issues is seen.
     with torch.no_grad(), patch.object(sinkhorn, "_sinkhorn", sinkhorn._sinkhorn._init_fn):
-        rows += [{"": title, "forward": count(run).total(), "backward": ""} for title, run in singles.items()]
-    report("launches", rows, notes=NOTES, measured=False)
+        empty = dict.fromkeys(rows[0], "")
+        rows += [empty | {"": title, "forward": count(run).total()} for title, run in singles.items()]
+    notes = NOTES + COMPILED_NOTES if options.compiled else NOTES
+    report("launches", rows, notes=notes, measured=False)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from kaf_layer.diffusion.karatsuba import karatsuba_matrices
 from kaf_layer.diffusion.neighbours import closest, find_neighbours, find_rows
 from kaf_layer.diffusion.patches import memory_format, rows_to_map
 from kaf_layer.diffusion.pixels import pixels_to_map
-from kaf_layer.diffusion.rows import Hidden, convolve_tokens, moments, wide
+from kaf_layer.diffusion.rows import Hidden, convolve_tokens, normalisation, wide
 from kaf_layer.keypoints import Keypoints, check_size
 from kaf_layer.scattering import Reduce, check_reduce, scatter_keypoints, weigh_tokens
 
@@ -179,14 +179,15 @@ class KeypointDiffusion(nn.Module):
     def _normalisation(self, rows: Tensor, *, pixels: int) -> tuple[Tensor, Tensor]:
         """Batch normalisation as a factor and a summand, for rows that lack the first convolution's bias."""
         norm, bias = self.norm, self.conv1.bias
-        mean, var = norm.running_mean.to(wide(rows)), norm.running_var.to(wide(rows))
         if norm.training:
-            mean, var = moments(rows, pixels)
-            mean = mean + bias
+            parameters = bias, norm.weight, norm.bias
+            scale, shift, mean, var = normalisation(rows, *parameters, pixels=pixels, eps=norm.eps)
             unbiased = var * (pixels / (pixels - 1))
-            norm.running_mean.lerp_(mean.detach().to(norm.running_mean.dtype), norm.momentum)
-            norm.running_var.lerp_(unbiased.detach().to(norm.running_var.dtype), norm.momentum)
+            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
+            norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
             norm.num_batches_tracked.add_(1)
+            return scale, shift
+        mean, var = norm.running_mean.to(wide(rows)), norm.running_var.to(wide(rows))
         scale = norm.weight * torch.rsqrt(var + norm.eps)
         return scale, torch.addcmul(norm.bias, bias - mean, scale)
 

@@ -102,7 +102,7 @@ class _RowsToMap(torch.autograd.Function):
 
         grad_activated = torch.cat([grad_background[None], grad_activated])
         grad_weight, grad_bias = from_kernel(grad_kernel, weight), sums[:, sums.shape[1] // 2]
-        gradients = activate_backward(grad_activated, rows, scale, shift)
+        gradients = activate_backward(grad_activated, activate(rows, scale, shift), rows, scale)
         return grad_features, *[None] * 6, *gradients, grad_weight, grad_bias
 
 

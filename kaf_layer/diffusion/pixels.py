@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kaf_layer.diffusion.rows import Hidden, activate, activate_backward, wide
+from kaf_layer.diffusion.rows import Hidden, activate, activate_backward
 
 __all__ = ["pixels_to_map"]
 
@@ -36,7 +36,7 @@ class _PixelsToMap(torch.autograd.Function):
         ctx.save_for_backward(rows, scale, shift, weight)
         ctx.size, ctx.layout = size, layout
         convolve = F.conv2d if len(size) == 2 else F.conv3d
-        activated = _activated_map(rows, scale, shift, size, layout)
+        activated = _to_map(activate(rows[1:], scale, shift), rows.dtype, size, layout)
         return convolve(activated, weight.to(rows.dtype), bias.to(rows.dtype), padding=1)
 
     @staticmethod
@@ -45,21 +45,18 @@ class _PixelsToMap(torch.autograd.Function):
         """The gradients of what is hidden."""
         rows, scale, shift, weight = ctx.saved_tensors
         ones, zeros = [1] * len(ctx.size), [0] * len(ctx.size)
-        activated = _activated_map(rows, scale, shift, ctx.size, ctx.layout)
-        grad_activated, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-            grad, activated, weight.to(rows.dtype), [weight.shape[0]], ones, ones, ones, False, zeros, 1, [True] * 3
+        activated = activate(rows[1:], scale, shift)
+        inputs = _to_map(activated, rows.dtype, ctx.size, ctx.layout), weight.to(rows.dtype)
+        grad_inputs, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            grad, *inputs, [weight.shape[0]], ones, ones, ones, False, zeros, 1, [True] * 3
         )
-        grad_activated = F.pad(grad_activated.movedim(1, -1).flatten(0, -2).to(wide(rows)), (0, 0, 1, 0))
-        gradients = activate_backward(grad_activated, rows, scale, shift)
-        return None, None, *gradients, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
+        grad_activated = grad_inputs.movedim(1, -1).flatten(0, -2).to(activated.dtype)
+        grad_rows, *gradients = activate_backward(grad_activated, activated, rows[1:], scale)
+        gradients += [grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)]
+        return None, None, F.pad(grad_rows, (0, 0, 1, 0)), *gradients
 
 
-def _activated_map(
-    rows: Annotated[Tensor, "B*S+1 C"],
-    scale: Tensor,
-    shift: Tensor,
-    size: Sequence[int],
-    layout: torch.memory_format,
+def _to_map(
+    activated: Annotated[Tensor, "B*S C"], dtype: torch.dtype, size: Sequence[int], layout: torch.memory_format
 ) -> Annotated[Tensor, "B C *S"]:
-    activated = activate(rows[1:], scale, shift).to(rows.dtype)
-    return activated.view(-1, *size, rows.shape[1]).movedim(-1, 1).contiguous(memory_format=layout)
+    return activated.to(dtype).view(-1, *size, activated.shape[1]).movedim(-1, 1).contiguous(memory_format=layout)

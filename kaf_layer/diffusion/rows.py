@@ -17,7 +17,16 @@ from torch.autograd.function import once_differentiable
 
 from kaf_layer.linear import linear
 
-__all__ = ["Hidden", "activate", "activate_backward", "convolve_tokens", "from_kernel", "moments", "to_kernel", "wide"]
+__all__ = [
+    "Hidden",
+    "activate",
+    "activate_backward",
+    "convolve_tokens",
+    "from_kernel",
+    "normalisation",
+    "to_kernel",
+    "wide",
+]
 
 
 class Hidden(NamedTuple):
@@ -48,9 +57,20 @@ def convolve_tokens(
     return _ConvolveTokens.apply(tokens, weight, rows, count)
 
 
-def moments(rows: Annotated[Tensor, "R+1 C"], pixels: int) -> tuple[Annotated[Tensor, "C"], Annotated[Tensor, "C"]]:
-    """Mean and (biased) variance over so many pixels, of which those without a row are zero."""
-    return _Moments.apply(rows, pixels)
+def normalisation(
+    rows: Annotated[Tensor, "R+1 C"], conv_bias: Tensor, weight: Tensor, bias: Tensor, *, pixels: int, eps: float
+) -> tuple[Annotated[Tensor, "C"], Annotated[Tensor, "C"], Annotated[Tensor, "C"], Annotated[Tensor, "C"]]:
+    """Batch normalisation as a factor and a summand for rows, then the batch's mean and biased variance.
+
+    Args:
+        rows: the first convolution, without its bias.
+        conv_bias: that bias, which is no more than a part of the mean.
+        weight: of the normalisation.
+        bias: of the normalisation.
+        pixels: over so many, of which those without a row are zero.
+        eps: added to the variance.
+    """
+    return _Normalisation.apply(rows, conv_bias, weight, bias, pixels, eps)
 
 
 class _ConvolveTokens(torch.autograd.Function):
@@ -81,27 +101,38 @@ class _ConvolveTokens(torch.autograd.Function):
         return linear(products, kernel).to(tokens.dtype), from_kernel(grad_kernel, weight), None, None
 
 
-class _Moments(torch.autograd.Function):
-    """Mean and variance over all pixels of a map, of which those without a row are zero."""
+class _Normalisation(torch.autograd.Function):
+    """Written out because autograd would issue twice as many operations, each on a handful of numbers."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
-        """Rows (R + 1, C) and the number of pixels to (C,), (C,)."""
+    def forward(
+        ctx: Any, rows: Tensor, conv_bias: Tensor, weight: Tensor, bias: Tensor, pixels: int, eps: float
+    ) -> tuple[Tensor, ...]:
+        """Rows (R + 1, C) and the parameters (C,) to four times (C,)."""
         values = rows.to(wide(rows))
         mean = values.sum(0) / pixels
         squares = (values - mean).square_().sum(0)
         var = torch.addcmul(squares, mean, mean, value=pixels - rows.shape[0]) / pixels
-        ctx.save_for_backward(rows, mean)
+        inverse_std = torch.rsqrt(var + eps)
+        scale = weight * inverse_std
+        ctx.save_for_backward(rows, mean, inverse_std, scale, weight)
         ctx.pixels = pixels
-        return mean, var
+        moments = mean + conv_bias, var
+        ctx.mark_non_differentiable(*moments)
+        return scale, torch.addcmul(bias, mean, scale, value=-1), *moments
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor, None]:
-        """The gradient of the rows."""
-        rows, mean = ctx.saved_tensors
-        slope = grad_var * (2 / ctx.pixels)
-        return torch.addcmul(torch.addcmul(grad_mean / ctx.pixels, mean, slope, value=-1), rows, slope), None
+    def backward(ctx: Any, grad_scale: Tensor, grad_shift: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of the rows and of the parameters."""
+        rows, mean, inverse_std, scale, weight = ctx.saved_tensors
+        grad_weight = torch.addcmul(grad_scale, mean, grad_shift, value=-1) * inverse_std
+        slope = grad_weight * inverse_std * scale
+        level = torch.addcmul(mean * slope, grad_shift, scale, value=-1) / ctx.pixels
+        grad_rows = torch.addcmul(level, rows, slope, value=-1 / ctx.pixels)
+        # What a convolution's bias adds, the mean takes away.
+        gradients = torch.zeros_like(weight), grad_weight.to(weight.dtype), grad_shift.to(weight.dtype)
+        return grad_rows.to(rows.dtype), *gradients, None, None
 
 
 def activate(
@@ -112,10 +143,13 @@ def activate(
 
 
 def activate_backward(
-    grad: Annotated[Tensor, "R+1 C"], rows: Annotated[Tensor, "R+1 C"], scale: Tensor, shift: Tensor
-) -> tuple[Annotated[Tensor, "R+1 C"], Annotated[Tensor, "C"], Annotated[Tensor, "C"]]:
-    """The gradients of the rows, scale and shift, from that of :func:`activate`."""
-    grad = torch.ops.aten.threshold_backward(grad, activate(rows, scale, shift), 0)
+    grad: Annotated[Tensor, "R C"],
+    activated: Annotated[Tensor, "R C"],
+    rows: Annotated[Tensor, "R C"],
+    scale: Annotated[Tensor, "C"],
+) -> tuple[Annotated[Tensor, "R C"], Annotated[Tensor, "C"], Annotated[Tensor, "C"]]:
+    """The gradients of the rows, scale and shift, from that of :func:`activate` and its result."""
+    grad = torch.ops.aten.threshold_backward(grad, activated, 0)
     return (grad * scale).to(rows.dtype), (grad * rows).sum(0), grad.sum(0)
 
 
