@@ -242,6 +242,7 @@ def test_launches(results):
     assert max(small["forward"], small["backward"]) <= 185
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of inductor's own use of TorchScript
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_compiled_launches():
     """A block has four linear maps: a product each forward, two backward. All else is fused into fewer calls."""
