@@ -1,7 +1,7 @@
 """How much faster the KAF layer is than the paper's layer written plainly, and how much less it saves and computes.
 
 python benchmarks/speed.py [--parts diffusion stack network] [--edges 512 256 ...] [--repeats 11]
-python benchmarks/speed.py --spatial-dims 3 [--edges 64 96 128] [--repeats 3]  # the diffusion of volumes
+python benchmarks/speed.py --spatial-dims 3 [--parts diffusion stack] [--edges 64 96 128] [--repeats 3]  # volumes
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from harness import compare, count_flops, report, saved_bytes
 from plain import PlainDiffusion, PlainKAFLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from volume_stack import NOTES as STACK_NOTES_3D
+from volume_stack import volume_stack
 
 from kaf_layer import KAFLayer, KeypointDiffusion, Keypoints
 from kaf_layer.diffusion import cheapest_method
@@ -204,19 +206,27 @@ def network(dtype: torch.dtype, edge: int, *, repeats: int) -> Row:
     }
 
 
+def volumes(parts: Sequence[str], edges: Sequence[int], dtypes: Sequence[torch.dtype], *, repeats: int) -> None:
+    if "diffusion" in parts:
+        cases = product(dtypes, (512,), (1,), edges)
+        report("diffusion-3d", [diffusion(*c, repeats=repeats, spatial_dims=3) for c in cases], notes=VOLUME_NOTES)
+    if "stack" in parts:
+        rows = [row for edge in edges for row in volume_stack(edge, repeats=repeats, device=DEVICE)]
+        report("stack-3d", rows, notes=STACK_NOTES_3D, packages=["monai"])
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=["diffusion", "stack", "flops", "network"])
     parser.add_argument("--edges", type=int, nargs="+", help="of the diffusion's maps")
     parser.add_argument("--depth", type=int, default=16, help="blocks of a layer in the stack")
     parser.add_argument("--repeats", type=int, default=11, help="of each run; the median counts")
-    parser.add_argument("--spatial-dims", type=int, choices=(2, 3), default=2, help="3: the diffusion of volumes alone")
+    parser.add_argument("--spatial-dims", type=int, choices=(2, 3), default=2, help="3: diffusion and stack of volumes")
     options = parser.parse_args(arguments)
     dtypes = (torch.float32, torch.bfloat16) if CUDA else (torch.float32,)
     edges, repeats = options.edges or ([512, 256, 128, 64] if options.spatial_dims == 2 else [64, 96]), options.repeats
     if options.spatial_dims == 3:
-        cases = product(dtypes, (512,), (1,), edges)
-        report("diffusion-3d", [diffusion(*c, repeats=repeats, spatial_dims=3) for c in cases], notes=VOLUME_NOTES)
+        volumes(options.parts, edges, dtypes, repeats=repeats)
         return
     edge = max(edges)
     if "diffusion" in options.parts:

@@ -134,7 +134,7 @@ def test_published_rows_of_other_numbers_of_subjects(tmp_path: Path) -> None:
 
 
 def test_methods_with_options_and_seeds(tmp_path: Path) -> None:
-    methods = ["unet", "kaf-unet", "kaf-unet --fusion add --detector none"]
+    methods = ["unet", "kaf-unet", "kaf-unet --fusion add --detector none --lr 0.01"]
     arguments = [*SMALL, "--output", str(tmp_path), "--labelled", "1", "--seeds", "0", "1", "--test-folds", "0"]
     results = cross_validate.main([*arguments, "--methods", *methods])
     assert [(r["method"], r["seed"], r["settings"]["fusion"]) for r in results] == [
@@ -142,7 +142,8 @@ def test_methods_with_options_and_seeds(tmp_path: Path) -> None:
     ]
     assert results[0]["losses"] != results[1]["losses"]
     text = (tmp_path / "table.md").read_text()
-    assert "| KAF-UNet, --fusion add --detector none |" in text
+    assert [r["settings"]["lr"] for r in results] == [0.003] * 4 + [0.01] * 2  # of fine-tuning alone
+    assert "| KAF-UNet, --fusion add --detector none --lr 0.01 |" in text
     assert "KAF-UNet ahead of (Dice, mean over volumes; p; folds)" in text
     curves = pytest.importorskip("examples.protocol.curves", reason="the extra plot is not here")
     curves.main([str(tmp_path)])

@@ -15,6 +15,7 @@ import memory
 import numpy as np
 import speed
 import sweep
+import volume_stack
 import volumes
 from networks import VOLUMETRIC
 from plain import PlainDiffusion
@@ -67,6 +68,26 @@ def test_the_baseline_computes_the_same():
     keypoints, tokens = speed.random_keypoints(2, 9, 6, 3), torch.randn(2, 9, 256, dtype=torch.float64)
     assert keypoints.cells((6, 6, 6)).sort().values.diff().gt(0).all()
     torch.testing.assert_close(ours(tokens, keypoints, (6,) * 3), plain(tokens, keypoints, (6,) * 3), rtol=0, atol=1e-9)
+
+
+def test_the_time_of_a_stack(monkeypatch):
+    """Every network runs; what is longer is not trained; ratios are to the first."""
+    gradients = []
+
+    def compare(runs, repeats):
+        for run in runs.values():
+            run()
+        networks = [run.args[0] for run in runs.values()]
+        gradients.append([any(p.grad is not None for p in network.parameters()) for network in networks])
+        return dict(zip(runs, (2.0, 3.0, 4.0, 5.0 * repeats), strict=True))
+
+    monkeypatch.setattr(volume_stack, "compare", compare)
+    monkeypatch.setattr(volume_stack, "TRAINED", 32)
+    rows = list(volume_stack.volume_stack(32, attentions=4, repeats=2, device="cpu"))
+    assert [row["times the KAF layers"] for row in rows] == [1.0, 1.5, 2.0, 5.0] * 2
+    assert gradients == [[False] * 4, [True] * 4]
+    monkeypatch.setattr(volume_stack, "compare", lambda runs, **_: dict.fromkeys(runs, 1.0))
+    assert {row["of"] for row in volume_stack.volume_stack(64, attentions=4, repeats=1, device="cpu")} == {"forward"}
 
 
 def blobs() -> Volume:

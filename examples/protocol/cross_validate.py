@@ -7,9 +7,10 @@
 A method is a network of finetune.py --model, trained from random weights; behind a "+" is what its encoder is
 pretrained by on all training subjects of the fold, a method of pretrain.py: "kaf", all of Eq. 3, "pcl", its positional
 contrast alone, "simclr", "rotation", "pirl", "glcl-global", "glcl" or "caid".
-Options of its own may follow, for ablations: --methods kaf-unet "kaf-unet --fusion add" "kaf-unet+kaf --depth 2". Other
-options go to pretrain.py and finetune.py, those in --pretrain "..." and --finetune "..." to one of them. What was
-killed goes on where it was, by the same command. Writes table.md, results.json, options.json, split.json to --output.
+Options of its own may follow, for ablations: --methods kaf-unet "kaf-unet --fusion add --epochs 80", those that all
+scripts know if it is pretrained: "kaf-unet+kaf --depth 2". Other options go to pretrain.py and finetune.py, those in
+--pretrain "..." and --finetune "..." to one of them. What was killed goes on where it was, by the same command. Writes
+table.md, results.json, options.json, split.json to --output.
 Each method is compared with kaf-unet, or with what --reference says: the mean difference over the
 volumes tested and the p-value of a Wilcoxon signed-rank test, as in the paper's Table 11. Published rows stand beside
 ours, the paper's for its presets, others by --beside rows.json: {"UNet, Table 1": {"1": 0.5, "2": 0.6}, ...}
@@ -120,7 +121,7 @@ def keep_options(own: argparse.Namespace, shared: argparse.Namespace, split: Seq
 @lru_cache(maxsize=4)
 def load_once(*arguments: str) -> list[Stack]:
     """The slices, for all folds that this process runs."""
-    return load_stacks(parse(parser_of(None), arguments))
+    return load_stacks(parse(finetune.parser(), arguments))
 
 
 def run_fold(fold: int, own: argparse.Namespace, shared: list[str]) -> list[Result]:
