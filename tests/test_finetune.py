@@ -111,6 +111,13 @@ def test_logs_and_progress(stacks: list[Stack], tmp_path: Path, capsys: pytest.C
     assert f"loss={loss[-1].value:.3f}, dice={dice[-1].value:.3f}" in capsys.readouterr().err
 
 
+def test_a_training_that_diverges_ends_with_advice(stacks: list[Stack], tmp_path: Path) -> None:
+    arguments = [*SMALL, "--output", str(tmp_path)]
+    with pytest.raises(FloatingPointError, match=r"loss of epoch \d is nan: try a lower --lr than 1e\+20"):
+        finetune.main([*arguments, "--lr", "1e20"], stacks=stacks)
+    assert not (tmp_path / "result.json").exists()
+
+
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     files.save({"a": torch.ones(2)}, path)

@@ -52,6 +52,9 @@ def train(
 
     Returns:
         the module, as it was given, and the training's history.
+
+    Raises:
+        FloatingPointError: if an epoch's loss is not finite; the last checkpoint stays.
     """
     if options.batch % accelerator.num_processes:
         raise ValueError(
@@ -84,6 +87,9 @@ def train(
             totals = {name: totals.get(name, 0) + value.detach() / steps for name, value in values.items()}
             bar.update()
         means = {name: float(value) for name, value in totals.items()}
+        if not math.isfinite(means["loss"]):
+            advice = f"try a lower --lr than {options.lr}, or --mixed-precision no"
+            raise FloatingPointError(f"the training loss of epoch {epoch + 1} is {means['loss']}: {advice}")
         losses.append(means["loss"])
         bar.set_postfix({name: f"{value:.3f}" for name, value in means.items()})
         if writer:
