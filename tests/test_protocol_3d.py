@@ -81,9 +81,11 @@ def test_detectors(detector: str, slots: int, stacks: list[Stack]) -> None:
 
 
 def test_swin_unetr_for_volumes(stacks: list[Stack]) -> None:
-    flags = [*OPTIONS, "--model", "swin-unetr", "--patch", "64", "32", "32", "--output", "x"]
+    flags = [*OPTIONS, "--model", "swin-unetr", "--patch", "64", "32", "32", "--window", "3", "--output", "x"]
     model = finetune.build_model(parse(finetune.parser(), flags)).eval()
     assert model(torch.rand(1, 1, 64, 32, 32), stacks[0].keypoints[0]).shape == (1, 2, 64, 32, 32)
+    sizes = {len(table) for name, table in model.named_parameters() if name.endswith("relative_position_bias_table")}
+    assert sizes == {(2 * 3 - 1) ** 3}
 
 
 def test_a_table_of_phantoms(tmp_path: Path) -> None:
@@ -99,6 +101,7 @@ def test_a_table_of_phantoms(tmp_path: Path) -> None:
     ("flags", "message"),
     [
         (["--patch", "16", "24"], r"--patch must have --spatial-dims 3 edges, got \[16, 24\]"),
+        (["--model", "swin-unetr", "--window", "0"], "--window must be 1 or more, got 0"),
         (["--model", "fcn"], "--spatial-dims 3 has --model unet, unet-c2, kaf-unet, swin-unetr .* got fcn and grid"),
         (["--detector", "disk", "--detector-weights", "x.pt"], "--detector sift, grid or none, got kaf-unet and disk"),
         (["--token-loss", "1"], "--token-loss needs --model kaf-unet and --spatial-dims 2, got kaf-unet and 3"),

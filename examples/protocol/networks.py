@@ -29,7 +29,8 @@ def build_model(options: argparse.Namespace) -> nn.Module:
         from monai.networks.nets import SwinUNETR
 
         features = 12 * -(-width // 8)  # a multiple of 12; 48 beside a UNet of width 32
-        return WithoutKeypoints(SwinUNETR(1, classes, feature_size=features, spatial_dims=options.spatial_dims))
+        dims, window = options.spatial_dims, options.window
+        return WithoutKeypoints(SwinUNETR(1, classes, feature_size=features, spatial_dims=dims, window_size=window))
     if options.model == "swin-unet":
         from examples.swin_unet import SwinUNet
 

@@ -108,6 +108,7 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     add("--scales", type=int, nargs="*", help="which encoder blocks a KAF layer follows (default: all but the deepest)")
     add("--depth", type=int, help="attention blocks of each KAF layer")
     add("--embed-dim", type=int, help="channels of a token")
+    add("--window", type=int, default=7, help="of SwinUNETR's attention, in patches of 2 pixels along each axis")
     add("--fusion", choices=("concat", "add"), default="concat", help="of a KAF layer's map with the features")
     add("--detector", choices=DETECTORS, help="of the keypoints")
     add("--detector-weights", type=Path, metavar="FILE", help="of a detector that has learnt, as its authors give them")
@@ -137,6 +138,8 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(f"--resize must be a factor above 0, got {options.resize}")
     if not 0 <= options.drop_keypoints <= 1:
         raise ValueError(f"--drop-keypoints must be a share from 0 to 1, got {options.drop_keypoints}")
+    if options.window < 1:
+        raise ValueError(f"--window must be 1 or more, got {options.window}")
     if not options.token_loss >= 0:
         raise ValueError(f"--token-loss must be a weight of 0 or more, got {options.token_loss}")
     if options.token_loss and (options.model != "kaf-unet" or options.spatial_dims == 3):
