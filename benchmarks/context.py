@@ -5,7 +5,8 @@
 
 synthetic: the task of context_task.py, accuracy against the distance between target and marker. sunnybrook: Dice of
 unseen subjects on the whole field of view, for UNets of 3, 4 and 5 levels, whose receptive fields are smaller and
-larger than the image. Both go on where they were killed; both draw results/context.png from what is there.
+larger than the image; of added layers also with a loss on their tokens. Both go on where they were killed; both draw
+results/context.png from what is there.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ METHODS = {
     "unet-c2": "UNet (c2)",
     "kaf-unet": "KAF-UNet",
     "kaf-unet --fusion add": "KAF-UNet, added",
+    "kaf-unet --fusion add --token-loss 0.5": "KAF-UNet, added, loss on tokens",
 }
 
 

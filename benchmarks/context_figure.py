@@ -15,6 +15,7 @@ STYLES = {
     "UNet (c2)": ("#c4c4c4", "-", "o"),
     "KAF-UNet": ("#c2185b", "-", "o"),
     "KAF-UNet, added": ("#f3a3c0", "-", "s"),
+    "KAF-UNet, added, loss on tokens": ("#f3a3c0", "--", "D"),
     "SwinUNETR": ("#2b9a8b", "-", "^"),
     "global attention": ("#1f6fb4", "-", "v"),
 }
@@ -57,4 +58,4 @@ def draw_sunnybrook(axes: Axes, content: dict) -> None:
     axes.axvline(1, color="#9e9e9e", lw=0.8)
     axes.set(xlabel="receptive field of the deepest block / image edge", ylabel="Dice of unseen subjects")
     axes.set_title("Sunnybrook, whole field of view, 2 subjects labelled", loc="left", fontsize=10.5)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
