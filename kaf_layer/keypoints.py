@@ -62,8 +62,6 @@ class Keypoints:
     descriptors: Annotated[Tensor, "B N K"] | None = None
     padded: bool = True
 
-    _clean = False  # promises positions as positions_in returns them; no field, so that no changed copy inherits it
-
     def __post_init__(self) -> None:
         # Pytree transformations put other things than tensors into the fields.
         if isinstance(self.positions, Tensor) and isinstance(self.valid, Tensor):
@@ -127,10 +125,8 @@ class Keypoints:
             feature_size: the map's size in tensor order. Positions outside the image stay outside.
         """
         check_size(feature_size, self)
-        positions = self.positions
-        if not self._clean:
-            positions = positions.where(self.valid[..., None], 0.0).nan_to_num(0.0, math.inf, -math.inf)
-            positions = positions.to(torch.promote_types(positions.dtype, torch.float32))
+        positions = self.positions.where(self.valid[..., None], 0.0).nan_to_num(0.0, math.inf, -math.inf)
+        positions = positions.to(torch.promote_types(positions.dtype, torch.float32))
         # Under a compiler sizes may be symbols, and a comparison would specialise the graph.
         if not torch.compiler.is_compiling() and tuple(feature_size) == tuple(self.image_size):
             return positions

@@ -113,7 +113,6 @@ class KAFLayer(nn.Module):
             raise ValueError(f"features must have {self.in_channels=} channels, got {features.shape=}")
         size = features.shape[2:]
         keypoints = keypoints.resize(size, snap=self.sampler.mode == "nearest")
-        keypoints._clean = True  # so that none of the three that use them looks for NaN again
         tokens = self.transformer(self.embed(self.sampler(features, keypoints)), keypoints)
         if self.fusion == "add":
             diffused = self.diffusion(tokens, keypoints, size)
