@@ -92,7 +92,7 @@ class KAFLayer(nn.Module):
         self.in_channels = in_channels
         self.fused_channels = in_channels + (out_channels if fusion == "concat" else 0)
         self.fusion: FusionMode = fusion
-        self.sampler = KeypointSampler(sampling)
+        self.sampler = KeypointSampler(sampling, masked=False)  # the Transformer masks its tokens
         self.embed = Linear(in_channels, embed_dim)
         self.transformer = KeypointTransformer(
             embed_dim, depth=depth, num_heads=num_heads, block=block, spatial_dims=spatial_dims, recompute=recompute

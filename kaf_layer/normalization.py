@@ -35,11 +35,14 @@ class _Normalize(torch.autograd.Function):
         inverse_std = (variance + eps).rsqrt()
         ctx.save_for_backward(x, valid, weight, mean, inverse_std, count)
         ctx.mark_non_differentiable(mean, variance, count)
+        ctx.set_materialize_grads(False)  # else zeros are made for the moments
         return (centred * (inverse_std * weight) + bias).to(x.dtype), mean, variance, count
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if gradient is None:
+            return (None,) * 5
         x, valid, weight, mean, inverse_std, count = ctx.saved_tensors
         mask = valid[..., None]
         gradient = gradient.to(_wide(weight)) * mask

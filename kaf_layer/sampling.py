@@ -16,7 +16,11 @@ SamplingMode = Literal["bilinear", "nearest"]
 
 
 def sample_keypoints(
-    features: Annotated[Tensor, "B C *S"], keypoints: Keypoints, *, mode: SamplingMode = "bilinear"
+    features: Annotated[Tensor, "B C *S"],
+    keypoints: Keypoints,
+    *,
+    mode: SamplingMode = "bilinear",
+    masked: bool = True,
 ) -> Annotated[Tensor, "B N C"]:
     """Samples a feature map at keypoints.
 
@@ -28,9 +32,11 @@ def sample_keypoints(
         keypoints: N slots per sample.
         mode: "bilinear" interpolation (trilinear in 3-D), differentiable with respect to the
             positions, or the value of the "nearest" cell, as the authors' code takes it.
+        masked: slots that are not valid become zero; else they hold the values of the map's first cell, for
+            those who mask them later.
 
     Returns:
-        (B, N, C), zero in slots that are not valid.
+        (B, N, C), one value per slot and channel.
 
     Raises:
         TypeError: if the features are no tensor or the keypoints no :class:`~kaf_layer.Keypoints`.
@@ -52,7 +58,7 @@ def sample_keypoints(
         sampled = _interpolate(rows, keypoints.positions_in(features.shape[2:]), features.shape[2:])
     else:
         raise ValueError(f"mode must be one of {get_args(SamplingMode)}, got {mode=}")
-    return sampled.where(keypoints.valid[..., None], 0)
+    return sampled.where(keypoints.valid[..., None], 0) if masked else sampled
 
 
 def _gather(rows: Annotated[Tensor, "B P C"], index: Annotated[Tensor, "B N"]) -> Annotated[Tensor, "B N C"]:
@@ -85,6 +91,7 @@ class KeypointSampler(nn.Module):
 
     Args:
         mode: "bilinear" or "nearest".
+        masked: whether slots that are not valid become zero.
 
     Example:
         >>> keypoints = Keypoints(torch.rand(2, 5, 2) * 8, torch.ones(2, 5, dtype=torch.bool), (8, 12))
@@ -92,15 +99,16 @@ class KeypointSampler(nn.Module):
         torch.Size([2, 5, 16])
     """
 
-    def __init__(self, mode: SamplingMode = "bilinear") -> None:
+    def __init__(self, mode: SamplingMode = "bilinear", *, masked: bool = True) -> None:
         super().__init__()
         if mode not in get_args(SamplingMode):
             raise ValueError(f"mode must be one of {get_args(SamplingMode)}, got {mode=}")
         self.mode: SamplingMode = mode
+        self.masked = masked
 
     def forward(self, features: Annotated[Tensor, "B C *S"], keypoints: Keypoints) -> Annotated[Tensor, "B N C"]:
         """Samples ``features`` (B, C, *S) at ``keypoints``: (B, N, C)."""
-        return sample_keypoints(features, keypoints, mode=self.mode)
+        return sample_keypoints(features, keypoints, mode=self.mode, masked=self.masked)
 
     def extra_repr(self) -> str:
         """The mode, for ``print``."""

@@ -16,9 +16,9 @@ __all__ = [
     "KeypointScatter",
     "Reduce",
     "batch_index",
+    "cell_shares",
     "check_reduce",
     "scatter_keypoints",
-    "weigh_tokens",
 ]
 
 Reduce = Literal["mean", "sum", "amax"]
@@ -50,7 +50,9 @@ def scatter_keypoints(
     check_size(size, keypoints)
     (batch, _, channels), pixels = tokens.shape, prod(size)
     cells = keypoints.cells(size)
-    summands = weigh_tokens(tokens, keypoints, cells, size, reduce=reduce)
+    shares = cell_shares(tokens, keypoints, cells, size, reduce=reduce)
+    tokens = tokens.where(keypoints.valid[..., None], 0.0) if keypoints.padded else tokens
+    summands = tokens * shares
     index = cells[:, None].expand(-1, channels, -1)
     return summands.new_zeros(batch, channels, pixels).scatter_add(2, index, summands.mT).view(batch, channels, *size)
 
@@ -65,7 +67,7 @@ def batch_index(cells: Annotated[Tensor, "... B N"], size: Sequence[int]) -> Ann
     return torch.add(cells, torch.arange(cells.shape[-2], device=cells.device)[:, None], alpha=prod(size))
 
 
-def weigh_tokens(
+def cell_shares(
     tokens: Annotated[Tensor, "B N C"],
     keypoints: Keypoints,
     cells: Annotated[Tensor, "B N"],
@@ -73,7 +75,9 @@ def weigh_tokens(
     *,
     reduce: Reduce,
 ) -> Annotated[Tensor, "B N C"]:
-    """Tokens with weights under which the sum over a cell is the cell's reduction; 0 where not valid.
+    """The share of each token in its cell, under which their sum is the reduction; 0 where not valid.
+
+    For the mean and the sum all channels have the same, and C is 1.
 
     Args:
         tokens: one for each slot.
@@ -87,30 +91,20 @@ def weigh_tokens(
 
     Example:
         >>> kp = Keypoints(torch.tensor([[[0.0, 0.0], [1.0, 1.0], [5.0, 3.0]]]), torch.ones(1, 3).bool(), (4, 6))
-        >>> tokens = torch.tensor([[[1.0], [3.0], [7.0]]])
-        >>> weigh_tokens(tokens, kp, kp.cells((2, 3)), (2, 3), reduce="mean").flatten().tolist()
-        [0.5, 1.5, 7.0]
+        >>> cell_shares(torch.rand(1, 3, 8), kp, kp.cells((2, 3)), (2, 3), reduce="mean").flatten().tolist()
+        [0.5, 0.5, 1.0]
     """
     check_reduce(reduce)
-    valid = keypoints.valid
-    if keypoints.padded:
-        tokens = tokens.where(valid[..., None], 0.0)
-    if reduce == "sum":
-        return tokens
-    last = _last_in_cell(batch_index(cells, size).flatten(), valid.flatten(), total=valid.shape[0] * prod(size))
-    shares = _shares(tokens.detach().flatten(0, 1), last, valid.flatten(), reduce=reduce)
-    return tokens * shares.unflatten(0, valid.shape)
-
-
-def _shares(
-    rows: Annotated[Tensor, "M C"], last: Annotated[Tensor, "M"], valid: Annotated[Tensor, "M"], *, reduce: Reduce
-) -> Annotated[Tensor, "M C"]:
-    """The weights under which the sum over a cell is its mean or maximum; C is 1 for the mean."""
+    valid, rows = keypoints.valid.flatten(), tokens.detach().flatten(0, 1)
     chosen = valid[:, None].to(rows.dtype)
+    if reduce == "sum":
+        return chosen.unflatten(0, cells.shape)
+    last = _last_in_cell(batch_index(cells, size).flatten(), valid, total=cells.shape[0] * prod(size))
     if reduce == "amax":
         largest = rows.scatter_reduce(0, last[:, None].expand_as(rows), rows, "amax")
-        chosen = (rows == largest[last]).to(rows.dtype)
-    return chosen / torch.zeros_like(chosen).index_add(0, last, chosen)[last].clamp(min=1)
+        chosen = chosen * (rows == largest[last])
+    shares = chosen / torch.zeros_like(chosen).index_add(0, last, chosen)[last].clamp(min=1)
+    return shares.unflatten(0, cells.shape)
 
 
 def _last_in_cell(

@@ -38,6 +38,16 @@ def test_against_a_loop(image_size: tuple[int, ...], size: tuple[int, ...], mode
     torch.testing.assert_close(KeypointSampler(mode)(features, keypoints), loop(features, keypoints, mode))
 
 
+@pytest.mark.parametrize("mode", ["bilinear", "nearest"])
+def test_unmasked_slots_hold_the_first_cell(mode: str) -> None:
+    keypoints = random_keypoints((12, 20), (3, 0))
+    features = torch.rand(2, 5, 6, 10, dtype=torch.float64)
+    actual = KeypointSampler(mode, masked=False)(features, keypoints)
+    valid = keypoints.valid[..., None]
+    expected = loop(features, keypoints, mode).where(valid, features[:, None, :, 0, 0])
+    torch.testing.assert_close(actual, expected)
+
+
 def test_against_grid_sample_with_gradients() -> None:
     keypoints = random_keypoints((12, 20), (8, 8), slots=8)
     positions = keypoints.positions.clone().requires_grad_()

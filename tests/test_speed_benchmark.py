@@ -47,6 +47,17 @@ def test_the_diffusion_table(monkeypatch):
     assert speed.diffusion(torch.float32, 512, 1, 64, repeats=1)["missed"] == "forward, saved"
 
 
+def test_a_dense_network_without_a_fast_backward_pass(monkeypatch):
+    monkeypatch.setattr(speed, "compare", lambda runs, repeats: dict(zip(runs, (3.0 * repeats, 2.0), strict=True)))
+    rows = []
+    for limit in (2**31, 4 * 256 * 8**3):
+        monkeypatch.setattr(speed, "SLOW_BYTES", limit)
+        rows.append(speed.diffusion(torch.float32, 4, 1, 8, repeats=1, spatial_dims=3))
+    assert [row["forward+backward"] for row in rows] == [1.5, "too slow"]
+    assert list(rows[0]) == list(rows[1])  # in one table
+    assert rows[0]["saved"] == rows[1]["saved"] > 1
+
+
 def test_the_other_tables(results, monkeypatch):
     monkeypatch.setattr(
         speed, "compare", lambda runs, repeats: {name: (run(), 1.0 * repeats)[1] for name, run in runs.items()}

@@ -1,6 +1,7 @@
 """Which pixels lie around which keypoints, and which rows of the sparse diffusion network stand for them.
 
-Positions in a neighbourhood come first, then samples and slots: K B N. All shapes follow from those of the inputs.
+Neighbours are in the order of the weights of a convolution that reach them from the keypoint, so the last of all
+pixels is the first. All shapes follow from those of the inputs.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from kaf_layer.scattering import batch_index
 
-__all__ = ["closest", "find_neighbours", "find_rows"]
+__all__ = ["closest", "find_neighbours", "find_rows", "padded_neighbours"]
 
 
 def find_neighbours(
@@ -30,9 +31,9 @@ def find_neighbours(
     Example:
         >>> cells, inside = find_neighbours(torch.tensor([[4]]), (3, 4), radius=1)
         >>> torch.where(inside, cells, -1).flatten().tolist()
-        [-1, 0, 1, -1, 4, 5, -1, 8, 9]
+        [9, 8, -1, 5, 4, -1, 1, 0, -1]
     """
-    steps = torch.arange(-radius, radius + 1, device=cells.device)[:, None, None]
+    steps = torch.arange(radius, -radius - 1, -1, device=cells.device)[:, None, None]
     coordinates, rest = [], cells
     for length in reversed(size[1:]):
         coordinates.append(rest % length)
@@ -57,11 +58,7 @@ def closest(
 
 
 def find_rows(
-    index: Annotated[Tensor, "K B N"],
-    inside: Annotated[Tensor, "K B N"],
-    size: Sequence[int],
-    *,
-    every_pixel: bool = False,
+    index: Annotated[Tensor, "K B N"], inside: Annotated[Tensor, "K B N"], size: Sequence[int]
 ) -> Annotated[Tensor, "B*N K"]:
     """For each keypoint the rows of the pixels at most one away; row 0 stands for all pixels without a row.
 
@@ -72,20 +69,39 @@ def find_rows(
         index: of the neighbours, as :func:`find_neighbours` gives it for radius 1.
         inside: which neighbours are in the map.
         size: the map's size.
-        every_pixel: makes row 1 + i that of pixel i of the batch.
 
     Example:
         >>> neighbours = find_neighbours(torch.tensor([[0, 1]]), (1, 4), radius=1)
         >>> find_rows(*neighbours, (1, 4))[:, 3:6].tolist()
-        [[0, 9, 11], [9, 11, 12]]
+        [[10, 12, 0], [8, 10, 12]]
     """
     pixels = batch_index(index, size)
-    if every_pixel:
-        rows = pixels + 1
-    else:
-        own = torch.arange(1, 1 + pixels.numel(), device=index.device, dtype=torch.int32)
-        # Only what is written is read, so the table need not be initialised.
-        table = own.new_empty(index.shape[1] * prod(size))
-        table.scatter_reduce_(0, pixels.flatten(), own.where(inside.flatten(), 0), "amax", include_self=False)
-        rows = table[pixels].long()
-    return torch.where(inside, rows, 0).flatten(1).mT.contiguous()
+    own = torch.arange(1, 1 + pixels.numel(), device=index.device, dtype=torch.int32)
+    # Only what is written is read, so the table need not be initialised.
+    table = own.new_empty(index.shape[1] * prod(size))
+    table.scatter_reduce_(0, pixels.flatten(), own.where(inside.flatten(), 0), "amax", include_self=False)
+    return torch.where(inside, table[pixels].long(), 0).flatten(1).mT.contiguous()
+
+
+def padded_neighbours(cells: Annotated[Tensor, "B N"], size: Sequence[int]) -> Annotated[Tensor, "B*N K"]:
+    """The pixels at most one away from each keypoint, in a batch of maps padded by one pixel on all sides.
+
+    None of them is outside. Indices count the pixels of all maps one after the other.
+
+    Args:
+        cells: row-major indices in a map that is not padded.
+        size: that map's size.
+
+    Example:
+        >>> padded_neighbours(torch.tensor([[0]]), (3, 4)).tolist()  # six pixels a row
+        [[14, 13, 12, 8, 7, 6, 2, 1, 0]]
+    """
+    *others, width = size
+    steps = torch.arange(2, -1, -1, device=cells.device)
+    index, rest, stride = (cells % width)[..., None] + steps, cells // width, width + 2
+    for length in reversed(others):
+        near = (rest % length)[..., None] + steps
+        index = torch.add(index[..., None, :], near[..., None], alpha=stride).flatten(-2)
+        rest, stride = rest // length, stride * (length + 2)
+    samples = torch.arange(cells.shape[0], device=cells.device)[:, None, None]
+    return torch.add(index, samples, alpha=stride).flatten(0, 1)

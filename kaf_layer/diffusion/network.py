@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from kaf_layer.checks import check_counts, check_floats, check_tokens
 from kaf_layer.diffusion.background import border_matrix
 from kaf_layer.diffusion.karatsuba import karatsuba_matrices
-from kaf_layer.diffusion.neighbours import closest, find_neighbours, find_rows
+from kaf_layer.diffusion.neighbours import closest, find_neighbours, find_rows, padded_neighbours
 from kaf_layer.diffusion.patches import memory_format, rows_to_map
-from kaf_layer.diffusion.pixels import pixels_to_map
-from kaf_layer.diffusion.rows import Hidden, convolve_tokens, normalisation, wide
+from kaf_layer.diffusion.pixels import normalise_and_convolve
+from kaf_layer.diffusion.rows import Hidden, Tokens, convolve_tokens, convolve_tokens_to_map, normalisation, wide
 from kaf_layer.keypoints import Keypoints, check_size
-from kaf_layer.scattering import Reduce, check_reduce, scatter_keypoints, weigh_tokens
+from kaf_layer.scattering import Reduce, cell_shares, check_reduce, scatter_keypoints
 
 __all__ = ["KeypointDiffusion", "cheapest_method"]
 
@@ -147,34 +147,34 @@ class KeypointDiffusion(nn.Module):
         device = tokens.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
         with torch.autocast(device, enabled=False):
-            return self._sparse(tokens, keypoints, size, features, dtype, every_pixel=method == "hybrid")
+            cells = keypoints.cells(size)
+            shares = cell_shares(tokens, keypoints, cells, size, reduce=self.reduce)
+            valid = keypoints.valid.flatten() if keypoints.padded else None
+            weighted = Tokens(tokens.flatten(0, 1).to(dtype), valid, shares.flatten(0, 1))
+            sparse = self._hybrid if method == "hybrid" else self._rows
+            return sparse(weighted, cells, size, features)
 
     def _dense(self, tokens: Tensor, keypoints: Keypoints, size: Sequence[int], features: Tensor | None) -> Tensor:
         sparse_map = scatter_keypoints(tokens, keypoints, size, reduce=self.reduce)
         sparse_map = sparse_map.contiguous(memory_format=memory_format(features))
         return _concatenate(features, self.conv2(F.relu(self.norm(self.conv1(sparse_map)))))
 
-    def _sparse(
-        self,
-        tokens: Tensor,
-        keypoints: Keypoints,
-        size: Sequence[int],
-        features: Tensor | None,
-        dtype: torch.dtype,
-        *,
-        every_pixel: bool,
-    ) -> Tensor:
-        cells, pixels = keypoints.cells(size), tokens.shape[0] * prod(size)
-        weighted = weigh_tokens(tokens, keypoints, cells, size, reduce=self.reduce).flatten(0, 1).to(dtype)
-        near = find_neighbours(cells, size, radius=1 if every_pixel else 2)
-        nearest = near if every_pixel else closest(*near)
-        index = find_rows(*nearest, size, every_pixel=every_pixel)
-        rows = convolve_tokens(weighted, self.conv1.weight, index, count=pixels if every_pixel else index.numel())
-        scale, shift = self._normalisation(rows, pixels=pixels)
+    def _hybrid(self, tokens: Tokens, cells: Tensor, size: Sequence[int], features: Tensor | None) -> Tensor:
+        batch, near = cells.shape[0], padded_neighbours(cells, size)
+        pixels = convolve_tokens_to_map(tokens, self.conv1.weight, near, batch=batch, size=size)
+        diffused, mean, inverse_std = normalise_and_convolve(pixels, self.conv1.bias, self.norm, self.conv2)
+        if self.norm.training:
+            var = inverse_std.pow(-2) - self.norm.eps
+            self._track(mean + self.conv1.bias, var, pixels=batch * prod(size))
+        return _concatenate(features, diffused.contiguous(memory_format=memory_format(features)))
+
+    def _rows(self, tokens: Tokens, cells: Tensor, size: Sequence[int], features: Tensor | None) -> Tensor:
+        near = find_neighbours(cells, size, radius=2)
+        index = find_rows(*closest(*near), size)
+        rows = convolve_tokens(tokens, self.conv1.weight, index, count=index.numel())
+        scale, shift = self._normalisation(rows, pixels=cells.shape[0] * prod(size))
         hidden = Hidden(rows, scale, shift, self.conv2.weight, self.conv2.bias)
-        if not every_pixel:
-            return rows_to_map(hidden, features, near, (self.before, self.after, self.borders), size)
-        return _concatenate(features, pixels_to_map(hidden, size, memory_format(features)))
+        return rows_to_map(hidden, features, near, (self.before, self.after, self.borders), size)
 
     def _normalisation(self, rows: Tensor, *, pixels: int) -> tuple[Tensor, Tensor]:
         """Batch normalisation as a factor and a summand, for rows that lack the first convolution's bias."""
@@ -182,14 +182,19 @@ class KeypointDiffusion(nn.Module):
         if norm.training:
             parameters = bias, norm.weight, norm.bias
             scale, shift, mean, var = normalisation(rows, *parameters, pixels=pixels, eps=norm.eps)
-            unbiased = var * (pixels / (pixels - 1))
-            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
-            norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
-            norm.num_batches_tracked.add_(1)
+            self._track(mean, var, pixels=pixels)
             return scale, shift
         mean, var = norm.running_mean.to(wide(rows)), norm.running_var.to(wide(rows))
         scale = norm.weight * torch.rsqrt(var + norm.eps)
         return scale, torch.addcmul(norm.bias, bias - mean, scale)
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, var: Tensor, *, pixels: int) -> None:
+        """Moves the running averages towards a batch's mean and biased variance."""
+        norm = self.norm
+        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
+        norm.running_var.lerp_((var * (pixels / (pixels - 1))).to(norm.running_var.dtype), norm.momentum)
+        norm.num_batches_tracked.add_(1)
 
 
 def _has_running_average(norm: Any) -> bool:

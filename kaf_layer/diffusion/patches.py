@@ -97,8 +97,8 @@ class _RowsToMap(torch.autograd.Function):
         grad_activated = _combine(before.mT, patches @ _combine(before, kernel).mT).flatten(0, 1)
         # ... and the background, everywhere.
         sums = fill_backward(grad, borders)
-        grad_kernel += background[:, None] * sums.mT.flip(0)[:, None]
-        grad_background = torch.einsum("kco,ok->c", kernel.flip(0), sums) - grad_activated.sum(0)
+        grad_kernel += background[:, None] * sums.mT[:, None]
+        grad_background = torch.einsum("kco,ok->c", kernel, sums) - grad_activated.sum(0)
 
         grad_activated = torch.cat([grad_background[None], grad_activated])
         grad_weight, grad_bias = from_kernel(grad_kernel, weight), sums[:, sums.shape[1] // 2]

@@ -1,8 +1,7 @@
-"""The second convolution of all pixels, where every pixel has its row."""
+"""What follows the first convolution where every pixel was computed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Any
 
 import torch
@@ -10,53 +9,83 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kaf_layer.diffusion.rows import Hidden, activate, activate_backward
+from kaf_layer.diffusion.rows import wide
 
-__all__ = ["pixels_to_map"]
+__all__ = ["normalise_and_convolve"]
+
+Channels = Annotated[Tensor, "C"]
 
 
-def pixels_to_map(hidden: Hidden, size: Sequence[int], layout: torch.memory_format) -> Annotated[Tensor, "B O *S"]:
-    """Normalisation, ReLU and the second convolution.
+def normalise_and_convolve(
+    pixels: Annotated[Tensor, "B C *S"], first_bias: Channels, norm: Any, conv: Any
+) -> tuple[Annotated[Tensor, "B O *S"], Channels, Channels]:
+    """Batch normalisation, ReLU and the second convolution; then the pixels' mean and inverse deviation, in training.
 
     Args:
-        hidden: with a row for each pixel of the batch, behind one that is not used.
-        size: the map's size.
-        layout: of the map.
+        pixels: the first convolution, without its bias.
+        first_bias: that bias.
+        norm: the module of the normalisation. Its running averages are read outside of training, but not moved.
+        conv: the module of the second convolution.
     """
-    return _PixelsToMap.apply(size, layout, *hidden)
+    running = (None, None) if norm.training else (norm.running_mean, norm.running_var)
+    parameters = first_bias, norm.weight, norm.bias, conv.weight, conv.bias
+    return _NormaliseAndConvolve.apply(pixels, *parameters, *running, norm.eps)
 
 
-class _PixelsToMap(torch.autograd.Function):
-    """Keeps nothing but the rows for the backward pass: normalisation and ReLU are repeated there."""
+class _NormaliseAndConvolve(torch.autograd.Function):
+    """Keeps nothing but the pixels for the backward pass: normalisation and ReLU are repeated there."""
 
     @staticmethod
-    def forward(ctx: Any, size: Sequence[int], layout: torch.memory_format, *hidden: Tensor) -> Tensor:
-        """Rows (B * H * W + 1, C) and a weight (O, C, 3, 3) to a map (B, O, H, W)."""
-        rows, scale, shift, weight, bias = hidden
-        ctx.save_for_backward(rows, scale, shift, weight)
-        ctx.size, ctx.layout = size, layout
-        convolve = F.conv2d if len(size) == 2 else F.conv3d
-        activated = _to_map(activate(rows[1:], scale, shift), rows.dtype, size, layout)
-        return convolve(activated, weight.to(rows.dtype), bias.to(rows.dtype), padding=1)
+    def forward(
+        ctx: Any,
+        pixels: Tensor,
+        first_bias: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        mean: Tensor | None,
+        var: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, ...]:
+        """Pixels (B, C, H, W) to a map (B, O, H, W), normalised by moments, or by their own if there are none."""
+        dtype = wide(pixels)
+        scale, shift = scale.to(dtype), shift.to(dtype)
+        if mean is not None and var is not None:
+            mean, var = (mean - first_bias).to(dtype), var.to(dtype)  # the pixels lack the bias
+        activated, *moments = _activate(pixels, scale, shift, mean, var, eps)
+        ctx.save_for_backward(pixels, first_bias, scale, shift, weight, mean, var, *moments)
+        ctx.mark_non_differentiable(*moments)
+        ctx.set_materialize_grads(False)  # else zeros are made for the moments
+        ctx.eps = eps
+        convolve = F.conv2d if pixels.ndim == 4 else F.conv3d
+        return convolve(activated, weight.to(pixels.dtype), bias.to(pixels.dtype), padding=1), *moments
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of what is hidden."""
-        rows, scale, shift, weight = ctx.saved_tensors
-        ones, zeros = [1] * len(ctx.size), [0] * len(ctx.size)
-        activated = activate(rows[1:], scale, shift)
-        inputs = _to_map(activated, rows.dtype, ctx.size, ctx.layout), weight.to(rows.dtype)
-        grad_inputs, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-            grad, *inputs, [weight.shape[0]], ones, ones, ones, False, zeros, 1, [True] * 3
+    def backward(ctx: Any, grad: Tensor | None, *_moments: None) -> tuple[Tensor | None, ...]:
+        """The gradients of the pixels and of all parameters."""
+        if grad is None:
+            return (None,) * 9
+        pixels, first_bias, scale, shift, weight, mean, var, *moments = ctx.saved_tensors
+        training, ones, zeros = mean is None, [1] * (grad.ndim - 2), [0] * (grad.ndim - 2)
+        activated = _activate(pixels, scale, shift, mean, var, ctx.eps)[0]
+        grad, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            grad, activated, weight.to(pixels.dtype), [weight.shape[0]], ones, ones, ones, False, zeros, 1, [True] * 3
         )
-        grad_activated = grad_inputs.movedim(1, -1).flatten(0, -2).to(activated.dtype)
-        grad_rows, *gradients = activate_backward(grad_activated, activated, rows[1:], scale)
-        gradients += [grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)]
-        return None, None, F.pad(grad_rows, (0, 0, 1, 0)), *gradients
+        grad = torch.ops.aten.threshold_backward(grad, activated, 0)
+        grad, *gradients = torch.ops.aten.native_batch_norm_backward(
+            grad, pixels, scale, mean, var, *moments, training, ctx.eps, [True] * 3
+        )
+        gradients += [grad_weight, grad_bias]
+        # What the first bias adds, the mean of a batch takes away.
+        grad_first = torch.zeros_like(first_bias) if training else grad.transpose(0, 1).flatten(1).sum(1)
+        return grad, *(x.to(weight.dtype) for x in (grad_first, *gradients)), None, None, None
 
 
-def _to_map(
-    activated: Annotated[Tensor, "B*S C"], dtype: torch.dtype, size: Sequence[int], layout: torch.memory_format
-) -> Annotated[Tensor, "B C *S"]:
-    return activated.to(dtype).view(-1, *size, activated.shape[1]).movedim(-1, 1).contiguous(memory_format=layout)
+def _activate(
+    pixels: Tensor, scale: Tensor, shift: Tensor, mean: Tensor | None, var: Tensor | None, eps: float
+) -> tuple[Tensor, ...]:
+    """The normalised and rectified pixels; then mean and inverse deviation of the batch, if by these."""
+    normalised, *moments = torch.native_batch_norm(pixels, scale, shift, mean, var, mean is None, 0.0, eps)
+    return normalised.relu_(), *moments

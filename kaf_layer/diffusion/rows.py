@@ -1,13 +1,15 @@
 """Rows: only pixels that differ from an empty map's are held, as a (rows x channels) matrix.
 
 The first convolution changes at most 3^D pixels around a keypoint; row 0 stands for all others, which are zero. It is
-one matrix product, whose 3^D parts are added into the rows.
+one matrix product, whose 3^D parts are added into the rows. Where the keypoints are many, every pixel has its row.
 
 The arithmetic is in single precision at least: there is so little of it that half precision would gain nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -19,14 +21,24 @@ from kaf_layer.linear import linear
 
 __all__ = [
     "Hidden",
+    "Tokens",
     "activate",
     "activate_backward",
     "convolve_tokens",
+    "convolve_tokens_to_map",
     "from_kernel",
     "normalisation",
     "to_kernel",
     "wide",
 ]
+
+
+class Tokens(NamedTuple):
+    """The tokens of all samples, which of them are valid (all if None), and what they are multiplied by."""
+
+    values: Annotated[Tensor, "M C"]
+    valid: Annotated[Tensor, "M"] | None
+    shares: Annotated[Tensor, "M C"]  # 0 where not valid
 
 
 class Hidden(NamedTuple):
@@ -40,21 +52,41 @@ class Hidden(NamedTuple):
 
 
 def convolve_tokens(
-    tokens: Annotated[Tensor, "M C"],
+    tokens: Tokens,
     weight: Annotated[Tensor, "O C *S"],
     rows: Annotated[Tensor, "M K"],
     *,
     count: int,
 ) -> Annotated[Tensor, "R+1 O"]:
-    """The first convolution, without bias.
+    """The first convolution, without bias; row 0 is zero.
 
     Args:
-        tokens: those of a cell are summed.
+        tokens: those of a cell are summed, weighted by their shares.
         weight: of the convolution, K = 3^D positions.
         rows: which rows lie around each token, see :func:`~kaf_layer.diffusion.neighbours.find_rows`.
         count: R, the number of rows beside row 0.
     """
-    return _ConvolveTokens.apply(tokens, weight, rows, count)
+    return _ConvolveTokens.apply(*tokens, weight, rows, (1 + count,))
+
+
+def convolve_tokens_to_map(
+    tokens: Tokens,
+    weight: Annotated[Tensor, "O C *K"],
+    pixels: Annotated[Tensor, "M K"],
+    *,
+    batch: int,
+    size: Sequence[int],
+) -> Annotated[Tensor, "B O *S"]:
+    """The first convolution, without bias, at every pixel.
+
+    Args:
+        tokens: those of a cell are summed, weighted by their shares.
+        weight: of the convolution, K = 3^D positions.
+        pixels: around each token, see :func:`~kaf_layer.diffusion.neighbours.padded_neighbours`.
+        batch: B, the number of maps.
+        size: of a map.
+    """
+    return _ConvolveTokens.apply(*tokens, weight, pixels, (batch, *(length + 2 for length in size)))
 
 
 def normalisation(
@@ -74,31 +106,51 @@ def normalisation(
 
 
 class _ConvolveTokens(torch.autograd.Function):
-    """A convolution without bias, from tokens to rows."""
+    """A convolution without bias, from tokens to rows, or to maps."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, weight: Tensor, rows: Tensor, count: int) -> Tensor:
-        """Tokens (M, C) and a weight (O, C, 3, 3) to rows (R + 1, O)."""
-        ctx.save_for_backward(tokens, weight, rows)
+    def forward(
+        ctx: Any,
+        tokens: Tensor,
+        valid: Tensor | None,
+        shares: Tensor,
+        weight: Tensor,
+        rows: Tensor,
+        shape: tuple[int, ...],
+    ) -> Tensor:
+        """Tokens (M, C) and a weight (O, C, 3, 3) to R + 1 rows, or to maps of B x (H + 2) x (W + 2), then cut."""
+        tokens = tokens if valid is None else tokens.where(valid[:, None], 0.0)
+        tokens = tokens * shares.to(tokens.dtype)
+        ctx.save_for_backward(tokens, shares, weight, rows)
+        ctx.to_map = len(shape) > 1
         dtype = wide(tokens)
         products = linear(tokens.to(dtype), to_kernel(weight.to(dtype)).transpose(1, 2).flatten(0, 1))
         products = products.view(rows.numel(), weight.shape[0])
-        result = products.new_zeros(count + 1, weight.shape[0])
+        result = products.new_zeros(prod(shape), weight.shape[0])
         result.scatter_add_(0, rows.view(-1, 1).expand_as(products), products)
-        result[0] = 0.0  # what fell outside the map
+        if ctx.to_map:
+            inside = (slice(None), *[slice(1, -1)] * (len(shape) - 1))
+            # Channels first: with channels last, torch loses precision in a CPU's batch statistics.
+            result = result.view(*shape, weight.shape[0])[inside].movedim(-1, 1).contiguous()
+        else:
+            result[0] = 0.0  # what fell outside the map
         return result.to(tokens.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of the tokens and of the weight."""
-        tokens, weight, rows = ctx.saved_tensors
+        tokens, shares, weight, rows = ctx.saved_tensors
         dtype = wide(tokens)
-        inside = F.pad(grad[1:].to(dtype), (0, 0, 1, 0))
-        products = inside.index_select(0, rows.flatten()).view(rows.shape[0], rows.shape[1] * weight.shape[0])
+        if ctx.to_map:
+            grad = F.pad(grad.movedim(1, -1), (0, 0, *[1] * 2 * (grad.ndim - 2))).flatten(0, -2)
+        else:
+            grad = F.pad(grad[1:], (0, 0, 1, 0))
+        products = grad.to(dtype).index_select(0, rows.flatten()).view(rows.shape[0], rows.shape[1] * grad.shape[1])
         grad_kernel = linear(tokens.to(dtype).mT, products.mT).view(tokens.shape[1], rows.shape[1], -1).transpose(0, 1)
         kernel = to_kernel(weight.to(dtype)).transpose(0, 1).flatten(1)
-        return linear(products, kernel).to(tokens.dtype), from_kernel(grad_kernel, weight), None, None
+        grad_tokens = (linear(products, kernel) * shares).to(tokens.dtype)
+        return grad_tokens, None, None, from_kernel(grad_kernel, weight), None, None
 
 
 class _Normalisation(torch.autograd.Function):
@@ -110,12 +162,13 @@ class _Normalisation(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         """Rows (R + 1, C) and the parameters (C,) to four times (C,)."""
         values = rows.to(wide(rows))
-        mean = values.sum(0) / pixels
+        mean = values.sum(0) / pixels  # torch.var_mean is twenty times as slow on a CPU
         squares = (values - mean).square_().sum(0)
         var = torch.addcmul(squares, mean, mean, value=pixels - rows.shape[0]) / pixels
         inverse_std = torch.rsqrt(var + eps)
         scale = weight * inverse_std
         ctx.save_for_backward(rows, mean, inverse_std, scale, weight)
+        ctx.set_materialize_grads(False)  # else zeros are made for the moments
         ctx.pixels = pixels
         moments = mean + conv_bias, var
         ctx.mark_non_differentiable(*moments)
@@ -123,7 +176,7 @@ class _Normalisation(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_scale: Tensor, grad_shift: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_scale: Tensor, grad_shift: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         """The gradients of the rows and of the parameters."""
         rows, mean, inverse_std, scale, weight = ctx.saved_tensors
         grad_weight = torch.addcmul(grad_scale, mean, grad_shift, value=-1) * inverse_std
@@ -159,10 +212,10 @@ def wide(tensor: Tensor) -> torch.dtype:
 
 
 def to_kernel(weight: Annotated[Tensor, "O C *S"]) -> Annotated[Tensor, "K C O"]:
-    """What a pixel gives to each pixel around it: the weight mirrored, as networks' convolutions are correlations."""
-    return weight.flatten(2).permute(2, 1, 0).flip(0)
+    """A matrix for each position."""
+    return weight.flatten(2).permute(2, 1, 0)
 
 
 def from_kernel(kernel: Annotated[Tensor, "K C O"], weight: Annotated[Tensor, "O C *S"]) -> Annotated[Tensor, "O C *S"]:
     """The inverse of :func:`to_kernel`, for gradients."""
-    return kernel.flip(0).permute(2, 1, 0).reshape(weight.shape).to(weight.dtype)
+    return kernel.permute(2, 1, 0).reshape(weight.shape).to(weight.dtype)

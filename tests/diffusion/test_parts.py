@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from kaf_layer.diffusion.background import border_matrix, fill, fill_backward
 from kaf_layer.diffusion.karatsuba import karatsuba_matrices
-from kaf_layer.diffusion.neighbours import find_neighbours, find_rows
+from kaf_layer.diffusion.neighbours import find_neighbours, find_rows, padded_neighbours
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
@@ -29,32 +29,38 @@ def test_neighbours(size: tuple[int, ...], radius: int) -> None:
     pixels = list(product(*map(range, size)))
     cells = torch.randint(len(pixels), (3, 6))
     index, inside = find_neighbours(cells, size, radius=radius)
-    steps = list(product(range(-radius, radius + 1), repeat=len(size)))
+    steps = list(product(range(radius, -radius - 1, -1), repeat=len(size)))
     for (k, step), b, n in product(enumerate(steps), range(3), range(6)):
         near = tuple(x + d for x, d in zip(pixels[cells[b, n]], step, strict=True))
         assert inside[k, b, n] == (near in pixels)
         assert near not in pixels or pixels[index[k, b, n]] == near
 
 
-@pytest.mark.parametrize("every_pixel", [True, False])
-def test_each_pixel_has_one_row_where_a_keypoint_is_next_to_it(every_pixel: bool) -> None:
+@pytest.mark.parametrize("size", [(4, 7), (1, 3), (2, 1, 5)])
+def test_neighbours_in_padded_maps(size: tuple[int, ...]) -> None:
+    pixels = list(product(*map(range, size)))
+    padded = list(product(range(3), *(range(-1, length + 1) for length in size)))  # of three maps
+    cells = torch.randint(len(pixels), (3, 6))
+    index = padded_neighbours(cells, size)
+    for (k, step), b, n in product(enumerate(product((1, 0, -1), repeat=len(size))), range(3), range(6)):
+        near = (x + d for x, d in zip(pixels[cells[b, n]], step, strict=True))
+        assert padded[index[6 * b + n, k]] == (b, *near)
+
+
+def test_each_pixel_has_one_row_where_a_keypoint_is_next_to_it() -> None:
     size, cells = (3, 5), torch.randint(15, (2, 7))
     near = find_neighbours(cells, size, radius=1)
-    rows = find_rows(*near, size, every_pixel=every_pixel)
+    rows = find_rows(*near, size)
     index, inside = (x.flatten(1).mT for x in near)
     assert rows.shape == (14, 9)
     row_of: dict[tuple[int, int], int] = {}
     for token, k in product(range(14), range(9)):
         if inside[token, k]:
             pixel, row = (token // 7, int(index[token, k])), int(rows[token, k])
-            assert row_of.setdefault(pixel, row) == row  # the same for all tokens around the pixel
-            expected = 1 + 15 * pixel[0] + pixel[1] if every_pixel else row
-            assert row == expected > 0
+            assert row_of.setdefault(pixel, row) == row > 0  # the same for all tokens around the pixel
             # Row 1 + k * M + t lies at neighbour k of token t.
-            assert every_pixel or (token // 7, pixel[1]) == (
-                (row - 1) % 14 // 7,
-                int(index[(row - 1) % 14, (row - 1) // 14]),
-            )
+            owner, neighbour = (row - 1) % 14, (row - 1) // 14
+            assert pixel == (owner // 7, int(index[owner, neighbour]))
         else:
             assert rows[token, k] == 0
     assert len(set(row_of.values())) == len(row_of)
