@@ -99,21 +99,21 @@ def cell_shares(
     chosen = valid[:, None].to(rows.dtype)
     if reduce == "sum":
         return chosen.unflatten(0, cells.shape)
-    last = _last_in_cell(batch_index(cells, size).flatten(), valid, total=cells.shape[0] * prod(size))
+    group = _representatives(batch_index(cells, size).flatten(), valid, total=cells.shape[0] * prod(size))
     if reduce == "amax":
-        largest = rows.scatter_reduce(0, last[:, None].expand_as(rows), rows, "amax")
-        chosen = chosen * (rows == largest[last])
-    shares = chosen / torch.zeros_like(chosen).index_add(0, last, chosen)[last].clamp(min=1)
+        largest = rows.scatter_reduce(0, group[:, None].expand_as(rows), rows, "amax")
+        chosen = chosen * (rows == largest[group])
+    shares = chosen / torch.zeros_like(chosen).index_add(0, group, chosen)[group].clamp(min=1)
     return shares.unflatten(0, cells.shape)
 
 
-def _last_in_cell(
+def _representatives(
     cells: Annotated[Tensor, "M"], valid: Annotated[Tensor, "M"], *, total: int
 ) -> Annotated[Tensor, "M"]:
-    """The index of the last valid slot that is in the same cell; a slot that is not valid keeps to itself."""
+    """For each slot a valid one in its cell, the same for all of these; a slot that is not valid keeps to itself."""
     slots = torch.arange(cells.shape[0], device=cells.device)
     # Only the cells that are written are read, so the table need not be initialised.
-    table = cells.new_empty(total).scatter_reduce(0, cells, slots.where(valid, -1), "amax", include_self=False)
+    table = cells.new_empty(total + 1).scatter_(0, cells.where(valid, total), slots)
     return torch.where(valid, table[cells], slots)
 
 

@@ -94,7 +94,7 @@ class _RowsToMap(torch.autograd.Function):
         background, spectra = _spectra(rows, scale, shift, before)
         grad_kernel = _combine(before.mT, spectra.mT @ patches)
         del spectra
-        grad_activated = _combine(before.mT, patches @ _combine(before, kernel).mT).flatten(0, 1)
+        grad_activated = _combine_each(before.mT, patches @ _combine(before, kernel).mT).flatten(0, 1)
         # ... and the background, everywhere.
         sums = fill_backward(grad, borders)
         grad_kernel += background[:, None] * sums.mT[:, None]
@@ -113,12 +113,17 @@ def _spectra(
     activated = activate(rows, scale, shift)
     background = activated[0].clone()
     deviations = activated[1:].sub_(background).view(before.shape[1], rows.shape[0] // before.shape[1], rows.shape[1])
-    return background, (before @ deviations.transpose(0, 1)).transpose(0, 1)  # many small products are faster than one
+    return background, _combine_each(before, deviations)
 
 
 def _combine(matrix: Annotated[Tensor, "J K"], stack: Annotated[Tensor, "K M C"]) -> Annotated[Tensor, "J M C"]:
     """Linear combinations of the matrices of a stack."""
     return (matrix @ stack.flatten(1)).view(matrix.shape[0], *stack.shape[1:])
+
+
+def _combine_each(matrix: Annotated[Tensor, "J K"], stack: Annotated[Tensor, "K M C"]) -> Annotated[Tensor, "J M C"]:
+    """The same for a large stack: many small products are faster than one."""
+    return (matrix @ stack.transpose(0, 1)).transpose(0, 1)
 
 
 def _by_sample(index: Annotated[Tensor, "K B N"], *, channels: int) -> Annotated[Tensor, "B C K*N"]:
