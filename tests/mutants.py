@@ -24,6 +24,11 @@ MODULES = {
     "keypoints": ("keypoints.py", "test_keypoints.py test_checks.py"),
     "sampling": ("sampling.py", "test_sampling.py test_checks.py"),
     "scattering": ("scattering.py", "test_scattering.py test_checks.py"),
+    "diffusion": (
+        "diffusion/network.py diffusion/neighbours.py diffusion/rows.py diffusion/pixels.py diffusion/patches.py "
+        "diffusion/background.py",
+        "diffusion test_checks.py",
+    ),
     "attention": ("attention.py", "test_attention.py test_checks.py"),
     "losses": (
         "losses/pcl.py losses/keypoint_match.py losses/pretraining.py losses/checks.py",

@@ -82,7 +82,7 @@ def test_it_is_the_papers_network(size, training, method):
     compare(make(size, training=training), keypoints, size, method, features=torch.randn(3, 2, *size).double())
 
 
-@pytest.mark.parametrize("method", ["rows", "hybrid"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("reduce", ["mean", "sum", "amax"])
 @pytest.mark.parametrize("training", [True, False])
 def test_crowds_in_one_cell(training, reduce, method):

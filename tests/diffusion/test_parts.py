@@ -47,8 +47,9 @@ def test_neighbours_in_padded_maps(size: tuple[int, ...]) -> None:
         assert padded[index[6 * b + n, k]] == (b, *near)
 
 
-def test_each_pixel_has_one_row_where_a_keypoint_is_next_to_it() -> None:
-    size, cells = (3, 5), torch.randint(15, (2, 7))
+@pytest.mark.parametrize("slots", [2, 7])
+def test_each_pixel_has_one_row_where_a_keypoint_is_next_to_it(slots: int) -> None:
+    size, cells = (3, 5), torch.randint(15, (14 // slots, slots))
     near = find_neighbours(cells, size, radius=1)
     rows = find_rows(*near, size)
     index, inside = (x.flatten(1).mT for x in near)
@@ -56,11 +57,11 @@ def test_each_pixel_has_one_row_where_a_keypoint_is_next_to_it() -> None:
     row_of: dict[tuple[int, int], int] = {}
     for token, k in product(range(14), range(9)):
         if inside[token, k]:
-            pixel, row = (token // 7, int(index[token, k])), int(rows[token, k])
+            pixel, row = (token // slots, int(index[token, k])), int(rows[token, k])
             assert row_of.setdefault(pixel, row) == row > 0  # the same for all tokens around the pixel
             # Row 1 + k * M + t lies at neighbour k of token t.
             owner, neighbour = (row - 1) % 14, (row - 1) // 14
-            assert pixel == (owner // 7, int(index[owner, neighbour]))
+            assert pixel == (owner // slots, int(index[owner, neighbour]))
         else:
             assert rows[token, k] == 0
     assert len(set(row_of.values())) == len(row_of)
