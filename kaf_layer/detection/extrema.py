@@ -118,6 +118,8 @@ def refine(
     if extrema.size.shape[-1] == 2:
         extrema, valid = _follow(space, extrema, valid, static=static)
     result = fit(space, extrema, valid)
+    if extrema.size.shape[-1] == 2:
+        valid = valid & (result.offset.abs() < 0.5).all(-1)
     response = result.contrast.abs()
     # Curvatures per distance, not per pixel.
     pitch = extrema.pitch[..., None] * extrema.pitch[..., None, :]
@@ -126,7 +128,7 @@ def refine(
 
 
 def _follow(space: ScaleSpace, extrema: Extrema, valid: Tensor, *, static: bool) -> tuple[Extrema, Tensor]:
-    """Moves extrema of images to the pixel that their quadratic peaks in; those that do not settle are not valid.
+    """Moves extrema of images to the pixel that their quadratic peaks in.
 
     In volumes extrema stay where they are: half of them would not settle, and the others are found again less often.
     """
@@ -143,8 +145,7 @@ def _follow(space: ScaleSpace, extrema: Extrema, valid: Tensor, *, static: bool)
         valid = valid.index_copy(0, moving, alive)
         if not static:
             moving = moving[alive & (move != 0).any(-1)]
-    settled = (fit(space, extrema, valid).offset.abs() < 0.5).all(-1)
-    return extrema, valid & settled
+    return extrema, valid
 
 
 def select(

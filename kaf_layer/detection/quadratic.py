@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, product
 from typing import Annotated, NamedTuple
 
 import torch
@@ -49,15 +49,18 @@ def fit_quadratic(cube: Tensor, axes: int) -> Fit:
             place[axis] += step
         return cube.flatten(-axes)[..., sum(step * 3**axis for axis, step in enumerate(reversed(place)))]
 
-    def second(i: int, j: int) -> Tensor:
-        if i == j:
-            return at((i, 1)) + at((i, -1)) - 2 * centre
-        return (at((i, 1), (j, 1)) - at((i, 1), (j, -1)) - at((i, -1), (j, 1)) + at((i, -1), (j, -1))) / 4
-
     centre = at()
-    gradient = torch.stack([at((i, 1)) - at((i, -1)) for i in range(axes)], dim=-1).mul(0.5)
-    seconds = {(i, j): second(i, j) for i in range(axes) for j in range(i, axes)}
-    rows = [seconds[min(i, j), max(i, j)] for i in range(axes) for j in range(axes)]
+    after, before = (torch.stack([at((axis, step)) for axis in range(axes)], dim=-1) for step in (1, -1))
+    gradient = (after - before) * 0.5
+    pairs = list(combinations(range(axes), 2))
+    corners = {
+        steps: torch.stack([at(*zip(pair, steps, strict=True)) for pair in pairs], dim=-1)
+        for steps in product((1, -1), repeat=2)
+    }
+    mixed = (corners[1, 1] - corners[1, -1] - corners[-1, 1] + corners[-1, -1]) / 4
+    entries = dict(zip(pairs, mixed.unbind(-1), strict=True))
+    entries |= {(axis, axis): x for axis, x in enumerate((after + before - 2 * centre[..., None]).unbind(-1))}
+    rows = [entries[min(i, j), max(i, j)] for i in range(axes) for j in range(axes)]
     hessian = torch.stack(rows, dim=-1).unflatten(-1, (axes, axes))
     if axes == 3:
         offset = -_solve(hessian, gradient)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["BORDER", "Octave", "ScaleSpace", "blur", "double", "scale_space"]
+__all__ = ["BORDER", "Kernels", "Octave", "ScaleSpace", "blur", "double", "gaussian_kernels", "scale_space"]
 
 BORDER = 5  # pixels of every octave along its edge in which OpenCV accepts no keypoint
 BLOCK = 32  # output pixels per matrix product; fewer waste the window's margin, more multiply with zeros
@@ -39,6 +39,13 @@ class Octave(NamedTuple):
     def halved(self) -> tuple[bool, ...]:
         """Which axes the next octave has half as many pixels along."""
         return tuple(pitch < FINE for pitch in self.pitch)
+
+
+class Kernels(NamedTuple):
+    """Gaussian kernels for several blurs, which end at ``radii`` pixels from their centre."""
+
+    weights: Annotated[Tensor, "blurs taps"]
+    radii: tuple[int, ...]
 
 
 @dataclass
@@ -119,10 +126,13 @@ def _planes(
     # Along a coarse axis the blurs that the image has already, and blurs much narrower than a pixel, are neglected.
     steps = [sigma * 2 ** (i / layers) * math.sqrt(1 - 2 ** (-2 / layers)) for i in range(1, layers + 3)]
     missing = [math.sqrt(max((sigma / p) ** 2 - b**2, 0.01)) for p, b in zip(grids[0].pitch, blurred, strict=True)]
-    (first,) = blur(images, [missing])
+    initial = {sigma: gaussian_kernels([sigma], images) for sigma in set(missing)}
+    (first,) = blur(images, [initial[sigma] for sigma in missing])
+    pitches = {pitch for grid in grids for pitch in grid.pitch}
+    kernels = {pitch: gaussian_kernels([step / pitch for step in steps], images) for pitch in pitches}
     for grid in grids:
         yield first
-        for i, plane in enumerate(blur(first, [[step / p for p in grid.pitch] for step in steps]), start=1):
+        for i, plane in enumerate(blur(first, [kernels[pitch] for pitch in grid.pitch]), start=1):
             yield plane
             if i == layers:
                 first = _halve(plane, grid.halved)
@@ -168,23 +178,29 @@ def double(
     return images
 
 
-def blur(
-    images: Annotated[Tensor, "B *S"], sigmas: Sequence[float | Sequence[float]]
-) -> Iterator[Annotated[Tensor, "B *S"]]:
-    """Gaussian blurs of the images, each of the one before.
+def gaussian_kernels(sigmas: Sequence[float], like: Tensor) -> Kernels:
+    """Sampled Gaussians, cut at 4 sigma as in OpenCV.
 
-    As OpenCV does, the kernel is cut at 4 sigma and the image reflected about its outermost pixels.
+    Args:
+        sigmas: in pixels.
+        like: a tensor of the type and on the device that the kernels are to have.
+    """
+    radii = tuple((round(8 * sigma + 1) | 1) // 2 for sigma in sigmas)
+    taps = torch.arange(-max(radii), max(radii) + 1, device=like.device)
+    distances, scaled = taps.abs(), taps.to(like.dtype)
+    inside = torch.stack([distances <= radius for radius in radii])
+    weights = torch.exp(torch.stack([scaled / sigma for sigma in sigmas]).square() * -0.5) * inside
+    return Kernels(weights / weights.sum(1, keepdim=True), radii)
+
+
+def blur(images: Annotated[Tensor, "B *S"], kernels: Sequence[Kernels]) -> Iterator[Annotated[Tensor, "B *S"]]:
+    """Blurs of the images, each of the one before; they are reflected about their outermost pixels, as in OpenCV.
 
     Args:
         images: (B, *S).
-        sigmas: of each blur, in pixels; one number, or one for each axis.
+        kernels: for each axis those of all blurs.
     """
-    axes = [
-        _convolution_blocks(
-            size, [sigma if isinstance(sigma, (int, float)) else sigma[axis] for sigma in sigmas], images
-        )
-        for axis, size in enumerate(images.shape[1:])
-    ]
+    axes = [_convolution_blocks(size, *kernel) for size, kernel in zip(images.shape[1:], kernels, strict=True)]
     for matrices in zip(*axes, strict=True):
         for matrix in reversed(matrices):
             images = _blur_and_cycle(images, matrix)
@@ -205,33 +221,23 @@ def _blur_and_cycle(
 
 
 def _convolution_blocks(
-    size: int, sigmas: Sequence[float], like: Tensor
+    size: int, weights: Annotated[Tensor, "blurs taps"], radii: Sequence[int]
 ) -> list[Annotated[Tensor, "blocks BLOCK window"]]:
     """For each blur, the weights that each pixel gives to the pixels of its block's window, reflection included."""
-    radii = [(round(8 * sigma + 1) | 1) // 2 for sigma in sigmas]
-    radius = max(radii)
-    taps = torch.arange(-radius, radius + 1, device=like.device)
-    kernels = torch.stack(
-        [
-            torch.exp(-0.5 * (taps.to(like.dtype) / s) ** 2) * (taps.abs() <= r)
-            for s, r in zip(sigmas, radii, strict=True)
-        ]
-    )
-    kernels = kernels / kernels.sum(1, keepdim=True)
+    radius, device = max(radii), weights.device
     # Far from both ends all blocks are alike: compute one, and repeat it.
     margin = -(-radius // BLOCK)
     repeats = max(0, size // BLOCK - 1 - 2 * margin)
     size = size - repeats * BLOCK
     blocks = -(-size // BLOCK)
-    pixels = torch.arange(blocks * BLOCK, device=like.device)[:, None]
+    pixels = torch.arange(blocks * BLOCK, device=device).clamp(max=size - 1)
     period = 2 * size - 2
-    source = (pixels.clamp(max=size - 1) + taps) % period
-    source = torch.minimum(source, period - source)
-    column = source - pixels // BLOCK * BLOCK + radius
-    shape = len(sigmas), len(pixels)
-    matrix = like.new_zeros(*shape, BLOCK + 2 * radius)
-    matrix = matrix.scatter_add_(2, column.expand(*shape, -1), kernels[:, None].expand(*shape, -1))
-    matrix = matrix.unflatten(1, (blocks, BLOCK))
+    source = (pixels[:, None] + torch.arange(-radius, radius + 1, device=device)) % period
+    source = torch.minimum(source, period - source).view(blocks, BLOCK, -1)
+    starts = torch.arange(-radius, blocks * BLOCK - radius, BLOCK, device=device)
+    column = (source - starts.view(-1, 1, 1)).expand(len(radii), -1, -1, -1)
+    matrix = weights.new_zeros(len(radii), blocks, BLOCK, BLOCK + 2 * radius)
+    matrix = matrix.scatter_add_(3, column, weights[:, None, None].expand_as(column))
     repeated = matrix[:, margin : margin + 1].expand(-1, repeats, -1, -1)
     matrix = torch.cat([matrix[:, :margin], repeated, matrix[:, margin:]], dim=1)
     return [m[..., radius - r : matrix.shape[-1] - radius + r] for m, r in zip(matrix, radii, strict=True)]
