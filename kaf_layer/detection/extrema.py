@@ -69,8 +69,8 @@ def find_extrema(space: ScaleSpace, *, threshold: float, static: bool) -> tuple[
     for grid, gaussians in zip(space.grids, space.octaves, strict=True):
         rows = grid.size[0] - 2 * border
         strip = rows if static else max(THINNEST, STRIP // math.prod(grid.size[1:]))
-        strips = ([layer[:, y : y + strip + 2 * border] for layer in gaussians] for y in range(0, rows, strip))
-        mask = torch.cat([is_extremum(layers, threshold, border) for layers in strips], dim=2)
+        strips = (gaussians[:, :, y : y + strip + 2 * border] for y in range(0, rows, strip))
+        mask = torch.cat([is_extremum(part, threshold, border) for part in strips], dim=2)
         if static:
             room = mask[0].numel() // DENSITY[len(grid.size)] + 1
             mask = mask & (mask.flatten(1).cumsum(1, dtype=torch.int32) <= room).view_as(mask)
@@ -83,7 +83,7 @@ def find_extrema(space: ScaleSpace, *, threshold: float, static: bool) -> tuple[
         # Empty slots hold a pixel that exists.
         pixel = torch.stack([layer.clamp(min=0) + 1, *(value.clamp(min=0) + border for value in place)], dim=1)
         found.append((image, image.clamp(min=0) * space.values.shape[1] + start, size, stride, pitch, pixel))
-        start += len(gaussians) * math.prod(grid.size)
+        start += gaussians[0].numel()
     extrema = Extrema(*(torch.cat(values) for values in zip(*found, strict=True)))
     return extrema, extrema.image >= 0
 

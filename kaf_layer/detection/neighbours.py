@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Annotated
 
 import torch
@@ -14,34 +13,35 @@ __all__ = ["is_extremum"]
 Reduce = Callable[[Tensor, Tensor], Tensor]
 
 
-def is_extremum(gaussians: list[Tensor], threshold: float, border: int) -> Annotated[Tensor, "B layers *S"]:
+def is_extremum(
+    gaussians: Annotated[Tensor, "B layers+3 *S"], threshold: float, border: int
+) -> Annotated[Tensor, "B layers *S"]:
     """For each layer of an octave between two others, and each pixel within the border.
 
     Args:
-        gaussians: (B, *S), the blurred images of the octave: three more than layers that are searched.
+        gaussians: the blurred images of the octave: three more than layers that are searched.
         threshold: the least magnitude, in units of the image.
         border: of pixels that are not looked at, at least 1.
     """
-    differences = [b - a for a, b in pairwise(gaussians)]
-    neighbours = _box if differences[0].ndim == 3 else _cross
-    masks = []
-    for below, centre, above in zip(differences, differences[1:], differences[2:], strict=False):
-        inner = _within(centre, border)
-        layers = [_within(layer, border - 1) for layer in (below, centre, above)]
-        is_maximum = (inner > threshold) & (inner >= neighbours(torch.maximum, *layers))
-        is_minimum = (inner < -threshold) & (inner <= neighbours(torch.minimum, *layers))
-        masks.append(is_maximum | is_minimum)
-    return torch.stack(masks, dim=1)
+    differences = gaussians[:, 1:] - gaussians[:, :-1]
+    neighbours = _box if gaussians.ndim == 4 else _cross
+    inner = _within(differences[:, 1:-1], border)
+    near = _within(differences, border - 1)
+    layers = near[:, :-2], near[:, 1:-1], near[:, 2:]
+    is_maximum = (inner > threshold) & (inner >= neighbours(torch.maximum, *layers))
+    is_minimum = (inner < -threshold) & (inner <= neighbours(torch.minimum, *layers))
+    return is_maximum | is_minimum
 
 
-def _within(images: Annotated[Tensor, "B *S"], border: int) -> Tensor:
-    return images[(slice(None), *(slice(border, size - border) for size in images.shape[1:]))]
+def _within(images: Annotated[Tensor, "B layers *S"], border: int) -> Tensor:
+    every = slice(None)
+    return images[(every, every, *(slice(border, size - border) for size in images.shape[2:]))]
 
 
 def _box(reduce: Reduce, below: Tensor, centre: Tensor, above: Tensor) -> Tensor:
     """The largest or smallest value in the neighbourhood, 3 wide along every axis, of each pixel but the outermost."""
     value = reduce(reduce(below, centre), above)
-    for axis in range(1, value.ndim):
+    for axis in range(2, value.ndim):
         value = _three(reduce, value, axis)
     return value
 
@@ -53,9 +53,9 @@ def _cross(reduce: Reduce, below: Tensor, centre: Tensor, above: Tensor) -> Tens
     once the volume is turned.
     """
     value = reduce(_within(below, 1), _within(above, 1))
-    for axis in range(1, centre.ndim):
+    for axis in range(2, centre.ndim):
         line = _three(reduce, centre, axis)
-        for other in range(1, centre.ndim):
+        for other in range(2, centre.ndim):
             line = line if other == axis else line.narrow(other, 1, line.shape[other] - 2)
         value = reduce(value, line)
     return value

@@ -54,19 +54,24 @@ class ScaleSpace:
 
     Args:
         values: (B, T), octave after octave, ``layers + 3`` blurred images each, row-major.
-        octaves: the same values, as a list of (B, *S) for every octave; of cubic pixels, S is halved each time.
-        grids: the pixels of every octave.
+        grids: the pixels of every octave; of cubic pixels, the size is halved each time.
         layers: how many layers of each octave are searched for keypoints.
         sigma: the blur of the first layer of each octave, in that octave's pixels (the finest axis').
         border: how many pixels along the edge of every octave hold no keypoint.
     """
 
     values: Annotated[Tensor, "B T"]
-    octaves: list[list[Tensor]]
     grids: list[Octave]
     layers: int
     sigma: float
     border: int
+
+    @property
+    def octaves(self) -> list[Annotated[Tensor, "B layers+3 *S"]]:
+        """The blurred images of each octave."""
+        sizes = [(self.layers + 3) * math.prod(grid.size) for grid in self.grids]
+        parts = zip(self.values.split(sizes, dim=1), self.grids, strict=True)
+        return [part.unflatten(1, (-1, *grid.size)) for part, grid in parts]
 
     def take(self, index: Tensor) -> Tensor:
         """The values at ``index`` of the rows laid end to end, in its shape."""
@@ -98,13 +103,11 @@ def scale_space(
     grids = _octaves(Octave(size, (1,) * len(size), (1.0,) * len(size) if pitch is None else tuple(pitch)), border)
     pyramid = _planes(images, grids, layers, sigma, blurred)
     if images.requires_grad or torch.compiler.is_compiling():
-        planes = list(pyramid)
-        values = torch.cat([plane.flatten(1) for plane in planes], dim=1)
+        values = torch.cat([plane.flatten(1) for plane in pyramid], dim=1)
     else:
         # Half the memory, for which allocators are grateful; but its backward pass would be expensive.
-        values, planes = _in_one_row(pyramid, images, sum((layers + 3) * math.prod(grid.size) for grid in grids))
-    octaves = [planes[i : i + layers + 3] for i in range(0, len(planes), layers + 3)]
-    return ScaleSpace(values, octaves, grids, layers, sigma, border)
+        values = _in_one_row(pyramid, images, sum((layers + 3) * math.prod(grid.size) for grid in grids))
+    return ScaleSpace(values, grids, layers, sigma, border)
 
 
 def _octaves(grid: Octave, border: int) -> list[Octave]:
@@ -144,14 +147,15 @@ def _halve(images: Annotated[Tensor, "B *S"], halved: Sequence[bool]) -> Annotat
     return images[(slice(None), *(slice(0, size // 2 * 2, 2) if half else slice(None) for size, half in sizes))]
 
 
-def _in_one_row(planes: Iterable[Tensor], images: Tensor, length: int) -> tuple[Tensor, list[Tensor]]:
-    values = images.new_empty(len(images), length)
-    placed, start = [], 0
+def _in_one_row(
+    planes: Iterable[Annotated[Tensor, "B *S"]], images: Tensor, length: int
+) -> Annotated[Tensor, "B length"]:
+    values, start = images.new_empty(len(images), length), 0
     for plane in planes:
         end = start + plane[0].numel()
-        placed.append(values[:, start:end].view_as(plane).copy_(plane))
+        values[:, start:end] = plane.flatten(1)
         start = end
-    return values, placed
+    return values
 
 
 def double(
