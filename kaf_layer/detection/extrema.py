@@ -115,11 +115,12 @@ def refine(
     Returns:
         the moved extrema, which of them are keypoints, and their response: the magnitude of the contrast.
     """
-    if extrema.size.shape[-1] == 2:
+    planar = extrema.size.shape[-1] == 2
+    if planar:
         extrema, valid = _follow(space, extrema, valid, static=static)
     result = fit(space, extrema, valid)
-    if extrema.size.shape[-1] == 2:
-        valid = valid & (result.offset.abs() < 0.5).all(-1)
+    if planar:
+        valid = valid & (result.offset.abs() < 0.5).all(-1)  # else it has not settled
     response = result.contrast.abs()
     # Curvatures per distance, not per pixel.
     pitch = extrema.pitch[..., None] * extrema.pitch[..., None, :]
