@@ -1,5 +1,6 @@
 """Paired differences over volumes: by hand, and by the signed-rank test's definition."""
 
+import json
 from itertools import product
 from math import nan
 
@@ -50,3 +51,26 @@ def test_the_table_names_who_is_ahead() -> None:
     lines = comparison.compare(results, "a", {"a": "Ours", "b": "Theirs"})
     assert lines[0].startswith("Ours ahead of")
     assert lines[-1] == "| Theirs | +0.100, p = 0.25, 1 of 1 |"
+
+
+def test_a_file_of_results_is_compared(tmp_path, capsys) -> None:
+    """Of two seeds and two folds; one method lacks a number of labelled subjects."""
+    dice = {("a", 1): [0.6, 0.4, 0.8, 0.6], ("b", 1): [0.5, 0.5, 0.5, 0.5], ("a", 2): [0.9] * 4}
+    results = [
+        result(fold, [(value,)] * 3, seed=seed, method=method, labelled=labelled) | {"dice": value}
+        for (method, labelled), values in dice.items()
+        for (fold, seed), value in zip(product(range(2), repeat=2), values, strict=True)
+    ]
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(results))
+    comparison.main([str(path), "--reference", "a"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "| b | 0.500 ± 0.000 | 3 of 4 |" in lines
+    assert "| a | 0.600 ± 0.141 | 0 of 4 |" in lines  # over folds, of means over seeds
+    # Six volumes, of which three are level, as their seeds cancel.
+    assert lines[-1].startswith("| b | +0.100, p = 0.25, 1 of 2 | ")
+    assert lines[-1].endswith("|  |")
+    comparison.main([str(path), "--reference", "a", "--labelled", "1", "--folds", "1"])
+    assert "| b | 0.500 | 2 of 2 |" in capsys.readouterr().out.splitlines()
+    with pytest.raises(ValueError, match=r"--reference must be among .* got 'c'"):
+        comparison.main([str(path), "--reference", "c"])

@@ -1,4 +1,7 @@
-"""What cross-validation says of two methods: mean and deviation over folds, and paired differences over volumes."""
+"""What cross-validation says of two methods: mean and deviation over folds, and paired differences over volumes.
+
+python -m examples.protocol.comparison RESULTS.json --reference METHOD [--labelled 2] [--folds 0 1 2]
+"""
 
 import argparse
 from collections import defaultdict
@@ -74,7 +77,47 @@ def compare(results: Sequence[Result], reference: str, titles: dict[str, str]) -
     lines += [f"| method | {' | '.join(f'M = {m}' for m in counts)} |", "|---" * (len(counts) + 1) + "|"]
     for method, title in titles.items():
         if method != reference:
-            found = [difference(of[reference, m], of[method, m]) for m in counts]
-            cells = [f"{d.dice:+.3f}, p = {d.p:.2g}, {d.ahead} of {d.folds}" for d in found]
+            pairs = [(of.get((reference, m)), of.get((method, m))) for m in counts]
+            cells = [describe(difference(ours, theirs)) if ours and theirs else "" for ours, theirs in pairs]
             lines.append(f"| {title} | {' | '.join(cells)} |")
     return lines
+
+
+def describe(d: Difference) -> str:
+    return f"{d.dice:+.3f}, p = {d.p:.2g}, {d.ahead} of {d.folds}"
+
+
+def runs_ahead(results: Sequence[Result], others: Sequence[Result]) -> str:
+    """In how many of the runs that both have, by fold and seed, the first are ahead."""
+    theirs = {(result["fold"], result["seed"]): result["dice"] for result in others}
+    ahead = [result["dice"] > theirs[run] for result in results if (run := (result["fold"], result["seed"])) in theirs]
+    return f"{sum(ahead)} of {len(ahead)}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="a results.json of cross_validate, or one in benchmarks/results")
+    parser.add_argument("--reference", required=True, help="the method that the others are compared with")
+    parser.add_argument("--labelled", type=int, nargs="+", help="numbers of labelled subjects (default: all)")
+    parser.add_argument("--folds", type=int, nargs="+", help="(default: all)")
+    own = parser.parse_args(arguments)
+    results = [
+        result
+        for result in read_json(own.results)
+        if result["M"] in (own.labelled or [result["M"]]) and result["fold"] in (own.folds or [result["fold"]])
+    ]
+    methods = list(dict.fromkeys(result["method"] for result in results))
+    if own.reference not in methods:
+        raise ValueError(f"--reference must be among the methods of {own.results}, {methods}, got {own.reference!r}")
+    for count in dict.fromkeys(result["M"] for result in results):
+        of = {name: [r for r in results if (r["method"], r["M"]) == (name, count)] for name in methods}
+        print(f"\n| M = {count} | Dice | runs in which {own.reference} is ahead |\n|---|---|---|")
+        for name in (name for name in methods if of[name]):
+            folds = {r["fold"] for r in of[name]}
+            dice = [mean(r["dice"] for r in of[name] if r["fold"] == fold) for fold in sorted(folds)]
+            print(f"| {name} | {spread(dice)} | {runs_ahead(of[own.reference], of[name])} |")
+    print("", *compare(results, own.reference, {name: name for name in methods}), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
