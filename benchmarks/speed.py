@@ -7,27 +7,23 @@ python benchmarks/speed.py --spatial-dims 3 [--parts diffusion stack] [--edges 6
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import product
 from math import prod
-from pathlib import Path
 
 import torch
 from harness import compare, count_flops, report, saved_bytes
+from network_step import NOTES as NETWORK_NOTES
+from network_step import network_step
 from plain import PlainDiffusion, PlainKAFLayer
 from torch import Tensor, nn
-from torch.nn import functional as F
 from volume_stack import NOTES as STACK_NOTES_3D
 from volume_stack import volume_stack
 
 from kaf_layer import KAFLayer, KeypointDiffusion, Keypoints
 from kaf_layer.diffusion import cheapest_method
-
-sys.path.append(str(Path(__file__).parent.parent))
-from examples.unet import KAFUNet, UNetC2
 
 WIDTH, SCALES = 32, 4
 CUDA = torch.cuda.is_available()
@@ -58,9 +54,6 @@ in each layer, batch 1."""
 
 FLOPS_NOTES = """GFLOPs (forward) of KAF layers on four scales, 512 keypoints, 6 transformer blocks each, and of their
 attention alone."""
-
-NETWORK_NOTES = """Seconds of a training step (forward, cross-entropy, backward, SGD) of the KAF-UNet (32 channels, 6
-transformer blocks, 512 keypoints, batch 2) and of UNet (c2), which has the same convolutions and no KAF layers."""
 
 
 def random_keypoints(batch: int, slots: int, edge: int, spatial_dims: int = 2) -> Keypoints:
@@ -199,26 +192,8 @@ def stack_flops(edge: int) -> Row:
 
 def network(dtype: torch.dtype, edge: int, *, repeats: int) -> Row:
     """A training step of the KAF-UNet, against that of UNet (c2)."""
-    images = torch.randn(2, 1, edge, edge, device=DEVICE)
-    labels = torch.randint(4, (2, edge, edge), device=DEVICE)
-    keypoints = random_keypoints(2, 512, edge)
-
-    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        optimizer.zero_grad()
-        with precision(dtype):
-            logits = model(images, keypoints)
-        F.cross_entropy(logits.float(), labels).backward()
-        optimizer.step()
-
-    models = {"KAF-UNet": KAFUNet(width=WIDTH).to(DEVICE), "UNet (c2)": UNetC2(width=WIDTH).to(DEVICE)}
-    steps = {name: partial(step, model, torch.optim.SGD(model.parameters(), lr=1e-3)) for name, model in models.items()}
-    seconds = compare(steps, repeats=repeats)
-    flops = {name: count_flops(run) for name, run in steps.items()}
-    row: Row = {"image": f"{edge}x{edge}", "dtype": name_of(dtype)}
-    row |= {f"{name}, s": value for name, value in seconds.items()}
-    return row | {
-        name: values["KAF-UNet"] / values["UNet (c2)"] for name, values in (("time", seconds), ("FLOPs", flops))
-    }
+    row = network_step(random_keypoints(2, 512, edge), precision(dtype), width=WIDTH, repeats=repeats)
+    return {"image": f"{edge}x{edge}", "dtype": name_of(dtype)} | row
 
 
 def volumes(parts: Sequence[str], edges: Sequence[int], dtypes: Sequence[torch.dtype], *, repeats: int) -> None:
