@@ -89,7 +89,7 @@ def compiled_calls(edge: int, *, depth: int = 6) -> dict[str, int]:
 
 
 def detect(images: Tensor) -> Keypoints:
-    """As off the CPU, where no value is looked at, nor when it is compiled."""
+    """The way that the detector takes off the CPU and under a compiler, where shapes may not depend on values."""
     with patch("torch.compiler.is_compiling", lambda: True):
         return SIFTDetector(500)(images)
 

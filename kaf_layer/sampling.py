@@ -32,8 +32,8 @@ def sample_keypoints(
         keypoints: N slots per sample.
         mode: "bilinear" interpolation (trilinear in 3-D), differentiable with respect to the
             positions, or the value of the "nearest" cell, as the authors' code takes it.
-        masked: slots that are not valid become zero; else they hold the values of the map's first cell, for
-            those who mask them later.
+        masked: whether slots that are not valid become zero; else they hold the values of the map's first cell.
+            Leave that to what follows if it masks them anyway, as :class:`~kaf_layer.KeypointTransformer` does.
 
     Returns:
         (B, N, C), one value per slot and channel.
@@ -111,5 +111,5 @@ class KeypointSampler(nn.Module):
         return sample_keypoints(features, keypoints, mode=self.mode, masked=self.masked)
 
     def extra_repr(self) -> str:
-        """The mode, for ``print``."""
-        return repr(self.mode)
+        """The options, for ``print``."""
+        return repr(self.mode) if self.masked else f"{self.mode!r}, masked=False"

@@ -85,3 +85,4 @@ def test_errors() -> None:
 def test_shape_and_repr() -> None:
     assert sample_keypoints(torch.rand(2, 7, 4, 6), random_keypoints((8, 12), (3, 0))).shape == (2, 5, 7)
     assert repr(KeypointSampler()) == "KeypointSampler('bilinear')"
+    assert repr(KeypointSampler("nearest", masked=False)) == "KeypointSampler('nearest', masked=False)"
