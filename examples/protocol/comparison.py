@@ -1,6 +1,6 @@
 """What cross-validation says of two methods: mean and deviation over folds, and paired differences over volumes.
 
-python -m examples.protocol.comparison RESULTS.json --reference METHOD [--labelled 2] [--folds 0 1 2]
+python -m examples.protocol.comparison RESULTS.json --reference METHOD [--labelled 2] [--folds 0 1 2] [--seeds 0]
 """
 
 import argparse
@@ -16,6 +16,7 @@ from scipy.stats import wilcoxon
 from examples.protocol.files import read_json
 
 PUBLISHED = Path(__file__).parent / "published"  # the paper's rows, by preset
+CHOSEN = {"M": "labelled", "fold": "folds", "seed": "seeds"}  # what a result is told by, and its option
 Result = dict[str, Any]  # what finetune.py writes, with the method, fold, seed and number of labelled subjects
 Volume = tuple[int, int]  # a fold, and a volume's number among those that it tests
 
@@ -98,14 +99,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="a results.json of cross_validate, or one in benchmarks/results")
     parser.add_argument("--reference", required=True, help="the method that the others are compared with")
-    parser.add_argument("--labelled", type=int, nargs="+", help="numbers of labelled subjects (default: all)")
-    parser.add_argument("--folds", type=int, nargs="+", help="(default: all)")
+    for key, name in CHOSEN.items():
+        parser.add_argument(f"--{name}", type=int, nargs="+", dest=key, help="which to take (default: all)")
     own = parser.parse_args(arguments)
-    results = [
-        result
-        for result in read_json(own.results)
-        if result["M"] in (own.labelled or [result["M"]]) and result["fold"] in (own.folds or [result["fold"]])
-    ]
+    chosen = {key: getattr(own, key) for key in CHOSEN if getattr(own, key)}
+    results = [r for r in read_json(own.results) if all(r[key] in values for key, values in chosen.items())]
     methods = list(dict.fromkeys(result["method"] for result in results))
     if own.reference not in methods:
         raise ValueError(f"--reference must be among the methods of {own.results}, {methods}, got {own.reference!r}")
