@@ -58,4 +58,6 @@ def draw_sunnybrook(axes: Axes, content: dict) -> None:
     axes.axvline(1, color="#9e9e9e", lw=0.8)
     axes.set(xlabel="receptive field of the deepest block / image edge", ylabel="Dice of unseen subjects")
     axes.set_title("Sunnybrook, whole field of view, 2 subjects labelled", loc="left", fontsize=10.5)
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(bottom - 0.3 * (top - bottom), top)  # room for the legend
     axes.legend(frameon=False, fontsize=8, loc="lower right")
