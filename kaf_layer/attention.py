@@ -140,7 +140,8 @@ class PositionEncoder(nn.Module):
         sizes = keypoints.image_size[::-1]
         axes = zip(keypoints.positions_in(keypoints.image_size).unbind(-1), sizes, strict=True)
         positions = [p.clamp(-0.5, s - 0.5) for p, s in axes]
-        longest = reduce(torch.sym_max, sizes)
+        # torch 2.11 cannot compile sym_max of plain numbers; max would fix the sizes of an exported program.
+        longest = max(sizes) if torch.compiler.is_dynamo_compiling() else reduce(torch.sym_max, sizes)
         if self.block == "transformer":
             centred = [p + (1 - s) / 2 for p, s in zip(positions, sizes, strict=True)]
             return torch.stack(centred, dim=-1) * (2 / longest)

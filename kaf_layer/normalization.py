@@ -36,7 +36,9 @@ class _Normalize(torch.autograd.Function):
         ctx.save_for_backward(x, valid, weight, mean, inverse_std, count)
         ctx.mark_non_differentiable(mean, variance, count)
         ctx.set_materialize_grads(False)  # else zeros are made for the moments
-        return (centred * (inverse_std * weight) + bias).to(x.dtype), mean, variance, count
+        normalised = (centred * (inverse_std * weight) + bias).to(x.dtype)
+        # A view, as torch 2.11 compiles no gradient for a result that .to() returned as it was.
+        return normalised.view_as(x), mean, variance, count
 
     @staticmethod
     @once_differentiable

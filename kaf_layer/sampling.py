@@ -76,10 +76,10 @@ def _interpolate(
         p = p.clamp(0, length - 1)
         low = p.detach().floor().clamp(max=max(length - 2, 0))  # the next cell is in the map too
         upper = p - low
-        overlaps = torch.cat([1 - upper, upper], dim=1)
         index = low.long() if index is None else torch.add(index, low.long(), alpha=stride)
         index = torch.cat([index, index + (stride if length > 1 else 0)], dim=1)
-        weight = overlaps if weight is None else (overlaps[:, :, None] * weight[:, None]).flatten(1, 2)
+        above = upper if weight is None else weight * upper
+        weight = torch.cat([1 - upper if weight is None else weight - above, above], dim=1)
         stride = stride * length
     # One gather for all corners: each would allocate a dense gradient of its own.
     corners = _gather(rows, index.flatten(1)).unflatten(1, index.shape[1:])

@@ -25,6 +25,7 @@ from monai.metrics import DiceMetric
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import kaf_layer
 from examples.protocol.augmentation import Augmentation
 from examples.protocol.detectors import redetector
 from examples.protocol.files import claimed, read_json, save, write_json
@@ -86,8 +87,8 @@ def mean_dice(scores: Sequence[Sequence[float]]) -> float:
 
 
 def versions() -> dict[str, str]:
-    names = ("kaf-layer", "torch", "monai", "kornia", "accelerate", "numpy")
-    return {"python": platform.python_version()} | {name: version(name) for name in names}
+    others = {name: version(name) for name in ("torch", "monai", "kornia", "accelerate", "numpy")}
+    return {"python": platform.python_version(), "kaf-layer": kaf_layer.__version__} | others
 
 
 def digest(path: Path | None) -> str | None:

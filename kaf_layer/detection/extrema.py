@@ -37,7 +37,6 @@ class Extrema(NamedTuple):
     pitch: Tensor
     pixel: Tensor
 
-    @property
     def position(self) -> Tensor:
         """The index in the flattened scale space."""
         index = self.pixel[..., 0]
@@ -66,7 +65,7 @@ def find_extrema(space: ScaleSpace, *, threshold: float, static: bool) -> tuple[
             one in DENSITY pixels of each octave.
     """
     found, start, border = [], 0, space.border
-    for grid, gaussians in zip(space.grids, space.octaves, strict=True):
+    for grid, gaussians in zip(space.grids, space.octaves(), strict=True):
         rows = grid.size[0] - 2 * border
         strip = rows if static else max(THINNEST, STRIP // math.prod(grid.size[1:]))
         strips = (gaussians[:, :, y : y + strip + 2 * border] for y in range(0, rows, strip))
@@ -121,7 +120,7 @@ def refine(
     result = fit(space, extrema, valid)
     if planar:
         valid = valid & (result.offset.abs() < 0.5).all(-1)  # else it has not settled
-    response = result.contrast.abs()
+    response = result.contrast().abs()
     # Curvatures per distance, not per pixel.
     pitch = extrema.pitch[..., None] * extrema.pitch[..., None, :]
     corner = is_corner(result.hessian[..., 1:, 1:] / pitch, edge_threshold)
@@ -163,7 +162,7 @@ def select(
         static: return that many slots, however many are used.
     """
     # Two candidates may have moved to one pixel. Sorting also makes the order independent of the search's.
-    location, order = torch.where(valid, extrema.position, -1).sort(stable=True)
+    location, order = torch.where(valid, extrema.position(), -1).sort(stable=True)
     is_first = torch.cat([location[:1] >= 0, location[1:] != location[:-1]])
     extrema, response, valid = extrema.take(order), response[order], valid[order] & is_first
     by_response = torch.where(valid, response, -1.0).sort(descending=True, stable=True).indices
@@ -186,8 +185,8 @@ def locate(
     Differentiable. Scales are in pixels of the finest axis.
     """
     peak = fit(space, extrema, valid)
-    place = extrema.pixel + peak.step
-    return place[..., 1:].flip(-1), space.sigma * 2 ** (place[..., 0] / space.layers), peak.contrast
+    place = extrema.pixel + peak.step()
+    return place[..., 1:].flip(-1), space.sigma * 2 ** (place[..., 0] / space.layers), peak.contrast()
 
 
 def fit(space: ScaleSpace, extrema: Extrema, valid: Tensor) -> Fit:
@@ -196,8 +195,8 @@ def fit(space: ScaleSpace, extrema: Extrema, valid: Tensor) -> Fit:
     Differentiable, and finite where not valid.
     """
     axes = extrema.pixel.shape[-1]
-    index, stride = extrema.position, torch.ones_like(extrema.position)
-    strides = [stride]
+    index = extrema.position()
+    strides = [torch.ones_like(index)]
     for size in reversed(extrema.size.unbind(-1)):
         strides.insert(0, strides[0] * size)
     for axis, stride in enumerate(strides):

@@ -21,15 +21,13 @@ class Fit(NamedTuple):
     hessian: Annotated[Tensor, "... A A"]
     offset: Annotated[Tensor, "... A"]
 
-    @property
     def step(self) -> Annotated[Tensor, "... A"]:
         """The offset of the peak, no farther than half a pixel along each axis."""
         return self.offset.clamp(-0.5, 0.5)
 
-    @property
     def contrast(self) -> Annotated[Tensor, "..."]:
         """The value after that step, ``D + g . step / 2`` (Lowe 2004, equation 3)."""
-        return self.value + 0.5 * (self.gradient * self.step).sum(-1)
+        return self.value + 0.5 * (self.gradient * self.step()).sum(-1)
 
 
 def fit_quadratic(cube: Tensor, axes: int) -> Fit:

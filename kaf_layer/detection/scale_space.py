@@ -35,7 +35,6 @@ class Octave(NamedTuple):
     stride: tuple[int, ...]
     pitch: tuple[float, ...]
 
-    @property
     def halved(self) -> tuple[bool, ...]:
         """Which axes the next octave has half as many pixels along."""
         return tuple(pitch < FINE for pitch in self.pitch)
@@ -66,7 +65,6 @@ class ScaleSpace:
     sigma: float
     border: int
 
-    @property
     def octaves(self) -> list[Annotated[Tensor, "B layers+3 *S"]]:
         """The blurred images of each octave."""
         sizes = [(self.layers + 3) * math.prod(grid.size) for grid in self.grids]
@@ -114,7 +112,7 @@ def _octaves(grid: Octave, border: int) -> list[Octave]:
     grids = []
     while min(grid.size) > 2 * border:
         grids.append(grid)
-        steps = [2 if halved else 1 for halved in grid.halved]
+        steps = [2 if halved else 1 for halved in grid.halved()]
         grid = Octave(
             tuple(size // step for size, step in zip(grid.size, steps, strict=True)),
             tuple(stride * step for stride, step in zip(grid.stride, steps, strict=True)),
@@ -138,7 +136,7 @@ def _planes(
         for i, plane in enumerate(blur(first, [kernels[pitch] for pitch in grid.pitch]), start=1):
             yield plane
             if i == layers:
-                first = _halve(plane, grid.halved)
+                first = _halve(plane, grid.halved())
 
 
 def _halve(images: Annotated[Tensor, "B *S"], halved: Sequence[bool]) -> Annotated[Tensor, "B *S"]:

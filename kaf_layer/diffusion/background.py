@@ -42,7 +42,8 @@ def fill(
     dims = out.ndim - 2
     products = torch.einsum("ock,c->ok", weight.flatten(2).to(values.dtype), values)
     everywhere, *sides = (products @ borders.mT).view(-1, len(borders), *[1] * dims).unbind(1)
-    out.copy_(everywhere + bias.view_as(everywhere))
+    # Expanded here, as torch 2.12 and older export what copy_ expands for one batch size only.
+    out.copy_((everywhere + bias.view_as(everywhere)).expand_as(out))
     _, *places = product(SIDES, repeat=dims)
     for where, difference in zip(places, sides, strict=True):
         out[(..., *where)].add_(difference)

@@ -33,17 +33,19 @@ def find_neighbours(
         >>> torch.where(inside, cells, -1).flatten().tolist()
         [9, 8, -1, 5, 4, -1, 1, 0, -1]
     """
-    steps = torch.arange(radius, -radius - 1, -1, device=cells.device)[:, None, None]
+    steps = torch.arange(radius, -radius - 1, -1, device=cells.device)
     coordinates, rest = [], cells
     for length in reversed(size[1:]):
         coordinates.append(rest % length)
         rest = rest // length
-    near = [coordinate + steps for coordinate in (rest, *reversed(coordinates))]
+    # All steps of each axis, as before torch 2.13 sums of one axis with the other cannot be exported for any shape.
+    ways = torch.cartesian_prod(*[steps] * len(size)).mT[..., None, None].unbind()
+    near = [coordinate + way for coordinate, way in zip((rest, *reversed(coordinates)), ways, strict=True)]
     clamped = [x.clamp(0, length - 1) for x, length in zip(near, size, strict=True)]
     index, inside = clamped[0], near[0] == clamped[0]
     for x, in_map, length in zip(near[1:], clamped[1:], size[1:], strict=True):
-        index = torch.add(in_map, index[:, None], alpha=length).flatten(0, 1)
-        inside = (inside[:, None] & (x == in_map)).flatten(0, 1)
+        index = torch.add(in_map, index, alpha=length)
+        inside = inside & (x == in_map)
     return index, inside
 
 

@@ -135,7 +135,7 @@ class KeypointDiffusion(nn.Module):
             check_floats(features=features)
             if features.shape[0] != tokens.shape[0] or features.shape[2:] != tuple(size):
                 raise ValueError(f"features must be (B, F, *size), got {features.shape=}, {tokens.shape=} and {size=}")
-        needs_pixels = self.norm.training and isinstance(self.norm, nn.BatchNorm2d | nn.BatchNorm3d)
+        needs_pixels = self.norm.training and isinstance(self.norm, (nn.BatchNorm2d, nn.BatchNorm3d))
         if needs_pixels and tokens.shape[0] * prod(size) == 1:
             raise ValueError(
                 f"batch statistics need more than one pixel, got {tokens.shape=} and {size=}; call .eval()"

@@ -78,7 +78,7 @@ class _RowsToMap(torch.autograd.Function):
         fill(diffused, background, weight, bias, borders)
         pixels, patches = _by_sample(index, channels=weight.shape[0]), patches.transpose(0, 1).flatten(2)
         diffused.view(*diffused.shape[:2], -1).scatter_add_(2, pixels, patches.to(fused.dtype))
-        return fused
+        return fused.view_as(fused)  # torch 2.11 compiles no gradient for a tensor that was filled in place
 
     @staticmethod
     @once_differentiable

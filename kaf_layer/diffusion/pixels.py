@@ -77,10 +77,10 @@ class _NormaliseAndConvolve(torch.autograd.Function):
         grad, *gradients = torch.ops.aten.native_batch_norm_backward(
             grad, pixels, scale, mean, var, *moments, training, ctx.eps, [True] * 3
         )
-        gradients += [grad_weight, grad_bias]
         # What the first bias adds, the mean of a batch takes away.
         grad_first = torch.zeros_like(first_bias) if training else grad.transpose(0, 1).flatten(1).sum(1)
-        return grad, *(x.to(weight.dtype) for x in (grad_first, *gradients)), None, None, None
+        gradients = [grad_first, *gradients, grad_weight, grad_bias]
+        return grad, *(x.to(weight.dtype) for x in gradients), None, None, None
 
 
 def _activate(

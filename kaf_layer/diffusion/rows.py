@@ -128,13 +128,14 @@ class _ConvolveTokens(torch.autograd.Function):
         products = products.view(rows.numel(), weight.shape[0])
         result = products.new_zeros(prod(shape), weight.shape[0])
         result.scatter_add_(0, rows.view(-1, 1).expand_as(products), products)
-        if ctx.to_map:
-            inside = (slice(None), *[slice(1, -1)] * (len(shape) - 1))
-            # Channels first: with channels last, torch loses precision in a CPU's batch statistics.
-            result = result.view(*shape, weight.shape[0])[inside].movedim(-1, 1).contiguous()
-        else:
+        if not ctx.to_map:
             result[0] = 0.0  # what fell outside the map
-        return result.to(tokens.dtype)
+            # A view, as torch 2.11 compiles no gradient for a result that .to() returned as it was.
+            return result.to(tokens.dtype).view_as(result)
+        inside = (slice(None), *[slice(1, -1)] * (len(shape) - 1))
+        # Channels first: with channels last, torch loses precision in a CPU's batch statistics.
+        pixels = result.view(*shape, weight.shape[0])[inside].movedim(-1, 1)
+        return pixels.to(tokens.dtype, memory_format=torch.contiguous_format, copy=True)
 
     @staticmethod
     @once_differentiable

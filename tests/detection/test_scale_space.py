@@ -42,9 +42,9 @@ def test_doubling_interpolates_at_its_positions():
 def test_octaves_and_their_row():
     images = torch.rand(2, 47, 90, generator=torch.Generator().manual_seed(0))
     space = scale_space(images, layers=3, sigma=1.6, blurred=1.0)
-    assert [tuple(octave.shape[2:]) for octave in space.octaves] == [(47, 90), (23, 45), (11, 22)]
-    assert space.values[1].equal(torch.cat([octave[1].flatten() for octave in space.octaves]))
-    assert space.octaves[1][:, 0].equal(space.octaves[0][:, 3, :46:2, ::2])
+    assert [tuple(octave.shape[2:]) for octave in space.octaves()] == [(47, 90), (23, 45), (11, 22)]
+    assert space.values[1].equal(torch.cat([octave[1].flatten() for octave in space.octaves()]))
+    assert space.octaves()[1][:, 0].equal(space.octaves()[0][:, 3, :46:2, ::2])
 
 
 def test_layers_have_their_blur():
@@ -52,6 +52,6 @@ def test_layers_have_their_blur():
     impulse = torch.zeros(1, 101, 101, dtype=torch.float64)
     impulse[0, 50, 50] = 1
     offset = torch.arange(101, dtype=torch.float64) - 50
-    for i, layer in enumerate(scale_space(impulse, layers=3, sigma=1.6, blurred=1.0).octaves[0][0]):
+    for i, layer in enumerate(scale_space(impulse, layers=3, sigma=1.6, blurred=1.0).octaves()[0][0]):
         variance = (layer.sum(0) * offset**2).sum()
         assert variance.item() == pytest.approx((1.6 * 2 ** (i / 3)) ** 2 - 1, rel=2e-3)
