@@ -176,6 +176,7 @@ def test_dtype_of_the_caller(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("options", [{}, {"block": "propagation", "recompute": True}], ids=["default", "recompute"])
 def test_compiles_whole(options: dict[str, object], training: bool) -> None:
+    torch.compiler.reset()
     layer, other = KAFLayer(4, **SMALL, **options).train(training), KAFLayer(4, **SMALL, **options).train(training)
     other.load_state_dict(layer.state_dict())
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")

@@ -117,6 +117,7 @@ def test_the_last_pass_counts_and_half_precision_is_fine() -> None:
 
 
 def test_compiled_networks_are_recorded_and_stay_compiled() -> None:
+    torch.compiler.reset()
     layer = KAFLayer(4, embed_dim=8, **SMALL).eval()
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(layer, fullgraph=True, backend=counter)

@@ -38,7 +38,7 @@ def find_neighbours(
     for length in reversed(size[1:]):
         coordinates.append(rest % length)
         rest = rest // length
-    # All steps of each axis, as before torch 2.13 sums of one axis with the other cannot be exported for any shape.
+    # Each axis has all K steps: before torch 2.13, sums of one axis with another cannot be exported for any shape.
     ways = torch.cartesian_prod(*[steps] * len(size)).mT[..., None, None].unbind()
     near = [coordinate + way for coordinate, way in zip((rest, *reversed(coordinates)), ways, strict=True)]
     clamped = [x.clamp(0, length - 1) for x, length in zip(near, size, strict=True)]
