@@ -89,8 +89,11 @@ def measure(
         with precision(dtype):
             return run()
 
+    # As dense as a network's gradients: that of sum() would be one number, and hide what it costs to read.
+    gradient = torch.ones_like(forward(next(iter(forwards.values()))))
+
     def both(run: Callable[[], Tensor]) -> None:
-        forward(run).sum().backward()
+        forward(run).backward(gradient)
         for tensor in inputs:
             tensor.grad = None
 

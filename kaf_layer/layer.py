@@ -114,11 +114,8 @@ class KAFLayer(nn.Module):
         size = features.shape[2:]
         keypoints = keypoints.resize(size, snap=self.sampler.mode == "nearest")
         tokens = self.transformer(self.embed(self.sampler(features, keypoints)), keypoints)
-        if self.fusion == "add":
-            diffused = self.diffusion(tokens, keypoints, size)
-            gain = self.gain.to(diffused.dtype).view(-1, *[1] * len(size))
-            return KAFOutput(torch.addcmul(features, gain, diffused), tokens)
-        return KAFOutput(self.diffusion(tokens, keypoints, size, features=features), tokens)
+        gain = self.gain if self.fusion == "add" else None
+        return KAFOutput(self.diffusion(tokens, keypoints, size, features=features, gain=gain), tokens)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *arguments: Any

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Linear", "linear"]
+__all__ = ["Linear", "linear", "linear_backward"]
 
 
 class Linear(nn.Linear):
@@ -42,12 +42,42 @@ def linear(
     """
     if not _is_faster_as_convolution(x):
         return F.linear(x, weight, bias)
-    rows = x.flatten(0, -2)
+    sums = F.conv2d(_as_images(x.flatten(0, -2)), weight[..., None, None], bias)
+    return _as_rows(sums).view(*x.shape[:-1], weight.shape[0])
+
+
+def linear_backward(
+    grad: Annotated[Tensor, "M O"], x: Annotated[Tensor, "M C"], weight: Annotated[Tensor, "O C"]
+) -> tuple[Annotated[Tensor, "M C"], Annotated[Tensor, "O C"]]:
+    """The gradients of a product's factors, for layers whose backward pass is written out.
+
+    Args:
+        grad: of the sums of channels.
+        x: the tokens.
+        weight: of each sum.
+
+    Example:
+        >>> x, weight = torch.rand(5, 3), torch.rand(2, 3)
+        >>> [gradient.shape for gradient in linear_backward(torch.rand(5, 2), x, weight)]
+        [torch.Size([5, 3]), torch.Size([2, 3])]
+    """
+    if not _is_faster_as_convolution(x):
+        return grad @ weight, grad.mT @ x
+    images, kernel, none, ones = (_as_images(grad), _as_images(x)), weight[..., None, None], [0, 0], [1, 1]
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        *images, kernel, [0], ones, none, ones, False, none, 1, [True, True, False]
+    )
+    return _as_rows(grad_x), grad_weight[..., 0, 0]
+
+
+def _as_images(rows: Annotated[Tensor, "M C"]) -> Annotated[Tensor, "B C 1 W"]:
     # From 16 images on torch chooses oneDNN with any number of threads, for fewer only with several.
     images = 16 if rows.shape[0] % 16 == 0 else 1
-    pixels = rows.unflatten(0, (images, 1, -1)).permute(0, 3, 1, 2)
-    sums = F.conv2d(pixels, weight[..., None, None], bias)
-    return sums.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
+    return rows.unflatten(0, (images, 1, -1)).permute(0, 3, 1, 2)
+
+
+def _as_rows(images: Annotated[Tensor, "B C 1 W"]) -> Annotated[Tensor, "M C"]:
+    return images.permute(0, 2, 3, 1).reshape(-1, images.shape[1])
 
 
 def _is_faster_as_convolution(x: Tensor) -> bool:

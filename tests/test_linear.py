@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kaf_layer.linear import Linear, linear
+from kaf_layer.linear import Linear, linear, linear_backward
 
 
 def gradients(result: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
@@ -52,3 +52,13 @@ def test_it_is_a_linear_layer() -> None:
     torch.testing.assert_close(module(x), plain(x))
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), plain(x))
+
+
+@pytest.mark.parametrize("rows", [16, 7, 1, 0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_written_out_gradients(rows: int, dtype: torch.dtype) -> None:
+    grad, x, weight = (torch.randn(*shape).to(dtype) for shape in ((rows, 4), (rows, 6), (4, 6)))
+    expected = grad.double() @ weight.double(), grad.double().mT @ x.double()
+    for actual, gradient in zip(linear_backward(grad, x, weight), expected, strict=True):
+        assert actual.dtype == dtype
+        torch.testing.assert_close(actual.double(), gradient, rtol=0, atol=0.1 if dtype == torch.bfloat16 else 1e-5)

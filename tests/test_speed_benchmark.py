@@ -2,6 +2,7 @@
 
 import json
 
+import fusion
 import harness
 import network_step
 import pytest
@@ -77,3 +78,24 @@ def test_attention_dominates():
     row = speed.stack_flops(512)
     assert row["ratio"] < 1.15
     assert speed.stack_flops(1024)["all"] < 1.02 * row["all"]
+
+
+def test_the_fusion_table(results, monkeypatch):
+    outputs = []
+
+    def once(runs, **_):
+        outputs.append([run() for run in runs.values()])
+        return dict(zip(runs, (3.0, 2.0), strict=True))
+
+    monkeypatch.setattr(speed, "compare", once)
+    fusion.main(["--edges", "64", "--batch", "2"])
+    rows = rows_of(results, "fusion")
+    assert [(row["fusion"], row["layout"]) for row in rows] == [
+        (name, layout) for name in ("concat", "add") for layout in ("contiguous", "channels last")
+    ]
+    for afterwards, at_once in outputs[::2]:  # the others are whole steps, which return nothing
+        torch.testing.assert_close(at_once, afterwards, rtol=1e-4, atol=1e-4)
+        assert at_once.stride() == afterwards.stride()
+    assert {row["forward, ratio"] for row in rows} == {1.5}
+    added = rows[2]["afterwards, saved MiB"] - rows[2]["at once, saved MiB"]
+    assert added == pytest.approx(2 * 256 * 64**2 * 4 / 2**20, rel=0.1)  # the map, in single precision

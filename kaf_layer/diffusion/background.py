@@ -53,10 +53,8 @@ def fill_backward(
     grad: Annotated[Tensor, "B O *S"], borders: Annotated[Tensor, "3^D 3^D"]
 ) -> Annotated[Tensor, "O 3^D"]:
     """For each of the kernel's positions the gradient summed over the pixels whose neighbour there is in the map."""
-    dtype = wide(grad)
-    # Axis by axis: its sum, its first and its last entry. The first sum reads the whole gradient, the others little.
-    sums = [grad.sum((0, 2), dtype=dtype), *(grad.select(2, end).sum(0, dtype=dtype) for end in (0, -1))]
-    totals = torch.stack(sums, dim=1)
-    for axis in range(2, grad.ndim - 1):
-        totals = torch.stack([totals.sum(axis), totals.select(axis, 0), totals.select(axis, -1)], dim=axis)
-    return totals.flatten(1) @ borders
+    # Over all of a slice's pixels at once: torch's sums over some axes of a map are up to 30 times as slow on a CPU.
+    pixels = (0, *range(2, grad.ndim))
+    slices = (grad[(..., *where)] for where in product(SIDES, repeat=grad.ndim - 2))
+    sums = torch.stack([pixels_of.sum(pixels, dtype=wide(grad)) for pixels_of in slices], dim=1)
+    return sums @ borders

@@ -115,6 +115,7 @@ class KeypointDiffusion(nn.Module):
         size: Sequence[int],
         *,
         features: Annotated[Tensor, "B F *S"] | None = None,
+        gain: Annotated[Tensor, "out"] | None = None,
     ) -> Annotated[Tensor, "B F+out *S"]:
         """Tokens to a map of the given size.
 
@@ -124,10 +125,12 @@ class KeypointDiffusion(nn.Module):
             size: the map's size in tensor order.
             features: a map to put before the result's channels, as in fusion by concatenation;
                 cheaper than ``torch.cat``, which would copy the result.
+            gain: of each channel, with which the result is added to the features instead; cheaper than to add it
+                afterwards, and no map is kept for the backward pass.
 
         Raises:
             TypeError: if an argument is of another type.
-            ValueError: if the shapes do not fit, or the tokens have not the weights' type.
+            ValueError: if the shapes do not fit, the tokens have not the weights' type, or there is a gain and no map.
         """
         check_tokens(tokens, keypoints, weight=self.conv1.weight)
         check_size(size, keypoints)
@@ -135,6 +138,14 @@ class KeypointDiffusion(nn.Module):
             check_floats(features=features)
             if features.shape[0] != tokens.shape[0] or features.shape[2:] != tuple(size):
                 raise ValueError(f"features must be (B, F, *size), got {features.shape=}, {tokens.shape=} and {size=}")
+        if gain is not None:
+            check_floats(gain=gain)
+            channels = None if features is None else features.shape[1]
+            if (channels, *gain.shape) != (self.conv2.out_channels, self.conv2.out_channels):
+                raise ValueError(
+                    f"with a gain, features must have {self.conv2.out_channels=} channels, and gain as many numbers, "
+                    f"got {gain.shape=} and features of {channels} channels"
+                )
         needs_pixels = self.norm.training and isinstance(self.norm, (nn.BatchNorm2d, nn.BatchNorm3d))
         if needs_pixels and tokens.shape[0] * prod(size) == 1:
             raise ValueError(
@@ -143,7 +154,7 @@ class KeypointDiffusion(nn.Module):
         method = self.method or cheapest_method(tokens.shape[1], size)
         # An empty batch has no statistics, which torch's own modules know.
         if method == "dense" or tokens.shape[0] == 0 or not _has_running_average(self.norm):
-            return self._dense(tokens, keypoints, size, features)
+            return self._dense(tokens, keypoints, size, features, gain)
         device = tokens.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
         with torch.autocast(device, enabled=False):
@@ -152,29 +163,47 @@ class KeypointDiffusion(nn.Module):
             valid = keypoints.valid.flatten() if keypoints.padded else None
             weighted = Tokens(tokens.flatten(0, 1).to(dtype), valid, shares.flatten(0, 1))
             sparse = self._hybrid if method == "hybrid" else self._rows
-            return sparse(weighted, cells, size, features)
+            return sparse(weighted, cells, size, features, gain)
 
-    def _dense(self, tokens: Tensor, keypoints: Keypoints, size: Sequence[int], features: Tensor | None) -> Tensor:
+    def _dense(
+        self, tokens: Tensor, keypoints: Keypoints, size: Sequence[int], features: Tensor | None, gain: Tensor | None
+    ) -> Tensor:
         sparse_map = scatter_keypoints(tokens, keypoints, size, reduce=self.reduce)
         sparse_map = sparse_map.contiguous(memory_format=memory_format(features))
-        return _concatenate(features, self.conv2(F.relu(self.norm(self.conv1(sparse_map)))))
+        diffused = self.conv2(F.relu(self.norm(self.conv1(sparse_map))))
+        if gain is not None:
+            diffused = diffused * gain.to(diffused.dtype).view(-1, *[1] * len(size))
+        return _fuse(features, diffused, add=gain is not None)
 
-    def _hybrid(self, tokens: Tokens, cells: Tensor, size: Sequence[int], features: Tensor | None) -> Tensor:
+    def _hybrid(
+        self, tokens: Tokens, cells: Tensor, size: Sequence[int], features: Tensor | None, gain: Tensor | None
+    ) -> Tensor:
         batch, near = cells.shape[0], padded_neighbours(cells, size)
         pixels = convolve_tokens_to_map(tokens, self.conv1.weight, near, batch=batch, size=size)
-        diffused, mean, inverse_std = normalise_and_convolve(pixels, self.conv1.bias, self.norm, self.conv2)
+        parameters = self.conv1.bias, self.norm, *self._second(gain)
+        diffused, mean, inverse_std = normalise_and_convolve(pixels, *parameters)
         if self.norm.training:
             var = inverse_std.pow(-2) - self.norm.eps
             self._track(mean + self.conv1.bias, var, pixels=batch * prod(size))
-        return _concatenate(features, diffused.contiguous(memory_format=memory_format(features)))
+        return _fuse(features, diffused.contiguous(memory_format=memory_format(features)), add=gain is not None)
 
-    def _rows(self, tokens: Tokens, cells: Tensor, size: Sequence[int], features: Tensor | None) -> Tensor:
+    def _rows(
+        self, tokens: Tokens, cells: Tensor, size: Sequence[int], features: Tensor | None, gain: Tensor | None
+    ) -> Tensor:
         near = find_neighbours(cells, size, radius=2)
         index = find_rows(*closest(*near), size)
         rows = convolve_tokens(tokens, self.conv1.weight, index, count=index.numel())
         scale, shift = self._normalisation(rows, pixels=cells.shape[0] * prod(size))
-        hidden = Hidden(rows, scale, shift, self.conv2.weight, self.conv2.bias)
-        return rows_to_map(hidden, features, near, (self.before, self.after, self.borders), size)
+        hidden, matrices = Hidden(rows, scale, shift, *self._second(gain)), (self.before, self.after, self.borders)
+        return rows_to_map(hidden, features, gain is not None, near, matrices, size)
+
+    def _second(self, gain: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The second convolution's weight and bias, multiplied by the gain so that no map needs to be."""
+        weight, bias = self.conv2.weight, self.conv2.bias
+        if gain is None:
+            return weight, bias
+        gain = gain.to(weight.dtype)
+        return weight * gain.view(-1, *[1] * (weight.ndim - 1)), bias * gain
 
     def _normalisation(self, rows: Tensor, *, pixels: int) -> tuple[Tensor, Tensor]:
         """Batch normalisation as a factor and a summand, for rows that lack the first convolution's bias."""
@@ -202,7 +231,9 @@ def _has_running_average(norm: Any) -> bool:
     return plain and norm.affine and norm.track_running_stats and norm.momentum is not None
 
 
-def _concatenate(
-    features: Annotated[Tensor, "B F *S"] | None, diffused: Annotated[Tensor, "B O *S"]
+def _fuse(
+    features: Annotated[Tensor, "B F *S"] | None, diffused: Annotated[Tensor, "B O *S"], *, add: bool
 ) -> Annotated[Tensor, "B F+O *S"]:
-    return diffused if features is None else torch.cat([features, diffused], dim=1)
+    if features is None:
+        return diffused
+    return features + diffused if add else torch.cat([features, diffused], dim=1)

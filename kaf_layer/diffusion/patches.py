@@ -21,21 +21,23 @@ __all__ = ["memory_format", "rows_to_map"]
 def rows_to_map(
     hidden: Hidden,
     features: Annotated[Tensor, "B F *S"] | None,
+    add: bool,
     near: tuple[Annotated[Tensor, "5^D B N"], Annotated[Tensor, "5^D B N"]],
     matrices: tuple[Annotated[Tensor, "6^D 3^D"], Annotated[Tensor, "5^D 6^D"], Annotated[Tensor, "3^D 3^D"]],
     size: Sequence[int],
 ) -> Annotated[Tensor, "B F+O *S"]:
-    """Normalisation, ReLU and the second convolution, written after the features.
+    """Normalisation, ReLU and the second convolution, written after the features or added to them.
 
     Args:
         hidden: with K rows for each keypoint, as :func:`~kaf_layer.diffusion.rows.convolve_tokens` gives them.
-        features: a map that the result follows, channel after channel.
+        features: a map that the result follows, channel after channel, or is added to.
+        add: whether it is added.
         near: the cells around each keypoint, as :func:`~kaf_layer.diffusion.neighbours.find_neighbours` gives them.
         matrices: those of :func:`~kaf_layer.diffusion.karatsuba.karatsuba_matrices`, then
             :func:`~kaf_layer.diffusion.background.border_matrix`.
         size: the map's size.
     """
-    return _RowsToMap.apply(features, *near, *matrices, size, *hidden)
+    return _RowsToMap.apply(features, add, *near, *matrices, size, *hidden)
 
 
 def memory_format(features: Annotated[Tensor, "B F *S"] | None) -> torch.memory_format:
@@ -47,7 +49,7 @@ def memory_format(features: Annotated[Tensor, "B F *S"] | None) -> torch.memory_
 
 
 class _RowsToMap(torch.autograd.Function):
-    """Normalisation and ReLU of rows, and a convolution from rows to a map, which may follow ``features`` in it.
+    """Normalisation and ReLU of rows, and a convolution from rows to a map, which may follow ``features`` or add to it.
 
     Nothing but the rows is kept for the backward pass: normalisation and ReLU are repeated there.
     """
@@ -56,6 +58,7 @@ class _RowsToMap(torch.autograd.Function):
     def forward(
         ctx: Any,
         features: Tensor | None,
+        add: bool,
         index: Tensor,
         inside: Tensor,
         before: Tensor,
@@ -67,17 +70,24 @@ class _RowsToMap(torch.autograd.Function):
         """Rows (9 * B * N + 1, C), a weight (O, C, 3, 3) and features (B, F, H, W) to a map (B, F + O, H, W)."""
         rows, scale, shift, weight, bias = hidden
         ctx.save_for_backward(rows, scale, shift, weight, index.int(), inside, before, after, borders)
-        ctx.features = 0 if features is None else features.shape[1]
+        ctx.fused, ctx.before = features is not None, 0 if features is None or add else features.shape[1]
         before, after, borders, kernel = (x.to(wide(rows)) for x in (before, after, borders, to_kernel(weight)))
         background, spectra = _spectra(rows, scale, shift, before)
         spectra = _combine(before, kernel).mT @ spectra.mT
         patches = after @ spectra.unflatten(2, index.shape[1:]).permute(1, 2, 0, 3)
         patches *= inside.transpose(0, 1)
 
-        fused, diffused = _allocate(features, (index.shape[1], weight.shape[0], *size), like=rows)
+        dtype = rows.dtype if features is None else torch.promote_types(features.dtype, rows.dtype)
+        shape = (index.shape[1], ctx.before + weight.shape[0], *size)
+        fused = torch.empty(shape, dtype=dtype, device=rows.device, memory_format=memory_format(features))
+        diffused = fused[:, ctx.before :]
         fill(diffused, background, weight, bias, borders)
         pixels, patches = _by_sample(index, channels=weight.shape[0]), patches.transpose(0, 1).flatten(2)
-        diffused.view(*diffused.shape[:2], -1).scatter_add_(2, pixels, patches.to(fused.dtype))
+        diffused.view(*diffused.shape[:2], -1).scatter_add_(2, pixels, patches.to(dtype))
+        if features is not None and add:
+            fused += features
+        elif features is not None:
+            fused[:, : ctx.before] = features
         return fused.view_as(fused)  # torch 2.11 compiles no gradient for a tensor that was filled in place
 
     @staticmethod
@@ -85,7 +95,8 @@ class _RowsToMap(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of the features and of what is hidden."""
         rows, scale, shift, weight, index, inside, before, after, borders = ctx.saved_tensors
-        grad_features, grad = grad[:, : ctx.features] if ctx.features else None, grad[:, ctx.features :]
+        grad_features = (grad[:, : ctx.before] if ctx.before else grad) if ctx.fused else None
+        grad = grad[:, ctx.before :]
         before, after, borders, kernel = (x.to(wide(rows)) for x in (before, after, borders, to_kernel(weight)))
         # What the rows add to the background, ...
         patches = grad.flatten(2).gather(2, _by_sample(index.long(), channels=grad.shape[1])).to(wide(rows))
@@ -103,7 +114,7 @@ class _RowsToMap(torch.autograd.Function):
         grad_activated = torch.cat([grad_background[None], grad_activated])
         grad_weight, grad_bias = from_kernel(grad_kernel, weight), sums[:, sums.shape[1] // 2]
         gradients = activate_backward(grad_activated, activate(rows, scale, shift), rows, scale)
-        return grad_features, *[None] * 6, *gradients, grad_weight, grad_bias
+        return grad_features, *[None] * 7, *gradients, grad_weight, grad_bias
 
 
 def _spectra(
@@ -128,19 +139,3 @@ def _combine_each(matrix: Annotated[Tensor, "J K"], stack: Annotated[Tensor, "K 
 
 def _by_sample(index: Annotated[Tensor, "K B N"], *, channels: int) -> Annotated[Tensor, "B C K*N"]:
     return index.transpose(0, 1).flatten(1)[:, None].expand(-1, channels, -1)
-
-
-def _allocate(features: Tensor | None, shape: Sequence[int], *, like: Tensor) -> tuple[Tensor, Tensor]:
-    """An uninitialised map behind a copy of the features, and the view of what is not features."""
-    if features is None:
-        diffused = like.new_empty(shape)
-        return diffused, diffused
-    batch, channels, *size = shape
-    fused = torch.empty(
-        (batch, features.shape[1] + channels, *size),
-        dtype=torch.promote_types(features.dtype, like.dtype),
-        device=like.device,
-        memory_format=memory_format(features),
-    )
-    fused[:, : features.shape[1]] = features
-    return fused, fused[:, features.shape[1] :]

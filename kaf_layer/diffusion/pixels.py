@@ -17,7 +17,11 @@ Channels = Annotated[Tensor, "C"]
 
 
 def normalise_and_convolve(
-    pixels: Annotated[Tensor, "B C *S"], first_bias: Channels, norm: Any, conv: Any
+    pixels: Annotated[Tensor, "B C *S"],
+    first_bias: Channels,
+    norm: Any,
+    weight: Annotated[Tensor, "O C *K"],
+    bias: Annotated[Tensor, "O"],
 ) -> tuple[Annotated[Tensor, "B O *S"], Channels, Channels]:
     """Batch normalisation, ReLU and the second convolution; then the pixels' mean and inverse deviation, in training.
 
@@ -25,10 +29,11 @@ def normalise_and_convolve(
         pixels: the first convolution, without its bias.
         first_bias: that bias.
         norm: the module of the normalisation. Its running averages are read outside of training, but not moved.
-        conv: the module of the second convolution.
+        weight: of the second convolution.
+        bias: of the second convolution.
     """
     running = (None, None) if norm.training else (norm.running_mean, norm.running_var)
-    parameters = first_bias, norm.weight, norm.bias, conv.weight, conv.bias
+    parameters = first_bias, norm.weight, norm.bias, weight, bias
     return _NormaliseAndConvolve.apply(pixels, *parameters, *running, norm.eps)
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kaf_layer.linear import linear
+from kaf_layer.linear import linear, linear_backward
 
 __all__ = [
     "Hidden",
@@ -124,8 +124,7 @@ class _ConvolveTokens(torch.autograd.Function):
         ctx.save_for_backward(tokens, shares, weight, rows)
         ctx.to_map = len(shape) > 1
         dtype = wide(tokens)
-        products = linear(tokens.to(dtype), to_kernel(weight.to(dtype)).transpose(1, 2).flatten(0, 1))
-        products = products.view(rows.numel(), weight.shape[0])
+        products = linear(tokens.to(dtype), _to_matrix(weight.to(dtype))).view(rows.numel(), weight.shape[0])
         result = products.new_zeros(prod(shape), weight.shape[0])
         result.scatter_add_(0, rows.view(-1, 1).expand_as(products), products)
         if not ctx.to_map:
@@ -148,10 +147,9 @@ class _ConvolveTokens(torch.autograd.Function):
         else:
             grad = F.pad(grad[1:], (0, 0, 1, 0))
         products = grad.to(dtype).index_select(0, rows.flatten()).view(rows.shape[0], rows.shape[1] * grad.shape[1])
-        grad_kernel = linear(tokens.to(dtype).mT, products.mT).view(tokens.shape[1], rows.shape[1], -1).transpose(0, 1)
-        kernel = to_kernel(weight.to(dtype)).transpose(0, 1).flatten(1)
-        grad_tokens = (linear(products, kernel) * shares).to(tokens.dtype)
-        return grad_tokens, None, None, from_kernel(grad_kernel, weight), None, None
+        grad_tokens, grad_matrix = linear_backward(products, tokens.to(dtype), _to_matrix(weight.to(dtype)))
+        grad_kernel = grad_matrix.unflatten(0, (rows.shape[1], -1)).mT
+        return (grad_tokens * shares).to(tokens.dtype), None, None, from_kernel(grad_kernel, weight), None, None
 
 
 class _Normalisation(torch.autograd.Function):
@@ -215,6 +213,11 @@ def wide(tensor: Tensor) -> torch.dtype:
 def to_kernel(weight: Annotated[Tensor, "O C *S"]) -> Annotated[Tensor, "K C O"]:
     """A matrix for each position."""
     return weight.flatten(2).permute(2, 1, 0)
+
+
+def _to_matrix(weight: Annotated[Tensor, "O C *S"]) -> Annotated[Tensor, "K*O C"]:
+    """The matrices of all positions in one."""
+    return to_kernel(weight).transpose(1, 2).flatten(0, 1)
 
 
 def from_kernel(kernel: Annotated[Tensor, "K C O"], weight: Annotated[Tensor, "O C *S"]) -> Annotated[Tensor, "O C *S"]:

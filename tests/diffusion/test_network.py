@@ -17,13 +17,22 @@ METHODS = ["rows", "hybrid", "dense"]
 SIZES = [(5, 7), (12, 20), (1, 6), (3, 3), (2, 1), (2, 3, 4), (1, 5, 3)]
 
 
-def make(size: tuple[int, ...], *, training: bool = True, reduce: str = "mean", dtype=torch.float64, **channels: int):
-    """A diffusion network with nothing at its initial value."""
+def make(
+    size: tuple[int, ...],
+    *,
+    training: bool = True,
+    reduce: str = "mean",
+    dtype=torch.float64,
+    gain=False,
+    **channels: int,
+):
+    """A diffusion network with nothing at its initial value, and on request a gain to call it with."""
     channels = {"in_channels": 6, "out_channels": 3, "hidden_channels": 5} | channels
     module = KeypointDiffusion(**channels, reduce=reduce, spatial_dims=len(size)).to(dtype).train(training)
     for values in (module.norm.weight, module.norm.bias, module.norm.running_mean):
         nn.init.normal_(values)
     nn.init.uniform_(module.norm.running_var, 0.5, 2.0)
+    module.gain = nn.Parameter(torch.randn(channels["out_channels"], dtype=dtype)) if gain else None
     return module
 
 
@@ -31,6 +40,8 @@ def plain(module: KeypointDiffusion, tokens: Tensor, keypoints: Keypoints, size,
     """The paper's network, on the scattered tokens."""
     network = nn.Sequential(module.conv1, module.norm, nn.ReLU(), module.conv2)
     result = network(scatter_keypoints(tokens, keypoints, size, reduce=module.reduce))
+    if module.gain is not None:
+        return features + module.gain.view(-1, *[1] * len(size)) * result
     return result if features is None else torch.cat([features, result], dim=1)
 
 
@@ -61,7 +72,10 @@ def compare(module, keypoints, size, method, *, features: Tensor | None = None, 
     tokens = torch.randn(*keypoints.valid.shape, module.conv1.in_channels, dtype=module.conv1.weight.dtype)
     module.method = method
     actual = outcome(
-        module, lambda m, t, f: m(t, keypoints, size, features=f), fill_padding(tokens, keypoints), features
+        module,
+        lambda m, t, f: m(t, keypoints, size, features=f, gain=m.gain),
+        fill_padding(tokens, keypoints),
+        features,
     )
     for name, expected in oracle(module, keypoints, size, tokens, features).items():
         scale = expected.abs().max().clamp(min=1.0).item() if expected.numel() else 1.0
@@ -80,6 +94,15 @@ def compare(module, keypoints, size, method, *, features: Tensor | None = None, 
 def test_it_is_the_papers_network(size, training, method):
     keypoints = random_keypoints(tuple(2 * s for s in size), (9, 0, 4))
     compare(make(size, training=training), keypoints, size, method, features=torch.randn(3, 2, *size).double())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("size", SIZES)
+def test_with_a_gain_it_is_added(size, training, method):
+    keypoints = random_keypoints(tuple(2 * s for s in size), (9, 0, 4))
+    module = make(size, training=training, gain=True)
+    compare(module, keypoints, size, method, features=torch.randn(3, 3, *size).double())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -157,15 +180,16 @@ def test_garbage_reaches_no_gradient(method):
 
 
 @pytest.mark.parametrize(("method", "training"), [("rows", True), ("rows", False), ("hybrid", True), ("dense", True)])
-def test_it_compiles(method, training):
+@pytest.mark.parametrize("add", [True, False])
+def test_it_compiles(add, method, training):
     torch.compiler.reset()
     size, keypoints = (6, 9), random_keypoints((12, 18), (9, 0, 4), dtype=torch.float32)
-    module = make(size, training=training, dtype=torch.float32)
+    module = make(size, training=training, dtype=torch.float32, gain=add)
     module.method = method
-    tokens, features = fill_padding(torch.randn(3, 11, 6), keypoints), torch.randn(3, 2, *size)
+    tokens, features = fill_padding(torch.randn(3, 11, 6), keypoints), torch.randn(3, 3, *size)
 
     def run(module, tokens, features):
-        return module(tokens, keypoints, size, features=features)
+        return module(tokens, keypoints, size, features=features, gain=module.gain)
 
     expected = outcome(module, run, tokens, features)
     actual = outcome(module, torch.compile(run, fullgraph=True, backend="aot_eager"), tokens, features)
@@ -206,16 +230,16 @@ def test_it_exports_with_dynamic_shapes(training):
 
 @pytest.mark.parametrize("method", ["rows", "hybrid"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("fused", ["concat", "add", None])
 def test_autocast(dtype, method, fused):
     size, keypoints = (12, 20), random_keypoints((24, 40), (9, 0, 4), dtype=torch.float32)
-    module = make(size, dtype=torch.float32)
+    module = make(size, dtype=torch.float32, gain=fused == "add")
     module.method = method
-    tokens, features = torch.randn(3, 11, 6), torch.randn(3, 2, *size) if fused else None
+    tokens, features = torch.randn(3, 11, 6), torch.randn(3, 3, *size) if fused else None
 
     def low(module, tokens, features):
         with torch.autocast("cpu", dtype):
-            return module(tokens, keypoints, size, features=features)
+            return module(tokens, keypoints, size, features=features, gain=module.gain)
 
     def plain_low(module, tokens, features):
         with torch.autocast("cpu", dtype):
@@ -231,23 +255,32 @@ def test_autocast(dtype, method, fused):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_memory_format_is_kept(method):
+@pytest.mark.parametrize("add", [True, False])
+def test_the_memory_format_is_kept(add, method):
     size, keypoints = (12, 20), random_keypoints((24, 40), (9, 4), dtype=torch.float32)
-    module = make(size, dtype=torch.float32)
+    module = make(size, dtype=torch.float32, gain=add)
     module.method = method
-    tokens, features = fill_padding(torch.randn(2, 11, 6), keypoints), torch.randn(2, 2, *size)
-    contiguous = module(tokens, keypoints, size, features=features)
+    tokens, features = fill_padding(torch.randn(2, 11, 6), keypoints), torch.randn(2, 3, *size)
+    contiguous = module(tokens, keypoints, size, features=features, gain=module.gain)
     assert contiguous.is_contiguous()
     assert module(tokens, keypoints, size).is_contiguous()
-    channels_last = module(tokens, keypoints, size, features=features.to(memory_format=torch.channels_last))
+    features = features.to(memory_format=torch.channels_last)
+    channels_last = module(tokens, keypoints, size, features=features, gain=module.gain)
     assert channels_last.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(channels_last, contiguous, rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_kept_and_multiplied_does_not_grow_with_the_map():
-    module = make((64, 64))
+    module = make((64, 64), gain=True)
     keypoints = random_keypoints((64, 64), (6, 3))
     tokens = torch.randn(2, 8, 6, dtype=torch.float64, requires_grad=True)
+    maps = [torch.zeros(2, 3, *size, dtype=torch.float64) for size in ((64, 64), (128, 96))]
+    for gain in (module.gain, None):
+        fused = [
+            saved_bytes(lambda x=x, gain=gain: module(tokens, keypoints, x.shape[2:], features=x, gain=gain))
+            for x in maps
+        ]
+        assert fused[0] == fused[1]
     runs = [lambda size=size: module(tokens, keypoints, size) for size in ((64, 64), (128, 96))]
     assert cheapest_method(8, (64, 64)) == "rows"
     assert saved_bytes(runs[0]) == saved_bytes(runs[1])
@@ -300,6 +333,9 @@ def test_what_does_not_fit_is_refused():
         module(tokens[:, :4], keypoints, (4, 3))
     with pytest.raises(ValueError, match=r"features must be.*features\.shape"):
         module(tokens, keypoints, (4, 3), features=torch.zeros(2, 5, 3, 4))
+    for features, gain in ((None, 4), (torch.zeros(2, 4, 4, 3), 3), (torch.zeros(2, 3, 4, 3), 4)):
+        with pytest.raises(ValueError, match=r"with a gain, features must have self\.conv2\.out_channels=4 channels"):
+            module(tokens, keypoints, (4, 3), features=features, gain=torch.zeros(gain))
     with pytest.raises(ValueError, match="spatial_dims must be 2 or 3"):
         KeypointDiffusion(3, 4, spatial_dims=1)
     with pytest.raises(ValueError, match="reduce must be one of"):
