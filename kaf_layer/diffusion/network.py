@@ -76,6 +76,9 @@ class KeypointDiffusion(nn.Module):
         torch.Size([2, 16, 16, 24])
         >>> diffusion(torch.randn(2, 5, 256), kp, (16, 24), features=torch.randn(2, 8, 16, 24)).shape
         torch.Size([2, 24, 16, 24])
+        >>> features, gain = torch.randn(2, 16, 16, 24), torch.zeros(16)
+        >>> torch.equal(diffusion(torch.randn(2, 5, 256), kp, (16, 24), features=features, gain=gain), features)
+        True
     """
 
     before: Tensor
@@ -125,12 +128,12 @@ class KeypointDiffusion(nn.Module):
             size: the map's size in tensor order.
             features: a map to put before the result's channels, as in fusion by concatenation;
                 cheaper than ``torch.cat``, which would copy the result.
-            gain: of each channel, with which the result is added to the features instead; cheaper than to add it
-                afterwards, and no map is kept for the backward pass.
+            gain: a factor for each channel. With it the result is added to the features, not put behind them;
+                cheaper than to add it afterwards, as no map is kept for the backward pass.
 
         Raises:
             TypeError: if an argument is of another type.
-            ValueError: if the shapes do not fit, the tokens have not the weights' type, or there is a gain and no map.
+            ValueError: if the shapes do not fit, the tokens have not the weights' type, or a gain has no features.
         """
         check_tokens(tokens, keypoints, weight=self.conv1.weight)
         check_size(size, keypoints)
