@@ -193,6 +193,28 @@ def test_compiles_whole(options: dict[str, object], training: bool) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("method", ["rows", "hybrid", "dense"])
+@pytest.mark.parametrize("options", [{}, {"fusion": "add", "block": "propagation"}], ids=["concat", "add"])
+def test_what_follows_may_work_in_place(options: dict[str, object], method: str, compiled: bool) -> None:
+    torch.compiler.reset()
+    layer = KAFLayer(4, **SMALL, **options)
+    layer.diffusion.method = method
+    if layer.fusion == "add":
+        nn.init.normal_(layer.gain)
+
+    def step(features: Tensor, *, in_place: bool) -> tuple[Tensor, Tensor]:
+        fused, tokens = layer(features, KEYPOINTS)
+        return F.relu(fused, inplace=in_place), F.relu(tokens, inplace=in_place)
+
+    run = torch.compile(step, fullgraph=True, backend="aot_eager") if compiled else step
+    features, gradients = map_of(4).requires_grad_(), []
+    for results in (run(features, in_place=True), step(features, in_place=False)):
+        loss = sum(result.square().sum() for result in results)
+        gradients.append(torch.autograd.grad(loss, [features, *layer.parameters()]))
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("block", ["transformer", "propagation"])
 def test_exports_with_dynamic_shapes(block: str) -> None:
     layer = KAFLayer(4, block=block, **SMALL).eval()

@@ -88,7 +88,9 @@ class _RowsToMap(torch.autograd.Function):
             fused += features
         elif features is not None:
             fused[:, : ctx.before] = features
-        return fused.view_as(fused)  # torch 2.11 compiles no gradient for a tensor that was filled in place
+        # torch 2.11 compiles no gradient for a tensor that was filled in place, but does for its copy, which takes no
+        # kernel of its own. (A view would do, but what follows could not work in place then, as many a ReLU does.)
+        return fused.clone() if torch.compiler.is_compiling() else fused
 
     @staticmethod
     @once_differentiable
