@@ -198,7 +198,9 @@ class KeypointDiffusion(nn.Module):
         rows = convolve_tokens(tokens, self.conv1.weight, index, count=index.numel())
         scale, shift = self._normalisation(rows, pixels=cells.shape[0] * prod(size))
         hidden, matrices = Hidden(rows, scale, shift, *self._second(gain)), (self.before, self.after, self.borders)
-        return rows_to_map(hidden, features, gain is not None, near, matrices, size)
+        if gain is None:
+            return rows_to_map(hidden, features, near, matrices, size, memory_format(features))
+        return _fuse(features, rows_to_map(hidden, None, near, matrices, size, memory_format(features)), add=True)
 
     def _second(self, gain: Tensor | None) -> tuple[Tensor, Tensor]:
         """The second convolution's weight and bias, multiplied by the gain so that no map needs to be."""
@@ -239,4 +241,8 @@ def _fuse(
 ) -> Annotated[Tensor, "B F+O *S"]:
     if features is None:
         return diffused
-    return features + diffused if add else torch.cat([features, diffused], dim=1)
+    if not add:
+        return torch.cat([features, diffused], dim=1)
+    if torch.promote_types(features.dtype, diffused.dtype) != diffused.dtype:
+        return features + diffused
+    return diffused.add_(features)  # in place, as the system takes longer to find memory for a map than to add two

@@ -21,23 +21,23 @@ __all__ = ["memory_format", "rows_to_map"]
 def rows_to_map(
     hidden: Hidden,
     features: Annotated[Tensor, "B F *S"] | None,
-    add: bool,
     near: tuple[Annotated[Tensor, "5^D B N"], Annotated[Tensor, "5^D B N"]],
     matrices: tuple[Annotated[Tensor, "6^D 3^D"], Annotated[Tensor, "5^D 6^D"], Annotated[Tensor, "3^D 3^D"]],
     size: Sequence[int],
+    layout: torch.memory_format,
 ) -> Annotated[Tensor, "B F+O *S"]:
-    """Normalisation, ReLU and the second convolution, written after the features or added to them.
+    """Normalisation, ReLU and the second convolution, written after the features.
 
     Args:
         hidden: with K rows for each keypoint, as :func:`~kaf_layer.diffusion.rows.convolve_tokens` gives them.
-        features: a map that the result follows, channel after channel, or is added to.
-        add: whether it is added.
+        features: a map that the result follows, channel after channel.
         near: the cells around each keypoint, as :func:`~kaf_layer.diffusion.neighbours.find_neighbours` gives them.
         matrices: those of :func:`~kaf_layer.diffusion.karatsuba.karatsuba_matrices`, then
             :func:`~kaf_layer.diffusion.background.border_matrix`.
         size: the map's size.
+        layout: of the result.
     """
-    return _RowsToMap.apply(features, add, *near, *matrices, size, *hidden)
+    return _RowsToMap.apply(features, *near, *matrices, size, layout, *hidden)
 
 
 def memory_format(features: Annotated[Tensor, "B F *S"] | None) -> torch.memory_format:
@@ -49,7 +49,7 @@ def memory_format(features: Annotated[Tensor, "B F *S"] | None) -> torch.memory_
 
 
 class _RowsToMap(torch.autograd.Function):
-    """Normalisation and ReLU of rows, and a convolution from rows to a map, which may follow ``features`` or add to it.
+    """Normalisation and ReLU of rows, and a convolution from rows to a map, which may follow ``features`` in it.
 
     Nothing but the rows is kept for the backward pass: normalisation and ReLU are repeated there.
     """
@@ -58,19 +58,19 @@ class _RowsToMap(torch.autograd.Function):
     def forward(
         ctx: Any,
         features: Tensor | None,
-        add: bool,
         index: Tensor,
         inside: Tensor,
         before: Tensor,
         after: Tensor,
         borders: Tensor,
         size: Sequence[int],
+        layout: torch.memory_format,
         *hidden: Tensor,
     ) -> Tensor:
         """Rows (9 * B * N + 1, C), a weight (O, C, 3, 3) and features (B, F, H, W) to a map (B, F + O, H, W)."""
         rows, scale, shift, weight, bias = hidden
         ctx.save_for_backward(rows, scale, shift, weight, index.int(), inside, before, after, borders)
-        ctx.fused, ctx.before = features is not None, 0 if features is None or add else features.shape[1]
+        ctx.features = 0 if features is None else features.shape[1]
         before, after, borders, kernel = (x.to(wide(rows)) for x in (before, after, borders, to_kernel(weight)))
         background, spectra = _spectra(rows, scale, shift, before)
         spectra = _combine(before, kernel).mT @ spectra.mT
@@ -78,16 +78,14 @@ class _RowsToMap(torch.autograd.Function):
         patches *= inside.transpose(0, 1)
 
         dtype = rows.dtype if features is None else torch.promote_types(features.dtype, rows.dtype)
-        shape = (index.shape[1], ctx.before + weight.shape[0], *size)
-        fused = torch.empty(shape, dtype=dtype, device=rows.device, memory_format=memory_format(features))
-        diffused = fused[:, ctx.before :]
+        shape = (index.shape[1], ctx.features + weight.shape[0], *size)
+        fused = torch.empty(shape, dtype=dtype, device=rows.device, memory_format=layout)
+        diffused = fused[:, ctx.features :]
         fill(diffused, background, weight, bias, borders)
         pixels, patches = _by_sample(index, channels=weight.shape[0]), patches.transpose(0, 1).flatten(2)
         diffused.view(*diffused.shape[:2], -1).scatter_add_(2, pixels, patches.to(dtype))
-        if features is not None and add:
-            fused += features
-        elif features is not None:
-            fused[:, : ctx.before] = features
+        if features is not None:
+            fused[:, : ctx.features] = features
         # torch 2.11 compiles no gradient for a tensor that was filled in place, but does for its copy, which takes no
         # kernel of its own. (A view would do, but what follows could not work in place then, as many a ReLU does.)
         return fused.clone() if torch.compiler.is_compiling() else fused
@@ -97,8 +95,7 @@ class _RowsToMap(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of the features and of what is hidden."""
         rows, scale, shift, weight, index, inside, before, after, borders = ctx.saved_tensors
-        grad_features = (grad[:, : ctx.before] if ctx.before else grad) if ctx.fused else None
-        grad = grad[:, ctx.before :]
+        grad_features, grad = grad[:, : ctx.features] if ctx.features else None, grad[:, ctx.features :]
         before, after, borders, kernel = (x.to(wide(rows)) for x in (before, after, borders, to_kernel(weight)))
         # What the rows add to the background, ...
         patches = grad.flatten(2).gather(2, _by_sample(index.long(), channels=grad.shape[1])).to(wide(rows))
