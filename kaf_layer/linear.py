@@ -63,9 +63,9 @@ def linear_backward(
     """
     if not _is_faster_as_convolution(x):
         return grad @ weight, grad.mT @ x
-    images, kernel, none, ones = (_as_images(grad), _as_images(x)), weight[..., None, None], [0, 0], [1, 1]
+    images, kernel, ones, zeros = (_as_images(grad), _as_images(x)), weight[..., None, None], [1, 1], [0, 0]
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-        *images, kernel, [0], ones, none, ones, False, none, 1, [True, True, False]
+        *images, kernel, None, ones, zeros, ones, False, zeros, 1, [True, True, False]
     )
     return _as_rows(grad_x), grad_weight[..., 0, 0]
 

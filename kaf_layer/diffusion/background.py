@@ -53,7 +53,7 @@ def fill_backward(
     grad: Annotated[Tensor, "B O *S"], borders: Annotated[Tensor, "3^D 3^D"]
 ) -> Annotated[Tensor, "O 3^D"]:
     """For each of the kernel's positions the gradient summed over the pixels whose neighbour there is in the map."""
-    # Over all of a slice's pixels at once: torch's sums over some axes of a map are up to 30 times as slow on a CPU.
+    # Over all of a slice's pixels at once: a CPU can take 20 times as long to sum a map over some of its axes.
     pixels = (0, *range(2, grad.ndim))
     slices = (grad[(..., *where)] for where in product(SIDES, repeat=grad.ndim - 2))
     sums = torch.stack([pixels_of.sum(pixels, dtype=wide(grad)) for pixels_of in slices], dim=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,14 @@ def cheapest_method(slots: int, size: Sequence[int]) -> Method:
     if torch.compiler.is_exporting() or 3 * 3 ** len(size) * slots <= prod(size):
         return "rows"
     return "hybrid" if 2 * slots <= prod(size) else "dense"
+
+
+class _Fusion(NamedTuple):
+    """How the map is to join features: behind those ``before`` it, or times a ``gain``, to be added to them."""
+
+    before: Tensor | None
+    layout: torch.memory_format
+    gain: Tensor | None
 
 
 class KeypointDiffusion(nn.Module):
@@ -143,21 +151,24 @@ class KeypointDiffusion(nn.Module):
                 raise ValueError(f"features must be (B, F, *size), got {features.shape=}, {tokens.shape=} and {size=}")
         if gain is not None:
             check_floats(gain=gain)
-            channels = None if features is None else features.shape[1]
-            if (channels, *gain.shape) != (self.conv2.out_channels, self.conv2.out_channels):
-                raise ValueError(
-                    f"with a gain, features must have {self.conv2.out_channels=} channels, and gain as many numbers, "
-                    f"got {gain.shape=} and features of {channels} channels"
-                )
+            channels, needed = None if features is None else features.shape[1], self.conv2.out_channels
+            if (channels, *gain.shape) != (needed, needed):
+                got = f"got {gain.shape=} and features of {channels} channels"
+                raise ValueError(f"with a gain, features must have {needed} channels, and gain as many numbers, {got}")
         needs_pixels = self.norm.training and isinstance(self.norm, (nn.BatchNorm2d, nn.BatchNorm3d))
         if needs_pixels and tokens.shape[0] * prod(size) == 1:
             raise ValueError(
                 f"batch statistics need more than one pixel, got {tokens.shape=} and {size=}; call .eval()"
             )
+        fusion = _Fusion(features if gain is None else None, memory_format(features), gain)
+        diffused = self._diffuse(tokens, keypoints, size, fusion)
+        return diffused if gain is None or features is None else _add(diffused, features)
+
+    def _diffuse(self, tokens: Tensor, keypoints: Keypoints, size: Sequence[int], fusion: _Fusion) -> Tensor:
         method = self.method or cheapest_method(tokens.shape[1], size)
         # An empty batch has no statistics, which torch's own modules know.
         if method == "dense" or tokens.shape[0] == 0 or not _has_running_average(self.norm):
-            return self._dense(tokens, keypoints, size, features, gain)
+            return self._dense(tokens, keypoints, size, fusion)
         device = tokens.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
         with torch.autocast(device, enabled=False):
@@ -166,41 +177,32 @@ class KeypointDiffusion(nn.Module):
             valid = keypoints.valid.flatten() if keypoints.padded else None
             weighted = Tokens(tokens.flatten(0, 1).to(dtype), valid, shares.flatten(0, 1))
             sparse = self._hybrid if method == "hybrid" else self._rows
-            return sparse(weighted, cells, size, features, gain)
+            return sparse(weighted, cells, size, fusion)
 
-    def _dense(
-        self, tokens: Tensor, keypoints: Keypoints, size: Sequence[int], features: Tensor | None, gain: Tensor | None
-    ) -> Tensor:
-        sparse_map = scatter_keypoints(tokens, keypoints, size, reduce=self.reduce)
-        sparse_map = sparse_map.contiguous(memory_format=memory_format(features))
-        diffused = self.conv2(F.relu(self.norm(self.conv1(sparse_map))))
-        if gain is not None:
-            diffused = diffused * gain.to(diffused.dtype).view(-1, *[1] * len(size))
-        return _fuse(features, diffused, add=gain is not None)
+    def _dense(self, tokens: Tensor, keypoints: Keypoints, size: Sequence[int], fusion: _Fusion) -> Tensor:
+        sparse = scatter_keypoints(tokens, keypoints, size, reduce=self.reduce).contiguous(memory_format=fusion.layout)
+        diffused = self.conv2(F.relu(self.norm(self.conv1(sparse))))
+        if fusion.gain is not None:
+            diffused = diffused * fusion.gain.to(diffused.dtype).view(-1, *[1] * len(size))
+        return _concatenate(fusion.before, diffused)
 
-    def _hybrid(
-        self, tokens: Tokens, cells: Tensor, size: Sequence[int], features: Tensor | None, gain: Tensor | None
-    ) -> Tensor:
+    def _hybrid(self, tokens: Tokens, cells: Tensor, size: Sequence[int], fusion: _Fusion) -> Tensor:
         batch, near = cells.shape[0], padded_neighbours(cells, size)
         pixels = convolve_tokens_to_map(tokens, self.conv1.weight, near, batch=batch, size=size)
-        parameters = self.conv1.bias, self.norm, *self._second(gain)
-        diffused, mean, inverse_std = normalise_and_convolve(pixels, *parameters)
+        second = self._second(fusion.gain)
+        diffused, mean, inverse_std = normalise_and_convolve(pixels, self.conv1.bias, self.norm, *second)
         if self.norm.training:
             var = inverse_std.pow(-2) - self.norm.eps
             self._track(mean + self.conv1.bias, var, pixels=batch * prod(size))
-        return _fuse(features, diffused.contiguous(memory_format=memory_format(features)), add=gain is not None)
+        return _concatenate(fusion.before, diffused.contiguous(memory_format=fusion.layout))
 
-    def _rows(
-        self, tokens: Tokens, cells: Tensor, size: Sequence[int], features: Tensor | None, gain: Tensor | None
-    ) -> Tensor:
+    def _rows(self, tokens: Tokens, cells: Tensor, size: Sequence[int], fusion: _Fusion) -> Tensor:
         near = find_neighbours(cells, size, radius=2)
         index = find_rows(*closest(*near), size)
         rows = convolve_tokens(tokens, self.conv1.weight, index, count=index.numel())
         scale, shift = self._normalisation(rows, pixels=cells.shape[0] * prod(size))
-        hidden, matrices = Hidden(rows, scale, shift, *self._second(gain)), (self.before, self.after, self.borders)
-        if gain is None:
-            return rows_to_map(hidden, features, near, matrices, size, memory_format(features))
-        return _fuse(features, rows_to_map(hidden, None, near, matrices, size, memory_format(features)), add=True)
+        hidden = Hidden(rows, scale, shift, *self._second(fusion.gain))
+        return rows_to_map(hidden, fusion.before, near, (self.before, self.after, self.borders), size, fusion.layout)
 
     def _second(self, gain: Tensor | None) -> tuple[Tensor, Tensor]:
         """The second convolution's weight and bias, multiplied by the gain so that no map needs to be."""
@@ -236,13 +238,13 @@ def _has_running_average(norm: Any) -> bool:
     return plain and norm.affine and norm.track_running_stats and norm.momentum is not None
 
 
-def _fuse(
-    features: Annotated[Tensor, "B F *S"] | None, diffused: Annotated[Tensor, "B O *S"], *, add: bool
+def _concatenate(
+    before: Annotated[Tensor, "B F *S"] | None, diffused: Annotated[Tensor, "B O *S"]
 ) -> Annotated[Tensor, "B F+O *S"]:
-    if features is None:
-        return diffused
-    if not add:
-        return torch.cat([features, diffused], dim=1)
+    return diffused if before is None else torch.cat([before, diffused], dim=1)
+
+
+def _add(diffused: Annotated[Tensor, "B O *S"], features: Annotated[Tensor, "B O *S"]) -> Annotated[Tensor, "B O *S"]:
     if torch.promote_types(features.dtype, diffused.dtype) != diffused.dtype:
         return features + diffused
     return diffused.add_(features)  # in place, as the system takes longer to find memory for a map than to add two
