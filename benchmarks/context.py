@@ -149,16 +149,20 @@ def row_of(name: str, results: Sequence[dict[str, list[Any]]]) -> dict[str, obje
 
 
 def sunnybrook(options: argparse.Namespace) -> None:
-    """Cross-validates every method with every number of levels, and reports Dice by receptive field."""
+    """Cross-validates every method with every number of levels, unless given runs, and reports Dice by their field."""
     from examples.protocol import cross_validate
-    from examples.protocol.comparison import difference
+    from examples.protocol.comparison import difference, runs_ahead
 
-    rows = []
+    rows, given = [], [run for file in options.results for run in read_json(file)]
     for levels in options.levels:
         arguments = ["--preset", "sunnybrook", "--data", str(options.data), "--levels", str(levels)]
         arguments += ["--labelled", "2", "--methods", *METHODS, "--output", str(options.output / f"levels{levels}")]
         arguments += ["--test-folds", *map(str, options.folds), "--seeds", *map(str, options.seeds)]
-        results = cross_validate.main([*arguments, "--jobs", str(options.jobs)])
+        if given:
+            chosen = {(levels, 2, fold, seed) for fold in options.folds for seed in options.seeds}
+            results = [r for r in given if (r["settings"]["levels"], r["M"], r["fold"], r["seed"]) in chosen]
+        else:
+            results = cross_validate.main([*arguments, "--jobs", str(options.jobs)])
         of = {name: [result for result in results if result["method"] == name] for name in METHODS}
         edge = results[0]["settings"]["patch"][0]
         field = 9 * 2 ** (levels - 1) - 4  # two convolutions 3x3 on each level, and halvings between
@@ -167,6 +171,8 @@ def sunnybrook(options: argparse.Namespace) -> None:
             row["Dice"] = mean(cross_validate.over_folds(of[name], None))
             d = difference(of[name], of["unet"]) if name != "unet" else None
             row["ahead of UNet"] = f"{d.dice:+.3f}, p = {d.p:.2g}" if d else ""
+            row["in folds"] = f"{d.ahead} of {d.folds}" if d else ""
+            row["in runs"] = runs_ahead(of[name], of["unet"]) if d else ""
             rows.append(row)
     notes = f"Sunnybrook, M = 2, folds {options.folds}, seeds {options.seeds}; the field is that of the deepest block."
     harness.report("context-sunnybrook", rows, notes=notes, packages=["monai"])
@@ -181,11 +187,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=400, help="synthetic: of training")
     parser.add_argument("--images", type=int, default=3000, help="synthetic: to train on")
     parser.add_argument("--data", type=Path, help="sunnybrook: its folder")
+    parser.add_argument("--results", type=Path, nargs="+", default=[], help="sunnybrook: files of runs, not to train")
     parser.add_argument("--levels", type=int, nargs="+", default=[3, 4, 5], help="sunnybrook: of the UNets")
     parser.add_argument("--folds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="sunnybrook: to test")
     parser.add_argument("--jobs", type=int, default=1, help="sunnybrook: folds at a time")
     options = parser.parse_args(arguments)
-    if options.part == "sunnybrook" and options.data is None:
+    if options.part == "sunnybrook" and options.data is None and not options.results:
         parser.error("sunnybrook needs --data, the folder of its volumes")
     {"synthetic": synthetic, "sunnybrook": sunnybrook}[options.part](options)
     draw()

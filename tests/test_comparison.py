@@ -72,5 +72,9 @@ def test_a_file_of_results_is_compared(tmp_path, capsys) -> None:
     assert lines[-1].endswith("|  |")
     comparison.main([str(path), "--reference", "a", "--labelled", "1", "--folds", "1", "--seeds", "0"])
     assert "| b | 0.500 | 1 of 1 |" in capsys.readouterr().out.splitlines()
+    levels = [run | {"settings": {"levels": 3 + 2 * run["seed"]}} for run in results]
+    path.write_text(json.dumps(levels))
+    comparison.main([str(path), "--reference", "a", "--labelled", "1", "--levels", "5"])  # seed 1
+    assert "| a | 0.500 ± 0.141 | 0 of 2 |" in capsys.readouterr().out.splitlines()
     with pytest.raises(ValueError, match=r"--reference must be among .* got 'c'"):
         comparison.main([str(path), "--reference", "c"])

@@ -107,8 +107,8 @@ def test_sunnybrook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         levels = int(arguments[arguments.index("--levels") + 1])
         gains = dict.fromkeys(context.METHODS, 0.0) | {"kaf-unet": 0.1 / levels}
         return [
-            {"method": name, "fold": fold, "M": 2, "settings": {"patch": [96, 96]}}
-            | {"scores": [["a", 0.5 + gain], ["a", 0.6 + gain]]}
+            {"method": name, "fold": fold, "M": 2, "seed": 0, "settings": {"patch": [96, 96], "levels": levels}}
+            | {"dice": 0.55 + gain, "scores": [["a", 0.5 + gain], ["a", 0.6 + gain]]}
             for name, gain in gains.items()
             for fold in (0, 1)
         ]
@@ -123,7 +123,17 @@ def test_sunnybrook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row["Dice"] for row in kaf] == pytest.approx([0.55 + 0.1 / 3, 0.55 + 0.1 / 5])
     assert [row["receptive field / edge"] for row in kaf] == pytest.approx([32 / 96, 140 / 96])
     assert kaf[0]["ahead of UNet"] == "+0.033, p = 0.12"
+    assert kaf[0]["in folds"] == kaf[0]["in runs"] == "2 of 2"
+    added = next(row for row in rows if row["network"] == "KAF-UNet, added")
+    assert added["in folds"] == added["in runs"] == "0 of 2"
     assert (tmp_path / "context.png").stat().st_size > 10_000
+    files = [tmp_path / f"{levels}.json" for levels in (3, 5)]
+    for file in files:
+        file.write_text(json.dumps(cross_validated(["--levels", file.stem])))
+    commands.clear()
+    context.main(["sunnybrook", "--levels", "3", "5", "--folds", "0", "1", "--results", *map(str, files)])
+    assert not commands
+    assert json.loads((tmp_path / "context-sunnybrook-cpu.json").read_text())["rows"] == rows
 
 
 def test_layers_attached_to_a_trained_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

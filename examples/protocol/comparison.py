@@ -1,6 +1,6 @@
 """What cross-validation says of two methods: mean and deviation over folds, and paired differences over volumes.
 
-python -m examples.protocol.comparison RESULTS.json --reference METHOD [--labelled 2] [--folds 0 1 2] [--seeds 0]
+python -m examples.protocol.comparison RESULTS.json --reference METHOD [--labelled 2] [--folds 0 1] [--seeds 0] [--levels 5]
 """
 
 import argparse
@@ -101,9 +101,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--reference", required=True, help="the method that the others are compared with")
     for key, name in CHOSEN.items():
         parser.add_argument(f"--{name}", type=int, nargs="+", dest=key, help="which to take (default: all)")
+    parser.add_argument("--levels", type=int, nargs="+", help="of the networks (default: all)")
     own = parser.parse_args(arguments)
     chosen = {key: getattr(own, key) for key in CHOSEN if getattr(own, key)}
     results = [r for r in read_json(own.results) if all(r[key] in values for key, values in chosen.items())]
+    results = [r for r in results if not own.levels or r["settings"]["levels"] in own.levels]
     methods = list(dict.fromkeys(result["method"] for result in results))
     if own.reference not in methods:
         raise ValueError(f"--reference must be among the methods of {own.results}, {methods}, got {own.reference!r}")

@@ -176,8 +176,7 @@ class KeypointDiffusion(nn.Module):
             shares = cell_shares(tokens, keypoints, cells, size, reduce=self.reduce)
             valid = keypoints.valid.flatten() if keypoints.padded else None
             weighted = Tokens(tokens.flatten(0, 1).to(dtype), valid, shares.flatten(0, 1))
-            sparse = self._hybrid if method == "hybrid" else self._rows
-            return sparse(weighted, cells, size, fusion)
+            return (self._hybrid if method == "hybrid" else self._rows)(weighted, cells, size, fusion)
 
     def _dense(self, tokens: Tensor, keypoints: Keypoints, size: Sequence[int], fusion: _Fusion) -> Tensor:
         sparse = scatter_keypoints(tokens, keypoints, size, reduce=self.reduce).contiguous(memory_format=fusion.layout)
