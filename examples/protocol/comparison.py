@@ -1,6 +1,6 @@
 """What cross-validation says of two methods: mean and deviation over folds, and paired differences over volumes.
 
-python -m examples.protocol.comparison RESULTS.json --reference METHOD [--labelled 2] [--folds 0 1] [--seeds 0] [--levels 5]
+python -m examples.protocol.comparison RESULTS --reference METHOD [--labelled 2] [--folds 0 1] [--seeds 0] [--levels 5]
 """
 
 import argparse
