@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     notes = (
         f"Sunnybrook, M = {options.labelled}, folds {options.folds}, seed {options.seed}: {options.steps} steps of "
         f"training and as many of fine-tuning, Adam 3e-3 with a cosine. Dice: mean ± deviation over folds; p of a "
-        f"Wilcoxon signed-rank test over volumes. The gains of the layers grew from 0 to {gain:.2f} on average."
+        f"Wilcoxon signed-rank test over subjects. The gains of the layers grew from 0 to {gain:.2f} on average."
     )
     harness.report("attached", rows, notes=notes, packages=["monai"])
 

@@ -174,7 +174,10 @@ def sunnybrook(options: argparse.Namespace) -> None:
             row["in folds"] = f"{d.ahead} of {d.folds}" if d else ""
             row["in runs"] = runs_ahead(of[name], of["unet"]) if d else ""
             rows.append(row)
-    notes = f"Sunnybrook, M = 2, folds {options.folds}, seeds {options.seeds}; the field is that of the deepest block."
+    notes = (
+        f"Sunnybrook, M = 2, folds {options.folds}, seeds {options.seeds}; the field is that of the deepest block. "
+        "Differences and p of a Wilcoxon signed-rank test are over subjects, each the mean of its volumes."
+    )
     harness.report("context-sunnybrook", rows, notes=notes, packages=["monai"])
 
 

@@ -1,4 +1,4 @@
-"""Paired differences over volumes: by hand, and by the signed-rank test's definition."""
+"""Paired differences over subjects: by hand, and by the signed-rank test's definition."""
 
 import json
 from itertools import product
@@ -20,7 +20,18 @@ def test_scores_are_means_over_seeds_of_means_over_classes() -> None:
         result(0, [(0.4, 0.6), (nan, 0.6)], seed=1),
         result(1, [(0.1, nan)]),
     ]
-    assert comparison.volume_scores(results) == pytest.approx({(0, 0): 0.4, (0, 1): 0.7, (1, 0): 0.1})
+    expected = {(0, "subject0"): 0.4, (0, "subject1"): 0.7, (1, "subject0"): 0.1}
+    assert comparison.subject_scores(results) == pytest.approx(expected)
+
+
+def test_volumes_of_one_subject_count_as_one() -> None:
+    """Eight volumes that are all ahead, of two subjects, are no more than two subjects ahead: p = 2 / 4."""
+    ours, theirs = result(0, [(0.6,)] * 4 + [(0.5,)] * 4), result(0, [(0.4,)] * 4 + [(0.2,)] * 4)
+    for run in (ours, theirs):
+        for number, row in enumerate(run["scores"]):
+            row[0] = f"subject{number // 4}"
+    d = comparison.difference([ours], [theirs])
+    assert (d.dice, d.p) == (pytest.approx(0.25), 0.5)
 
 
 def test_the_p_value_is_that_of_all_signs() -> None:
@@ -38,10 +49,10 @@ def test_the_p_value_is_that_of_all_signs() -> None:
     assert d.p == pytest.approx(sum(abs(s - 7.5) >= abs(ours_sum - 7.5) for s in sums) / len(sums))
 
 
-def test_only_shared_volumes_are_compared() -> None:
+def test_only_shared_subjects_are_compared() -> None:
     ours, theirs = [result(0, [(0.5,)]), result(1, [(0.9,)])], [result(1, [(0.9,)]), result(2, [(0.1,)])]
     assert comparison.difference(ours, theirs) == comparison.Difference(0.0, 1.0, 0, 1)
-    with pytest.raises(ValueError, match="share no volume, give both the same folds"):
+    with pytest.raises(ValueError, match="share no subject, give both the same folds"):
         comparison.difference(ours[:1], theirs[1:])
 
 
@@ -67,7 +78,7 @@ def test_a_file_of_results_is_compared(tmp_path, capsys) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert "| b | 0.500 ± 0.000 | 3 of 4 |" in lines
     assert "| a | 0.600 ± 0.141 | 0 of 4 |" in lines  # over folds, of means over seeds
-    # Six volumes, of which three are level, as their seeds cancel.
+    # Six subjects, of which three are level, as their seeds cancel.
     assert lines[-1].startswith("| b | +0.100, p = 0.25, 1 of 2 | ")
     assert lines[-1].endswith("|  |")
     comparison.main([str(path), "--reference", "a", "--labelled", "1", "--folds", "1", "--seeds", "0"])

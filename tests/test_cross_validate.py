@@ -144,7 +144,7 @@ def test_methods_with_options_and_seeds(tmp_path: Path) -> None:
     text = (tmp_path / "table.md").read_text()
     assert [r["settings"]["lr"] for r in results] == [0.003] * 4 + [0.01] * 2  # of fine-tuning alone
     assert "| KAF-UNet, --fusion add --detector none --lr 0.01 |" in text
-    assert "KAF-UNet ahead of (Dice, mean over volumes; p; folds)" in text
+    assert "KAF-UNet ahead of (Dice, mean over subjects; p; folds)" in text
     curves = pytest.importorskip("examples.protocol.curves", reason="the extra plot is not here")
     curves.main([str(tmp_path)])
     assert (tmp_path / "curves.png").stat().st_size > 10_000

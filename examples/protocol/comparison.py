@@ -1,4 +1,4 @@
-"""What cross-validation says of two methods: mean and deviation over folds, and paired differences over volumes.
+"""What cross-validation says of two methods: mean and deviation over folds, and paired differences over subjects.
 
 python -m examples.protocol.comparison RESULTS --reference METHOD [--labelled 2] [--folds 0 1] [--seeds 0] [--levels 5]
 """
@@ -18,7 +18,7 @@ from examples.protocol.files import read_json
 PUBLISHED = Path(__file__).parent / "published"  # the paper's rows, by preset
 CHOSEN = {"M": "labelled", "fold": "folds", "seed": "seeds"}  # what a result is told by, and its option
 Result = dict[str, Any]  # what finetune.py writes, with the method, fold, seed and number of labelled subjects
-Volume = tuple[int, int]  # a fold, and a volume's number among those that it tests
+Subject = tuple[int, str]  # a fold, and the name of a subject that it tests
 
 
 class Difference(NamedTuple):
@@ -45,23 +45,26 @@ def spread(values: Sequence[float]) -> str:
     return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
-def volume_scores(results: Sequence[Result]) -> dict[Volume, float]:
-    """Dice of each volume tested: the mean over seeds of the mean over the classes that it has."""
+def subject_scores(results: Sequence[Result]) -> dict[Subject, float]:
+    """Dice of each subject tested: the mean over its volumes and seeds of the mean over the classes that each has.
+
+    Volumes of one subject resemble each other: a test that counted them as independent would give too small a p-value.
+    """
     scores = defaultdict(list)
     for result in results:
-        for number, (_, *classes) in enumerate(result["scores"]):
+        for subject, *classes in result["scores"]:
             present = [value for value in classes if not isnan(value)]
             if present:
-                scores[result["fold"], number].append(mean(present))
-    return {volume: mean(values) for volume, values in scores.items()}
+                scores[result["fold"], subject].append(mean(present))
+    return {subject: mean(values) for subject, values in scores.items()}
 
 
 def difference(results: Sequence[Result], others: Sequence[Result]) -> Difference:
-    """Compares two methods on the volumes that both were tested on, by a Wilcoxon signed-rank test (two-sided)."""
-    ours, theirs = volume_scores(results), volume_scores(others)
-    pairs = {volume: ours[volume] - theirs[volume] for volume in ours if volume in theirs}
+    """Compares two methods on the subjects that both were tested on, by a Wilcoxon signed-rank test (two-sided)."""
+    ours, theirs = subject_scores(results), subject_scores(others)
+    pairs = {subject: ours[subject] - theirs[subject] for subject in ours if subject in theirs}
     if not pairs:
-        raise ValueError("the methods to be compared share no volume, give both the same folds and --labelled")
+        raise ValueError("the methods to be compared share no subject, give both the same folds and --labelled")
     folds = defaultdict(list)
     for (fold, _), value in pairs.items():
         folds[fold].append(value)
@@ -74,7 +77,7 @@ def compare(results: Sequence[Result], reference: str, titles: dict[str, str]) -
     """A table of how far the reference is ahead of each other method, for each number of labelled subjects."""
     counts = list(dict.fromkeys(result["M"] for result in results))
     of = {key: [r for r in results if (r["method"], r["M"]) == key] for key in {(r["method"], r["M"]) for r in results}}
-    lines = [f"{titles[reference]} ahead of (Dice, mean over volumes; p; folds)", ""]
+    lines = [f"{titles[reference]} ahead of (Dice, mean over subjects; p; folds)", ""]
     lines += [f"| method | {' | '.join(f'M = {m}' for m in counts)} |", "|---" * (len(counts) + 1) + "|"]
     for method, title in titles.items():
         if method != reference:

@@ -12,8 +12,8 @@ scripts know if it is pretrained: "kaf-unet+kaf --depth 2". Other options go to 
 --pretrain "..." and --finetune "..." to one of them. What was killed goes on where it was, by the same command. Writes
 table.md, results.json, options.json, split.json to --output.
 Each method is compared with kaf-unet, or with what --reference says: the mean difference over the
-volumes tested and the p-value of a Wilcoxon signed-rank test, as in the paper's Table 11. Published rows stand beside
-ours, the paper's for its presets, others by --beside rows.json: {"UNet, Table 1": {"1": 0.5, "2": 0.6}, ...}
+subjects tested, each the mean of its volumes, and the p-value of a Wilcoxon signed-rank test. Published rows stand
+beside ours, the paper's for its presets, others by --beside rows.json: {"UNet, Table 1": {"1": 0.5, "2": 0.6}, ...}
 """
 
 import argparse
