@@ -33,7 +33,6 @@ docs: $(VENV)/.installed  ## run the code on the pages, then build the site into
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_pages.py
 	$(BIN)/mkdocs build --strict
 
-benchmarks: export RESULTS := outputs/benchmarks
 benchmarks: $(VENV)/.installed  ## every benchmark at a small size, into outputs/benchmarks
 	$(BIN)/python benchmarks/flops.py --edges 128 256 --attentions 20
 	$(BIN)/python benchmarks/memory.py --edges 128 256 --attentions 20

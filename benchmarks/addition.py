@@ -9,7 +9,6 @@ the loss of the UNet without layers. Both kinds of layers start as the exact ide
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from statistics import mean
 
@@ -77,7 +76,7 @@ def grow(network: nn.Module, task: Task, *, steps: int, lr: float) -> list[tuple
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--images", type=int, default=400)
     parser.add_argument("--lr", type=float, default=3e-3, help="of Adam")

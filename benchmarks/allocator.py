@@ -7,7 +7,6 @@ By default glibc returns large blocks at once, and every step touches fresh page
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -15,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from harness import compare, report
+from harness import compare, parser, report
 from plain import PlainDiffusion
 from speed import random_keypoints
 
@@ -58,11 +57,11 @@ def measure(edge: int, repeats: int) -> dict[str, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--edge", type=int, default=512, help="of the map")
-    parser.add_argument("--repeats", type=int, default=11, help="of each run; the median counts")
-    parser.add_argument("--here", action="store_true", help="measure in this environment, and print JSON")
-    options = parser.parse_args(arguments)
+    own = parser(__doc__)
+    own.add_argument("--edge", type=int, default=512, help="of the map")
+    own.add_argument("--repeats", type=int, default=11, help="of each run; the median counts")
+    own.add_argument("--here", action="store_true", help="measure in this environment, and print JSON")
+    options = own.parse_args(arguments)
     if options.here:
         print(json.dumps(measure(options.edge, options.repeats)))
         return

@@ -73,7 +73,7 @@ def run_fold(stacks: list[Stack], chosen: Sequence[str], tested: Sequence[str], 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="Sunnybrook's folder")
     parser.add_argument("--output", type=Path, default=Path("outputs/attached"), help="a folder for single folds")
     parser.add_argument("--folds", type=int, nargs="+", default=[0, 1, 2, 3, 4])

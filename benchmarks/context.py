@@ -6,7 +6,7 @@
 synthetic: the task of context_task.py, accuracy against the distance between target and marker. sunnybrook: Dice of
 unseen subjects on the whole field of view, for UNets of 3, 4 and 5 levels, whose receptive fields are smaller and
 larger than the image; of added layers also with a loss on their tokens. Both go on where they were killed; both draw
-results/context.png from what is there.
+context.png beside the tables, from what is there.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def sunnybrook(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument("part", choices=("synthetic", "sunnybrook"))
     parser.add_argument("--output", type=Path, default=Path("outputs/context"), help="a folder for single runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])

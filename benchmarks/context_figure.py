@@ -1,4 +1,4 @@
-"""Draws what context.py measured, as results/context.png: accuracy by distance, and Dice by receptive field."""
+"""Draws what context.py measured, as context.png beside the tables: accuracy by distance, Dice by receptive field."""
 
 from __future__ import annotations
 

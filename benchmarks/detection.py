@@ -5,7 +5,6 @@ python benchmarks/detection.py [--data ../shared/data] [--only agreement matchin
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ import cv2
 import kornia.feature
 import numpy as np
 import torch
-from harness import compare, report
+from harness import compare, parser, report
 from sifts import (
     Points,
     best_positions,
@@ -159,14 +158,15 @@ def speed(images: list[np.ndarray], repeats: int) -> None:
 
 
 PACKAGES = ("kornia", "scikit-image")
+PARTS = ("agreement", "matching", "speed")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path(__file__).parents[1] / ".." / "shared" / "data")
-    parser.add_argument("--only", nargs="+", default=["agreement", "matching", "speed"])
-    parser.add_argument("--repeats", type=int, default=7)
-    arguments = parser.parse_args()
+    own = parser(__doc__)
+    own.add_argument("--data", type=Path, default=Path(__file__).parents[1] / ".." / "shared" / "data")
+    own.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    own.add_argument("--repeats", type=int, default=7)
+    arguments = own.parse_args()
     natural = natural_images()
     sets = {"of scikit-image": natural}
     if slices := mri_slices(arguments.data):

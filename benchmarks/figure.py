@@ -1,12 +1,13 @@
 """Draws what flops.py and memory.py counted against the image's edge, in the manner of the paper's Figure 5.
 
-python benchmarks/figure.py
+python benchmarks/figure.py [--publish]
 """
 
 from __future__ import annotations
 
 import json
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import harness
@@ -31,8 +32,10 @@ PANELS = {
 
 def draw() -> None:
     """A column for each number of self-attentions, a row for each quantity whose results are there."""
-    files = {name: harness.RESULTS / f"{name}.json" for name in PANELS}
-    tables = {name: json.loads(file.read_text())["rows"] for name, file in files.items() if file.exists()}
+    tables = {name: rows for name in PANELS if (rows := measured(harness.RESULTS / f"{name}.json"))}
+    if not tables:
+        print(f"Nothing to draw in {harness.RESULTS}: run flops.py or memory.py first.")
+        return
     counts = sorted({row["attentions"] for rows in tables.values() for row in rows})
     with mpl.rc_context({"font.size": 9.5}):
         figure = Figure(figsize=(5 * len(counts), 3.6 * len(tables)), layout="constrained", facecolor="white")
@@ -49,6 +52,11 @@ def draw() -> None:
         for axes in grid[-1]:
             axes.set_xlabel("image edge, pixels")
         figure.savefig(harness.RESULTS / "attention.png", dpi=120)
+
+
+def measured(path: Path) -> list[dict[str, Any]]:
+    """The rows of a table, without those of networks that could not be measured."""
+    return [row for row in json.loads(path.read_text())["rows"] if row["of"] != "-"] if path.is_file() else []
 
 
 def points(row: dict[str, Any]) -> dict[int, float]:
@@ -92,4 +100,5 @@ def spread(heights: dict[str, float], *, gap: float) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    harness.parser(__doc__).parse_args()
     draw()

@@ -1,6 +1,6 @@
 """GFLOPs of attention against the image's edge: keypoints, windows, and all pixels (Figure 5 of the paper).
 
-python benchmarks/flops.py [--edges 128 256 ...] [--attentions 20 100] [--spatial-dims 3]
+python benchmarks/flops.py [--edges 128 256 ...] [--attentions 20 100] [--spatial-dims 3] [--publish]
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = sweep(measure, edges=options.edges, attentions=options.attentions, spatial_dims=options.spatial_dims)
     if options.spatial_dims == 3:
         report("flops-3d", rows, notes=VOLUME_NOTES, packages=("monai",), measured=False)
-        return
-    report("flops", rows, notes=NOTES, packages=("monai",), measured=False)
-    figure.draw()
+    else:
+        report("flops", rows, notes=NOTES, packages=("monai",), measured=False)
+        figure.draw()
 
 
 if __name__ == "__main__":

@@ -5,12 +5,11 @@ python benchmarks/fusion.py [--edges 512 128] [--batch 4] [--repeats 11]
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from itertools import product
 
 import torch
-from harness import report
+from harness import parser, report
 from speed import DEVICE, WIDTH, measure, random_keypoints
 from torch import Tensor
 
@@ -55,13 +54,13 @@ def fuse(fusion: str, layout: str, batch: int, edge: int, *, repeats: int) -> di
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--edges", type=int, nargs="+", default=[512, 128], help="of the map")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=11, help="of each run; the median counts")
-    options = parser.parse_args(arguments)
+    own = parser(__doc__)
+    own.add_argument("--edges", type=int, nargs="+", default=[512, 128], help="of the map")
+    own.add_argument("--batch", type=int, default=4)
+    own.add_argument("--repeats", type=int, default=11, help="of each run; the median counts")
+    options = own.parse_args(arguments)
     cases = product(("concat", "add"), FORMATS, (options.batch,), options.edges)
-    report("fusion", [fuse(*case, repeats=options.repeats) for case in cases], notes=NOTES)
+    report("fusion", (fuse(*case, repeats=options.repeats) for case in cases), notes=NOTES)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ keeps what it has measured; trainings go on where they were. CONTRIBUTING.md say
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -18,8 +17,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from harness import compare, report
-from networks import KEYPOINTS, NETWORKS, WIDTH
+from harness import compare, parser, report
+from networks import KEYPOINTS, NETWORKS, WIDTH, build_all
 from plain import PlainDiffusion
 from torch.profiler import ProfilerActivity, profile
 from ways import CUDA, DEVICE, PRECISIONS, WAYS, Case, in_way, precision, record, side_by_side
@@ -60,7 +59,10 @@ def unets(edge: int, batch: int, *, width: int = WIDTH, depth: int = 6) -> dict[
 def stacks(edge: int, batch: int, *, names: Sequence[str] = tuple(NETWORKS), attentions: int = 20) -> dict[str, Case]:
     """What memory.py compares; Swin-T first."""
     with torch.device(DEVICE):
-        networks = {name: NETWORKS[name](attentions) for name in sorted(names, key=lambda name: name != "Swin-T")}
+        builders = {name: NETWORKS[name] for name in sorted(names, key=lambda name: name != "Swin-T")}
+        networks, reasons = build_all(builders, attentions)
+        for name, reason in reasons.items():
+            print(f"{name}: {reason}", file=sys.stderr)
         return {name: (network, network.inputs(edge, batch)) for name, network in networks.items()}
 
 
@@ -188,20 +190,24 @@ PARTS: dict[str, Callable[..., Iterator[Row]]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", help=f"{', '.join(PARTS)}; by default all")
-    parser.add_argument("--small", action="store_true", help="the smallest size, a rehearsal")
-    options = parser.parse_args(arguments)
+    own = parser(__doc__)
+    own.add_argument("parts", nargs="*", help=f"{', '.join(PARTS)}; by default all")
+    own.add_argument("--small", action="store_true", help="the smallest size, a rehearsal")
+    options = own.parse_args(arguments)
     if unknown := set(options.parts) - set(PARTS):
-        parser.error(f"parts must be among {', '.join(PARTS)}, got {', '.join(unknown)}")
+        own.error(f"parts must be among {', '.join(PARTS)}, got {', '.join(unknown)}")
     if not CUDA and not options.small:
-        parser.error("there is no GPU here; --small rehearses on a CPU")
+        own.error("there is no GPU here; --small rehearses on a CPU")
     for name in options.parts or PARTS:
-        rows: list[Row] = []
-        for row in PARTS[name](small=options.small):
-            rows.append(row)
-            print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-            report(f"gpu-{name}", rows, notes=f"{PARTS[name].__doc__} {NOTES}", show=False)
+        rows = told(PARTS[name](small=options.small))
+        report(f"gpu-{name}", rows, notes=f"{PARTS[name].__doc__} {NOTES}")
+
+
+def told(rows: Iterator[Row]) -> Iterator[Row]:
+    """The rows, each printed as it comes."""
+    for row in rows:
+        print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+        yield row
 
 
 if __name__ == "__main__":

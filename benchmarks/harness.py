@@ -1,13 +1,15 @@
-"""What the benchmarks share: alternating runs, medians, saved activations, FLOPs, tables, results with versions."""
+"""What the benchmarks share: their options, alternating runs, medians, saved bytes, FLOPs, tables with versions."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import re
 import time
 from collections.abc import Callable, Iterable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 
@@ -16,8 +18,36 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-RESULTS = Path(os.environ.get("RESULTS", Path(__file__).parent / "results"))  # trials go elsewhere
+ROOT = Path(__file__).resolve().parent.parent
+PUBLISHED = ROOT / "benchmarks" / "results"  # what the README and the site show
+RESULTS = Path(os.environ.get("RESULTS", ROOT / "outputs" / "benchmarks"))  # where tables go, unless --publish is given
 Run = Callable[[], object]
+Row = dict[str, object]
+
+
+class Publish(argparse.Action):
+    """Saves in the folder of published results."""
+
+    def __call__(self, *_: object) -> None:
+        global RESULTS
+        RESULTS = PUBLISHED
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the defaults, and keeps the description's lines."""
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the options of all benchmarks."""
+    made = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    made.add_argument(
+        "--publish",
+        action=Publish,
+        nargs=0,
+        default=argparse.SUPPRESS,
+        help="save in benchmarks/results, which the README and the site show, and not in outputs/benchmarks",
+    )
+    return made
 
 
 def compare(runs: dict[str, Run], *, repeats: int = 11, warmup: int = 2) -> dict[str, float]:
@@ -85,13 +115,18 @@ def device_name() -> str:
 
 def environment(*packages: str) -> dict[str, str]:
     """The device's name and the versions of Python, torch and the packages named."""
-    from importlib.metadata import version
-
-    versions = {name: version(name) for name in ("torch", *packages)}
+    versions = {name: _version(name) for name in ("torch", *packages)}
     return {"device": device_name(), "python": platform.python_version(), **versions}
 
 
-def markdown(rows: list[dict[str, object]]) -> str:
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def markdown(rows: list[Row]) -> str:
     """A Markdown table; the first row's keys are the header."""
     header = list(rows[0])
     lines = [header, ["---"] * len(header), *([_cell(row[key]) for key in header] for row in rows)]
@@ -104,31 +139,25 @@ def _cell(value: object) -> str:
     return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
 
 
-def report(
-    name: str,
-    rows: list[dict[str, object]],
-    *,
-    notes: str,
-    packages: Iterable[str] = (),
-    save: bool = True,
-    measured: bool = True,
-    show: bool = True,
-) -> str:
-    """Prints the table with its notes and versions, and saves it as Markdown and JSON under RESULTS.
+def report(name: str, rows: Iterable[Row], *, notes: str, packages: Iterable[str] = (), measured: bool = True) -> str:
+    """Saves a table with its notes and versions, as Markdown and JSON under RESULTS, after each row; then prints it.
 
     What is ``measured`` bears the device's name; what is counted is the same on every device.
     """
     where = environment(*packages)
     if not measured:
         del where["device"]
-    text = f"{markdown(rows)}\n\n{notes}\n\n" + ", ".join(f"{key} {value}" for key, value in where.items()) + "\n"
-    if show:
-        print(text)
-    if save:
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        device = torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else "cpu"
-        stem = f"{name}-{device}" if measured else name
-        content = {"environment": where, "notes": notes, "rows": rows}
-        (RESULTS / f"{stem}.json").write_text(json.dumps(content, indent=1) + "\n")
-        (RESULTS / f"{stem}.md").write_text(text)
+    versions = ", ".join(f"{key} {value}" for key, value in where.items())
+    device = torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else "cpu"
+    path = RESULTS / (f"{name}-{device}" if measured else name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done: list[Row] = []
+    text = ""
+    for row in rows:
+        done.append(row)
+        text = f"{markdown(done)}\n\n{notes}\n\n{versions}\n"
+        content = {"environment": where, "notes": notes, "rows": done}
+        Path(f"{path}.json").write_text(json.dumps(content, indent=1) + "\n")
+        Path(f"{path}.md").write_text(text)
+    print(f"{text}\nSaved as {path}.md and .json" if done else f"{name}: nothing to measure", flush=True)
     return text

@@ -5,7 +5,6 @@ python benchmarks/launches.py [--names] [--compiled]
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from harness import report
+from harness import parser, report
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -95,10 +94,10 @@ def detect(images: Tensor) -> Keypoints:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--names", action="store_true", help="print how often each operation is issued")
-    parser.add_argument("--compiled", action="store_true", help="count the kernels of a compiled layer too; needs g++")
-    options = parser.parse_args(arguments)
+    own = parser(__doc__)
+    own.add_argument("--names", action="store_true", help="print how often each operation is issued")
+    own.add_argument("--compiled", action="store_true", help="count the kernels of a compiled layer too; needs g++")
+    options = own.parse_args(arguments)
     counts = {f"KAFLayer, {edge}x{edge}": layer_launches(edge) for edge in EDGES}
     for title, counters in counts.items() if options.names else ():
         for part, names in counters.items():

@@ -5,14 +5,13 @@ python benchmarks/matching.py [--data ../shared/data/sunnybrook] [--only sinkhor
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
-from harness import compare, report, saved_bytes
+from harness import compare, parser, report, saved_bytes
 from torch import Tensor
 
 from kaf_layer.detection import SIFTDetector
@@ -20,6 +19,7 @@ from kaf_layer.matching import log_sinkhorn, match_keypoints
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BATCH, ITERATIONS = 8, 100
+PARTS = ("sinkhorn", "slices")
 
 
 def unrolled(scores: Tensor, dustbin: Tensor) -> Tensor:
@@ -94,16 +94,16 @@ def slices(folder: Path) -> list[dict[str, object]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/sunnybrook"))
-    parser.add_argument("--only", nargs="*", default=["sinkhorn", "slices"])
-    parser.add_argument("--points", type=int, nargs="*", default=[128, 512])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args()
+    own = parser(__doc__)
+    own.add_argument("--data", type=Path, default=Path("../shared/data/sunnybrook"))
+    own.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    own.add_argument("--points", type=int, nargs="+", default=[128, 512])
+    own.add_argument("--repeats", type=int, default=5)
+    own.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = own.parse_args()
     torch.set_num_threads(arguments.threads)
     if "sinkhorn" in arguments.only:
-        rows = [row for points in arguments.points for row in sinkhorn(points, arguments.repeats)]
+        rows = (row for points in arguments.points for row in sinkhorn(points, arguments.repeats))
         notes = (
             f"Sinkhorn's algorithm, batch {BATCH}, {ITERATIONS} iterations, a dustbin on either side, float32. Runs "
             f"alternate; medians of {arguments.repeats}. Saved: what the backward pass keeps besides the scores given."

@@ -1,6 +1,6 @@
 """Memory of attention against the image's edge: keypoints, windows, and all pixels (Figure 5 of the paper).
 
-python benchmarks/memory.py [--edges 128 256 ...] [--attentions 20 100] [--spatial-dims 3]
+python benchmarks/memory.py [--edges 128 256 ...] [--attentions 20 100] [--spatial-dims 3] [--publish]
 
 Counts what the forward pass saves for the backward pass; gpu.py measures peaks on a GPU.
 """
@@ -39,9 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = sweep(measure, edges=options.edges, attentions=options.attentions, spatial_dims=options.spatial_dims)
     if options.spatial_dims == 3:
         report("memory-3d", rows, notes=VOLUME_NOTES, packages=("monai",), measured=False)
-        return
-    report("memory", rows, notes=NOTES, packages=("monai",), measured=False)
-    figure.draw()
+    else:
+        report("memory", rows, notes=NOTES, packages=("monai",), measured=False)
+        figure.draw()
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
-"""The networks that flops.py and memory.py compare, by name; every one is built from its number of self-attentions."""
+"""The networks that flops.py and memory.py compare, by name; each is built from its number of self-attentions.
+
+Networks of other libraries import them when they are built, so that one that is missing stops no other.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 import torch
-from monai.networks.nets.swin_unetr import SwinTransformer
 from torch import Tensor, nn
 
 from kaf_layer import KAFLayer, KeypointDiffusion, Keypoints
@@ -112,6 +113,8 @@ class Swin(Network):
     """MONAI's SwinTransformer."""
 
     def __init__(self, *, patch_size: int, embed_dim: int, depths: tuple[int, ...], spatial_dims: int = 2) -> None:
+        from monai.networks.nets.swin_unetr import SwinTransformer
+
         super().__init__()
         self.spatial_dims = spatial_dims
         # MONAI takes its (zero) drop path rates from a tensor, and a fake tensor has no values to give.
@@ -148,12 +151,15 @@ class TorchvisionSwin(Network):
     """torchvision's Swin-T, deepened as :func:`swin_t`; it takes three channels."""
 
     def __init__(self, attentions: int) -> None:
-        from torchvision.models.swin_transformer import SwinTransformer as TorchvisionTransformer
+        import examples.torchvision_operators  # noqa: F401  # before torchvision
+
+        # isort: split
+        from torchvision.models.swin_transformer import SwinTransformer
 
         super().__init__()
         depths = [2, 2, attentions - 6, 2]
         with patch("torch.nn.init.trunc_normal_"):  # looks at the values
-            self.features = TorchvisionTransformer(
+            self.features = SwinTransformer(
                 [4, 4], 96, depths, [3, 6, 12, 24], [7, 7], stochastic_depth_prob=0.0
             ).features
         self.configuration = f"torchvision SwinTransformer, patch 4, embedding 96, window 7, depths {tuple(depths)}"
@@ -198,9 +204,8 @@ NETWORKS: dict[str, Callable[[int], Network]] = {
     "SwinUNETR, embedding 24": lambda attentions: swin_unetr(attentions, embed_dim=24),
     "global attention": GlobalAttention,
     "KAF-UNet's encoder": KAFUNetEncoder,
+    "Swin-T of torchvision": TorchvisionSwin,
 }
-if find_spec("torchvision"):
-    NETWORKS["Swin-T of torchvision"] = TorchvisionSwin
 
 
 VOLUMETRIC: dict[str, Callable[[int], Network]] = {
@@ -213,6 +218,24 @@ VOLUMETRIC: dict[str, Callable[[int], Network]] = {
     "SwinUNETR, embedding 24": partial(swin_unetr, embed_dim=24, spatial_dims=3),
     "KAF-UNet's encoder": partial(KAFUNetEncoder, spatial_dims=3),
 }
+
+
+def build_all(
+    builders: dict[str, Callable[[int], Network]], attentions: int
+) -> tuple[dict[str, Network], dict[str, str]]:
+    """The networks, and of those that cannot be built the reason."""
+    networks, reasons = {}, {}
+    for name, build in builders.items():
+        try:
+            networks[name] = build(attentions)
+        except Exception as error:  # noqa: PERF203  # a library that is missing or broken, in whatever way
+            reasons[name] = reason_of(error)
+    return networks, reasons
+
+
+def reason_of(error: Exception) -> str:
+    """Why a network was not measured, in a line."""
+    return f"not measured: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def backward(features: list[Tensor]) -> None:

@@ -6,7 +6,6 @@ python benchmarks/speed.py --spatial-dims 3 [--parts diffusion stack] [--edges 6
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -14,7 +13,7 @@ from itertools import product
 from math import prod
 
 import torch
-from harness import compare, count_flops, report, saved_bytes
+from harness import compare, count_flops, parser, report, saved_bytes
 from network_step import NOTES as NETWORK_NOTES
 from network_step import network_step
 from plain import PlainDiffusion, PlainKAFLayer
@@ -30,6 +29,7 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 Row = dict[str, object]
 
+PARTS = "diffusion", "stack", "flops", "network"
 QUANTITIES = "forward", "forward+backward", "saved", "FLOPs"
 # Of a map with so many pixels of edge, at 512 keypoints: at least these ratios.
 TARGETS = {512: (30, 50, 180, 250), 256: (10, 15, 40, 45), 128: (2.3, 3, 10, 9), 64: (1.3, 1.3, 3, 1)}
@@ -202,20 +202,20 @@ def network(dtype: torch.dtype, edge: int, *, repeats: int) -> Row:
 def volumes(parts: Sequence[str], edges: Sequence[int], dtypes: Sequence[torch.dtype], *, repeats: int) -> None:
     if "diffusion" in parts:
         cases = product(dtypes, (512,), (1,), edges)
-        report("diffusion-3d", [diffusion(*c, repeats=repeats, spatial_dims=3) for c in cases], notes=VOLUME_NOTES)
+        report("diffusion-3d", (diffusion(*c, repeats=repeats, spatial_dims=3) for c in cases), notes=VOLUME_NOTES)
     if "stack" in parts:
-        rows = [row for edge in edges for row in volume_stack(edge, repeats=repeats, device=DEVICE)]
+        rows = (row for edge in edges for row in volume_stack(edge, repeats=repeats, device=DEVICE))
         report("stack-3d", rows, notes=STACK_NOTES_3D, packages=["monai"])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=["diffusion", "stack", "flops", "network"])
-    parser.add_argument("--edges", type=int, nargs="+", help="of the diffusion's maps")
-    parser.add_argument("--depth", type=int, default=16, help="blocks of a layer in the stack")
-    parser.add_argument("--repeats", type=int, default=11, help="of each run; the median counts")
-    parser.add_argument("--spatial-dims", type=int, choices=(2, 3), default=2, help="3: diffusion and stack of volumes")
-    options = parser.parse_args(arguments)
+    own = parser(__doc__)
+    own.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    own.add_argument("--edges", type=int, nargs="+", help="of the diffusion's maps")
+    own.add_argument("--depth", type=int, default=16, help="blocks of a layer in the stack")
+    own.add_argument("--repeats", type=int, default=11, help="of each run; the median counts")
+    own.add_argument("--spatial-dims", type=int, choices=(2, 3), default=2, help="3: diffusion and stack of volumes")
+    options = own.parse_args(arguments)
     dtypes = (torch.float32, torch.bfloat16) if CUDA else (torch.float32,)
     usual = [512, 256, 128, 64] if options.spatial_dims == 2 else [64, 96, 128]
     edges, repeats = options.edges or usual, options.repeats
@@ -225,15 +225,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     edge = max(edges)
     if "diffusion" in options.parts:
         cases = product(dtypes, (512, 2048), (1, 4), edges)
-        report("diffusion", [diffusion(*case, repeats=repeats) for case in cases], notes=DIFFUSION_NOTES)
+        report("diffusion", (diffusion(*case, repeats=repeats) for case in cases), notes=DIFFUSION_NOTES)
     if "stack" in options.parts:
-        rows = [row for dtype in dtypes for row in stack(dtype, edge, depth=options.depth, repeats=repeats)]
+        rows = (row for dtype in dtypes for row in stack(dtype, edge, depth=options.depth, repeats=repeats))
         report("stack", rows, notes=STACK_NOTES)
     if "flops" in options.parts:
-        report("stack-flops", [stack_flops(edge), stack_flops(2 * edge)], notes=FLOPS_NOTES, measured=False)
+        report("stack-flops", map(stack_flops, (edge, 2 * edge)), notes=FLOPS_NOTES, measured=False)
     if "network" in options.parts:
         cases = product(dtypes, (edge // 2, edge))
-        report("network", [network(*case, repeats=repeats) for case in cases], notes=NETWORK_NOTES)
+        report("network", (network(*case, repeats=repeats) for case in cases), notes=NETWORK_NOTES)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 from harness import compare
-from networks import VOLUMETRIC, Network, backward
+from networks import VOLUMETRIC, Network, backward, build_all
 
 NAMES = ("KAF layers", "KAF-UNet's encoder", "SwinUNETR, embedding 24", "SwinUNETR")
 TRAINED = 96  # the longest edge of a volume that is trained on: at 128 SwinUNETR would save 16 GB
@@ -27,12 +27,14 @@ def learn(network: Network, inputs: tuple[object, ...]) -> None:
 
 def volume_stack(edge: int, *, attentions: int = 20, repeats: int, device: str) -> Iterator[dict[str, object]]:
     with torch.device(device):
-        networks = {name: VOLUMETRIC[name](attentions) for name in NAMES}
+        networks, reasons = build_all({name: VOLUMETRIC[name] for name in NAMES}, attentions)
         inputs = {name: network.inputs(edge) for name, network in networks.items()}
     steps = {"forward": infer} | ({"forward+backward": learn} if edge <= TRAINED else {})
     for step, run in steps.items():
         runs = {name: partial(run, network, inputs[name]) for name, network in networks.items()}
         seconds = compare(runs, repeats=repeats)
-        for name in NAMES:
+        for name in networks:
             ratio = seconds[name] / seconds[NAMES[0]]
             yield {"volume": edge, "of": step, "network": name, "s": seconds[name], "times the KAF layers": ratio}
+    for name, reason in reasons.items():
+        yield {"volume": edge, "of": "-", "network": name, "s": reason, "times the KAF layers": "-"}

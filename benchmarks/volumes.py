@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from harness import compare, report
+from harness import compare, parser, report
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
@@ -24,6 +24,7 @@ from volumetric import LIMIT, Points, Volume, grid, laplacian, laplacian_turned,
 from kaf_layer import SIFTDetector
 from kaf_layer.detection.voxels import Voxels
 
+PARTS = ("judged", "speed")
 PACKAGES = ("numpy", "scipy", "scikit-image", "nibabel")
 # Degrees, scale, noise in parts of the range between the volume's 1st and 99th percentile.
 DISTURBANCES = [(0, 1.0, 0.05), (15, 1.0, 0.0), (15, 1.0, 0.05), (15, 1.0, 0.1), (45, 1.0, 0.05), (120, 1.0, 0.05)]
@@ -152,11 +153,10 @@ def gaussians(volume: np.ndarray) -> None:
         first = layers[3][::2, ::2, ::2]
 
 
-def speed(repeats: int) -> list[dict[str, object]]:
+def speed(repeats: int) -> Iterator[dict[str, object]]:
     from skimage.transform import pyramid_gaussian
 
     torch.set_num_threads(1)
-    rows = []
     for size in ((32, 64, 64), (64, 128, 128)):
         volume = ndimage.gaussian_filter(np.random.default_rng(0).random(size, dtype=np.float32), 1.0)
         tensor = torch.from_numpy(volume)[None, None]
@@ -180,8 +180,7 @@ def speed(repeats: int) -> list[dict[str, object]]:
         row["our scale space / scipy's"] = seconds["our scale space"] / seconds["scipy's"]
         command = [sys.executable, __file__, "--grow", *map(str, size)]
         row["memory, MB"] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        rows.append(row)
-    return rows
+        yield row
 
 
 def grow(size: list[int]) -> float:
@@ -201,13 +200,13 @@ def peak_kilobytes() -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path(__file__).parents[1] / ".." / "shared" / "data")
-    parser.add_argument("--only", nargs="+", default=["judged", "speed"])
-    parser.add_argument("--volumes", type=int, default=10, help="of each data set")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--grow", type=int, nargs=3, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    own = parser(__doc__)
+    own.add_argument("--data", type=Path, default=Path(__file__).parents[1] / ".." / "shared" / "data")
+    own.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    own.add_argument("--volumes", type=int, default=10, help="of each data set")
+    own.add_argument("--repeats", type=int, default=5)
+    own.add_argument("--grow", type=int, nargs=3, help=argparse.SUPPRESS)
+    arguments = own.parse_args()
     torch.set_grad_enabled(False)
     if arguments.grow:
         print(grow(arguments.grow))
@@ -216,7 +215,7 @@ def main() -> None:
         files = {"hippocampus": "hippocampus/images/*.nii.gz", "Sunnybrook": "sunnybrook/*/*_ED.nii.gz"}
         found = {name: sorted(arguments.data.glob(pattern)) for name, pattern in files.items()}
         sets = {name: load(paths, arguments.volumes) for name, paths in found.items() if paths}
-        rows = [row for name, volumes in sets.items() for row in judge(name, volumes)]
+        rows = (row for name, volumes in sets.items() for row in judge(name, volumes))
         report("volumes-judged", rows, notes=JUDGED_NOTES, packages=PACKAGES)
     if "speed" in arguments.only:
         report("volumes-speed", speed(arguments.repeats), notes=SPEED_NOTES, packages=PACKAGES)

@@ -3,6 +3,9 @@
 python examples/attach_smp.py
 """
 
+import examples.torchvision_operators  # noqa: F401  # only needed beside a CPU build of torch
+
+# isort: split
 import segmentation_models_pytorch as smp
 import torch
 

@@ -5,6 +5,9 @@ python examples/attach_timm.py --model swin_tiny_patch4_window7_224
 
 import argparse
 
+import examples.torchvision_operators  # noqa: F401  # only needed beside a CPU build of torch
+
+# isort: split
 import timm
 import torch
 

@@ -22,6 +22,7 @@ import harness
 import launches
 import memory
 import speed
+import sweep
 from harness import compare, count_flops, markdown, report, saved_bytes
 from networks import NETWORKS
 
@@ -229,6 +230,58 @@ def test_report(results):
     assert "Notes." in text
     assert (results / "name.md").read_text() == text
     assert rows_of(results, "name") == rows
+
+
+def test_rows_are_saved_as_they_come(results):
+    seen = []
+
+    def rows():
+        for i in range(3):
+            yield {"n": i}
+            seen.append(len(rows_of(results, "name")))
+
+    report("name", rows(), notes="Notes.", measured=False)
+    assert seen == [1, 2, 3]
+    assert report("none", [], notes="Notes.", measured=False) == ""
+    assert not (results / "none.md").exists()
+
+
+def test_peers_that_are_missing_or_broken_are_told_and_stop_no_other(results, monkeypatch, capsys):
+    def missing(_):
+        import no_such_library
+
+        return no_such_library.Network()
+
+    class Broken(torch.nn.Module):
+        def inputs(self, edge: int):  # noqa: ARG002
+            raise RuntimeError("operator x::nms\ndoes not exist")
+
+    peers = {"missing": missing, "broken": lambda _: Broken(), "global attention": NETWORKS["global attention"]}
+    monkeypatch.setattr(sweep, "NETWORKS", peers)
+    flops.main(["--edges", "32", "--attentions", "8"])
+    first, second, *others = rows_of(results, "flops")
+    assert first["configuration"] == "not measured: ModuleNotFoundError: No module named 'no_such_library'"
+    assert second["configuration"] == "not measured: RuntimeError: operator x::nms does not exist"
+    assert first["32"] == second["of"] == "-"
+    assert [row["of"] for row in others] == ["forward", "forward+backward"]
+    assert all(row["32"] > 0 for row in others)
+    assert "broken: not measured" in capsys.readouterr().err
+    assert (results / "attention.png").stat().st_size > 0
+
+
+def test_nothing_is_published_unless_asked_for(results):
+    parser = harness.parser("")
+    parser.parse_args([])
+    assert results == harness.RESULTS
+    parser.parse_args(["--publish"])
+    assert harness.RESULTS == Path(harness.__file__).parent / "results"
+
+
+@pytest.mark.parametrize("arguments", [["--edges", "100"], ["--attentions", "6"], ["--edges", "-16"]])
+def test_sizes_that_do_not_fit(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        flops.main(arguments)
+    assert "must be a multiple of" in capsys.readouterr().err
 
 
 def test_launches(results):
