@@ -50,8 +50,9 @@ class Extrema(NamedTuple):
 
     def gather(self, index: Annotated[Tensor, "B M"]) -> Extrema:
         """Of (B, N) pixels those at ``index`` of each image."""
-        columns = (index.view(*index.shape, *(1,) * (value.ndim - 2)) for value in self)
-        return Extrema(*(torch.take_along_dim(v, column, dim=1) for v, column in zip(self, columns, strict=True)))
+        # take_along_dim() would make the batch size a constant under export, as would len() in this file.
+        columns = (index.view(*index.shape, *(1,) * (v.ndim - 2)).expand(-1, -1, *v.shape[2:]) for v in self)
+        return Extrema(*(v.gather(1, column) for v, column in zip(self, columns, strict=True)))
 
 
 def find_extrema(space: ScaleSpace, *, threshold: float, static: bool) -> tuple[Extrema, Annotated[Tensor, "C"]]:
@@ -73,7 +74,7 @@ def find_extrema(space: ScaleSpace, *, threshold: float, static: bool) -> tuple[
         if static:
             room = mask[0].numel() // DENSITY[len(grid.size)] + 1
             mask = mask & (mask.flatten(1).cumsum(1, dtype=torch.int32) <= room).view_as(mask)
-            slots = torch.nonzero_static(mask, size=len(mask) * room, fill_value=-1)
+            slots = torch.nonzero_static(mask, size=mask.shape[0] * room, fill_value=-1)
         else:
             slots = F.pad(mask.nonzero(), (0, 0, 0, 1), value=-1)
         image, layer, *place = slots.unbind(1)
@@ -132,7 +133,7 @@ def _follow(space: ScaleSpace, extrema: Extrema, valid: Tensor, *, static: bool)
 
     In volumes extrema stay where they are: half of them would not settle, and the others are found again less often.
     """
-    moving = torch.arange(len(valid), device=valid.device)
+    moving = torch.arange(valid.shape[0], device=valid.device)
     for _ in range(STEPS - 1):
         old, alive = extrema.take(moving), valid[moving]
         move = fit(space, old, alive).offset.clamp(-FAR, FAR).nan_to_num(FAR).round().long()
@@ -174,7 +175,7 @@ def select(
     if not static:
         slots = min(slots, int((last - first).max()))
     position = first + torch.arange(slots, device=image.device)
-    return extrema.take(order[position.clamp(max=len(order) - 1)]), position < last
+    return extrema.take(order[position.clamp(max=order.shape[0] - 1)]), position < last
 
 
 def locate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Annotated
 
 import torch
@@ -35,8 +36,9 @@ class GridDetector(nn.Module):
 
     def __init__(self, spacing: float | Sequence[float]) -> None:
         super().__init__()
-        self.spacing = spacing if isinstance(spacing, (int, float)) else tuple(spacing)
-        if min([self.spacing] if isinstance(self.spacing, (int, float)) else self.spacing, default=0) <= 0:
+        # NumPy's numbers become Python's, which compilers take for constants.
+        self.spacing = float(spacing) if isinstance(spacing, (int, float, Real)) else tuple(float(step) for step in spacing)
+        if min([self.spacing] if isinstance(self.spacing, float) else self.spacing, default=0) <= 0:
             raise ValueError(f"spacing must be positive, in pixels, got {spacing=}")
 
     def forward(self, images: Annotated[Tensor, "B C *S"]) -> Keypoints:
@@ -51,7 +53,7 @@ class GridDetector(nn.Module):
         """
         check_tensors(images=images)
         size = images.shape[2:]
-        spacing = (self.spacing,) * len(size) if isinstance(self.spacing, (int, float)) else self.spacing
+        spacing = (self.spacing,) * len(size) if isinstance(self.spacing, float) else self.spacing
         if not size or len(spacing) != len(size):
             raise ValueError(
                 f"images must be (B, C, *S) with one axis for each spacing, got {images.shape=}, {spacing=}"
@@ -63,7 +65,7 @@ class GridDetector(nn.Module):
             for n, s in zip(counts, size, strict=True)
         ]
         grid = torch.stack([axis.flatten() for axis in reversed(torch.meshgrid(axes, indexing="ij"))], dim=-1)
-        positions = grid.expand(len(images), -1, -1)
+        positions = grid.expand(images.shape[0], -1, -1)  # len() would make the batch size a constant under export
         valid = torch.ones(positions.shape[:2], dtype=torch.bool, device=images.device)
         return Keypoints(positions, valid, tuple(size), padded=False)
 

@@ -148,7 +148,7 @@ def _halve(images: Annotated[Tensor, "B *S"], halved: Sequence[bool]) -> Annotat
 def _in_one_row(
     planes: Iterable[Annotated[Tensor, "B *S"]], images: Tensor, length: int
 ) -> Annotated[Tensor, "B length"]:
-    values, start = images.new_empty(len(images), length), 0
+    values, start = images.new_empty(images.shape[0], length), 0
     for plane in planes:
         end = start + plane[0].numel()
         values[:, start:end] = plane.flatten(1)

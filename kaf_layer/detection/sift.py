@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Annotated, Any, Literal
 
 import torch
@@ -119,22 +120,22 @@ class SIFTDetector(nn.Module):
             raise ValueError(f'upscale must be "precise" or "opencv", got {upscale=}')
         if orientations not in ("strongest", "all"):
             raise ValueError(f'orientations must be "strongest" or "all", got {orientations=}')
-        if channel not in (None, "rgb", "mean") and not (isinstance(channel, int) and channel >= 0):
+        if channel not in (None, "rgb", "mean") and not (isinstance(channel, Integral) and channel >= 0):
             raise ValueError(f'channel must be a number from 0, "rgb", "mean" or None, got {channel=}')
-        self.max_keypoints = max_keypoints
-        self.contrast_threshold = contrast_threshold
-        self.edge_threshold = edge_threshold
-        self.sigma = sigma
-        self.octave_layers = octave_layers
+        self.max_keypoints = int(max_keypoints)  # NumPy's numbers become Python's, which compilers take for constants
+        self.contrast_threshold = float(contrast_threshold)
+        self.edge_threshold = float(edge_threshold)
+        self.sigma = float(sigma)
+        self.octave_layers = int(octave_layers)
         self.upscale = upscale
         self.normalize = normalize
-        self.channel: ChannelRule = channel
+        self.channel: ChannelRule = int(channel) if isinstance(channel, Integral) else channel
         self.orientations = orientations
         self.descriptors = descriptors
         self.root = root
         self.spatial_dims = spatial_dims
-        self.spacing = spacing
-        self._voxels = Voxels.spaced(spacing, spatial_dims)
+        self.spacing = None if spacing is None else tuple(float(step) for step in spacing)
+        self._voxels = Voxels.spaced(self.spacing, spatial_dims)
 
     def forward(self, images: Annotated[Tensor, "B C *S"]) -> Keypoints:
         """Detects and describes the keypoints of every image.
@@ -232,7 +233,7 @@ class SIFTDetector(nn.Module):
             edge_threshold=self.edge_threshold,
             static=static,
         )
-        return select(extrema, valid, response, batch=len(space.values), slots=self.max_keypoints, static=static)
+        return select(extrema, valid, response, batch=space.values.shape[0], slots=self.max_keypoints, static=static)
 
     def _orient(self, space: ScaleSpace, extrema: Extrema, valid: Tensor) -> tuple[Extrema, Tensor, Tensor]:
         centre, scale, _ = locate(space, extrema, valid)

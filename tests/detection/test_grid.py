@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -47,6 +48,23 @@ def test_compile_and_export():
     assert compiled.positions.equal(expected)
     assert exported.positions.equal(expected)
     assert not exported.padded
+
+
+def test_exported_for_any_batch_size():
+    images, shapes = torch.zeros(2, 1, 30, 20), ({0: torch.export.Dim("batch")},)
+    exported = torch.export.export(GridDetector(4), (images,), dynamic_shapes=shapes).module()
+    for batch in (1, 2, 5):
+        actual, expected = (detect(torch.zeros(batch, 1, 30, 20)) for detect in (exported, GridDetector(4)))
+        assert actual.positions.equal(expected.positions)
+        assert actual.valid.equal(expected.valid)
+
+
+@pytest.mark.parametrize("spacing", [np.float32(4), np.int64(4), np.array([4, 6]), (np.float64(4), 6)])
+def test_spacing_of_numpy(spacing):
+    detector = GridDetector(spacing)
+    expected = GridDetector(spacing.tolist() if isinstance(spacing, (np.ndarray, np.generic)) else (4, 6))
+    assert detector(torch.zeros(1, 1, 30, 20)).positions.equal(expected(torch.zeros(1, 1, 30, 20)).positions)
+    assert "np." not in repr(detector)
 
 
 @pytest.mark.parametrize("spacing", [0, -1.0, (4, 0), ()])
