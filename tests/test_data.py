@@ -15,11 +15,11 @@ from kaf_layer import GridDetector, Keypoints
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-def write(path: Path, array: np.ndarray) -> None:
+def write(path: Path, array: np.ndarray, affine: np.ndarray | None = None) -> None:
     """Writes an (x, y, z) array."""
     nibabel = pytest.importorskip("nibabel")
     path.parent.mkdir(parents=True, exist_ok=True)
-    nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), path)
+    nibabel.save(nibabel.Nifti1Image(array, np.eye(4) if affine is None else affine), path)
 
 
 def volume(seed: int, shape: tuple[int, ...] = (5, 4, 3)) -> tuple[np.ndarray, np.ndarray]:
@@ -89,10 +89,11 @@ def test_images_and_labels(decathlon: Path) -> None:
             ["patient001", "patient001", "patient002"],
         ),
         (["ct_1001{}", "ct_1002{}"], ["ct_1001", "ct_1002"]),
+        (["Training/{0}/{0}0001", "Training/{0}/{0}0002"], ["img0001", "img0002"]),
     ],
 )
-def test_files_named_as_acdcs_and_chds(tmp_path: Path, names: list[str], subjects: list[str]) -> None:
-    image_end, label_end = ("", "_gt") if "patient" in names[0] else ("_image", "_label")
+def test_files_named_as_in_the_archives(tmp_path: Path, names: list[str], subjects: list[str]) -> None:
+    image_end, label_end = {"1": ("", "_gt"), "c": ("_image", "_label"), "T": ("img", "label")}[names[0][0]]
     for seed, name in enumerate(names):
         image, label = volume(seed)
         write(tmp_path / f"{name.format(image_end)}.nii.gz", image)
@@ -111,6 +112,47 @@ def test_files_named_as_acdcs_and_chds(tmp_path: Path, names: list[str], subject
 def test_manifest_keeps_a_subjects_volumes_together(manifest: Path) -> None:
     assert [v.subject for v in load_volumes(manifest)] == ["s1", "s2", "s1"]
     assert [v.subject for v in load_volumes(str(manifest), limit=1)] == ["s1", "s1"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "latin-1", "utf-16"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_manifests_that_a_spreadsheet_saved(manifest: Path, encoding: str, delimiter: str) -> None:
+    """With any delimiter and encoding, capitals, spaces, a comma in quotes, and lines that are empty."""
+    (manifest / "s2").rename(manifest / "Müller, A")
+    lines = [
+        ["Subject", " image", "label ", "age"],
+        ["Müller, A", "Müller, A/ED.nii.gz", "Müller, A/ED_gt.nii.gz", "1"],
+    ]
+    lines += [["", "", "", ""], ["s1", " s1/ES.nii.gz", "s1/ES_gt.nii.gz", ""]]
+    quoted = [delimiter.join(f'"{cell}"' if delimiter in cell else cell for cell in line) for line in lines]
+    text = "\r\n".join([*quoted, "", ""])
+    (manifest / "manifest.csv").write_bytes(text.encode(encoding))
+    first, second = load_volumes(manifest)
+    assert (first.subject, second.subject) == ("Müller, A", "s1")
+    assert first.label.numpy().tolist() == volume(1)[1].T.tolist()
+    assert second.label.numpy().tolist() == volume(2)[1].T.tolist()
+
+
+def test_manifests_without_labels(manifest: Path) -> None:
+    path = manifest / "manifest.csv"
+    path.write_text("subject;image\ns1;s1/ED.nii.gz\n")
+    assert [v.subject for v in load_volumes(manifest, labelled=False)] == ["s1"]
+    assert list_files(manifest, labelled=None) == [("s1", manifest / "s1" / "ED.nii.gz", None)]
+    with pytest.raises(ValueError, match=r"manifest\.csv must have the columns subject, image, label, got .* without"):
+        load_volumes(manifest)
+    path.write_text("subject;image;label\n\ns1;;s1/ED_gt.nii.gz\n")
+    with pytest.raises(ValueError, match=r"line 3 of .*manifest\.csv has no image: 's1', '', 's1/ED_gt\.nii\.gz'"):
+        load_volumes(manifest)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"manifest\.csv must have the columns .* got \[\] without subject"):
+        load_volumes(manifest)
+
+
+def test_labels_where_there_are_any(decathlon: Path) -> None:
+    (decathlon / "labelsTr" / "b.nii.gz").unlink()
+    labels = {subject: label for subject, _, label in list_files(decathlon, labelled=None)}
+    assert labels == {"a": decathlon / "labelsTr" / "a.nii.gz", "b": None, "c": decathlon / "labelsTr" / "c.nii"}
+    assert len(list_files(decathlon / "imagesTr", labelled=None)) == 3  # any files do
 
 
 def test_folders_without_data(tmp_path: Path) -> None:
@@ -169,6 +211,20 @@ def test_files_that_are_no_volumes_or_labels(decathlon: Path, folder: str, array
     write(decathlon / folder / "a.nii.gz", array)
     with pytest.raises(ValueError, match=rf"{folder}.a\.nii\.gz"):
         load_volumes(decathlon)
+
+
+def test_numbers_that_are_finite_in_the_file_alone(decathlon: Path) -> None:
+    """Those of float64 that float32 does not hold, and those of float32 whose variance it does not hold."""
+    file = decathlon / "imagesTr" / "a.nii.gz"
+    write(file, np.where(volume(0)[1] > 1, 1e300, 1.0))
+    with pytest.raises(ValueError, match=r"imagesTr.a\.nii\.gz must hold finite numbers of float32, .* 3\.4e38"):
+        load_volumes(decathlon)
+    large = np.full((5, 4, 3), -3e38, np.float32)
+    large[0, 0, 0] = 3e38
+    write(file, large)
+    with pytest.raises(ValueError, match=r"a\.nii\.gz holds numbers too large .* --window-level LOW HIGH"):
+        load_volumes(decathlon)
+    assert load_volumes(decathlon, window=(0, 100))[0].image.isfinite().all()
 
 
 def test_a_header_that_makes_no_sense(decathlon: Path) -> None:

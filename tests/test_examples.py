@@ -104,3 +104,40 @@ def test_demo_needs_two_subjects(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         demo.main(["--subjects", "1"])
     assert "one subject to train on and one to test on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("labels", [(0, 1, 3), (0, 255), (2, 5)])
+def test_demo_counts_the_classes_that_there_are(labels: tuple[int, ...]) -> None:
+    """Perfect predictions score 1, whatever numbers nobody has, and though a subject lacks a class."""
+    demo = pytest.importorskip("examples.protocol.demo", reason="the demo needs the extras train and plot")
+    maps = [torch.tensor(labels)[torch.arange(24).view(2, 3, 4) % count] for count in (len(labels), 2)]
+    volumes = [demo.Volume(torch.zeros(2, 3, 4), label, f"s{i}") for i, label in enumerate(maps)]
+    renumbered, values = demo.renumber(volumes)
+    assert values == sorted({0, *labels})
+    for before, after in zip(volumes, renumbered, strict=True):
+        assert torch.tensor(values)[after.label].equal(before.label)
+    slices = [demo.Slices(v.image[:, None], v.label[:, None], None, v.subject) for v in renumbered]
+    perfect = demo.dice([s.labels for s in slices], slices, len(values))
+    assert perfect.tolist() == [1.0] * (len(values) - 1)
+    worse = [torch.zeros_like(slices[0].labels), *(s.labels for s in slices[1:])]
+    assert demo.dice(worse, slices, len(values))[0] == 0.5  # one subject of two
+
+
+def test_demo_of_files_with_many_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    demo = pytest.importorskip("examples.protocol.demo", reason="the demo needs the extras train and plot")
+    from test_data import write
+
+    generator = torch.Generator().manual_seed(0)
+    for name in "ab":
+        label = (torch.arange(40 * 32 * 2).view(40, 32, 2) // 2 % 32 // 2).clamp(max=12)
+        image = label + torch.randn(label.shape, generator=generator)
+        write(tmp_path / "images" / f"{name}.nii.gz", image.numpy())
+        write(tmp_path / "labels" / f"{name}.nii.gz", label.numpy().astype("uint8"))
+    small = ["--data", str(tmp_path), "--steps", "1", "--batch", "2", "--width", "4", "--seeds", "0"]
+    demo.main([*small, "--output", str(tmp_path / "demo.png")])
+    assert "| Dice 11 | Dice 12 | mean |" in capsys.readouterr().out
+    for name in "ab":
+        write(tmp_path / "labels" / f"{name}.nii.gz", torch.zeros(40, 32, 2).numpy())
+    with pytest.raises(SystemExit):
+        demo.main([*small, "--output", str(tmp_path / "demo.png")])
+    assert "has labels of background alone" in capsys.readouterr().err

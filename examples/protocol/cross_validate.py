@@ -33,11 +33,10 @@ import torch
 
 from examples.protocol import finetune, pretrain
 from examples.protocol.comparison import PUBLISHED, Result, compare, published, spread
-from examples.protocol.data import load_volumes
 from examples.protocol.files import claimed, read_json, write_json
 from examples.protocol.methods import METHODS
 from examples.protocol.networks import MODELS
-from examples.protocol.recipes import keep_split, load_split, load_stacks, parse, parser_of
+from examples.protocol.recipes import keep_split, load_split, load_stacks, parse, parser_of, read_volumes
 from examples.protocol.splits import Fold
 from examples.protocol.stacks import Stack
 from examples.protocol.training import settings
@@ -224,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
     own, shared = parser().parse_known_args(arguments)
     options = parse(parser_of(None), [*shared, "--output", str(own.output)])
     complete(own, options)
-    volumes = load_volumes(options.data, limit=options.limit, classes=options.classes)
+    volumes = read_volumes(options)
     split = load_split(options, volumes)
     folds = own.test_folds or range(len(split))
     if not set(folds) <= set(range(len(split))):

@@ -9,7 +9,7 @@ away than the UNet's receptive field reaches. Prints a table of Dice scores and 
 
 import argparse
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from examples.protocol.data import load_volumes, normalise, num_classes
+from examples.protocol.data import add_reading_options, load_volumes, normalise
 from examples.protocol.phantom import Volume
 from examples.protocol.situs import situs
 from examples.unet import KAFUNet, UNet
@@ -47,6 +47,14 @@ def synthetic(count: int) -> list[Volume]:
     """So many subjects of situs.py, normalised as load_volumes does."""
     volumes = [situs(subject) for subject in range(count)]
     return [Volume(normalise(volume.image), volume.label, volume.subject) for volume in volumes]
+
+
+def renumber(volumes: list[Volume]) -> tuple[list[Volume], list[int]]:
+    """Labels numbered without gaps, and what they were before: classes that nobody has need no output."""
+    values = torch.cat([volume.label.unique() for volume in volumes]).unique()
+    if values[0] > 0:
+        values = F.pad(values, (1, 0))  # the background, even where nobody has it
+    return [replace(v, label=torch.searchsorted(values, v.label)) for v in volumes], values.tolist()
 
 
 def prepare(volumes: list[Volume]) -> list[Slices]:
@@ -91,11 +99,11 @@ def predict(model: nn.Module, volume: Slices) -> Tensor:
 
 
 def dice(predictions: list[Tensor], volumes: list[Slices], classes: int) -> Tensor:
-    """Dice of each class over whole volumes (slices stacked), the mean over volumes, without the background."""
-    metric = DiceMetric(include_background=False, reduction="mean_batch", num_classes=classes)
+    """Dice of each class but the background over whole volumes (slices stacked), the mean over those that have it."""
+    metric = DiceMetric(include_background=False, reduction="none", num_classes=classes)
     for prediction, volume in zip(predictions, volumes, strict=True):
         metric(prediction.transpose(0, 1)[None], volume.labels.transpose(0, 1)[None])
-    return metric.aggregate()
+    return metric.aggregate().nanmean(0)
 
 
 def draw(volumes: list[Slices], predictions: dict[str, list[Tensor]], path: Path) -> None:
@@ -117,9 +125,9 @@ def draw(volumes: list[Slices], predictions: dict[str, list[Tensor]], path: Path
             if labels is None:
                 axis.scatter(*keypoints.positions[keypoints.valid].T.numpy(), s=6, c="yellow", linewidths=0)
                 continue
-            for label in labels[z].unique()[1:].tolist():
+            for label in filter(None, labels[z].unique().tolist()):
                 mask = (labels[z, 0] == label).numpy()
-                axis.contour(mask, levels=[0.5], colors=[COLOURS[label - 1]], linewidths=1.2)
+                axis.contour(mask, levels=[0.5], colors=[COLOURS[(label - 1) % len(COLOURS)]], linewidths=1.2)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -139,10 +147,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=8, help="channels of the first block")
     parser.add_argument("--batch", type=int, default=6)
     parser.add_argument("--output", type=Path, default=Path("outputs/demo.png"))
+    add_reading_options(parser)
     options = parser.parse_args(arguments)
 
-    volumes = load_volumes(options.data, limit=options.subjects) if options.data else synthetic(options.subjects)
-    classes = num_classes(volumes)
+    reading = {"ignore_affine": options.ignore_affine, "orientation": options.orientation}
+    reading |= {"window": options.window_level, "limit": options.subjects}
+    volumes = load_volumes(options.data, **reading) if options.data else synthetic(options.subjects)
+    volumes, values = renumber(volumes)
+    classes = len(values)
+    if classes < 2:
+        parser.error(f"--data {options.data} has labels of background alone, there is nothing to learn")
     names = sorted({volume.subject for volume in volumes})
     if len(names) < 2:
         parser.error(f"at least one subject to train on and one to test on are needed, got {names}")
@@ -156,7 +170,7 @@ def main(arguments: list[str] | None = None) -> None:
     predictions: dict[str, list[Tensor]] = {}
     print(f"{options.steps} steps on {len(known)} subjects, tested on {len(names) - len(known)} others, seeds", end=" ")
     print(f"{', '.join(map(str, options.seeds))}; mean ± deviation over the seeds.\n")
-    print(f"| model | parameters | seconds | {' | '.join(f'Dice {c}' for c in range(1, classes))} | mean |")
+    print(f"| model | parameters | seconds | {' | '.join(f'Dice {c}' for c in values[1:])} | mean |")
     print("|---" * (classes + 3) + "|")
     for name, build in models.items():
         scores, start = [], time.perf_counter()
@@ -166,7 +180,7 @@ def main(arguments: list[str] | None = None) -> None:
             train(model, training, steps=options.steps, batch=options.batch, name=f"{name}, seed {seed}")
             predictions[name] = [predict(model, volume) for volume in unseen]
             of_class = dice(predictions[name], unseen, classes)
-            scores.append([*of_class.tolist(), of_class.mean().item()])
+            scores.append([*of_class.tolist(), of_class.nanmean().item()])
         seconds = (time.perf_counter() - start) / len(options.seeds)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         cells = " | ".join(spread(list(column)) for column in zip(*scores, strict=True))

@@ -22,12 +22,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from examples.protocol.cross_validate import title
-from examples.protocol.data import load_volumes
 from examples.protocol.detectors import build_detector
 from examples.protocol.files import load, read_json
 from examples.protocol.finetune import predict
 from examples.protocol.networks import build_model
-from examples.protocol.recipes import parse, parser_of
+from examples.protocol.recipes import parse, parser_of, read_volumes
 from examples.protocol.stacks import Stack, match_slices, prepare
 from kaf_layer import Augmented, GridDetector, Keypoints
 from kaf_layer.augmentation import KeypointAugmentation
@@ -202,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, nargs="*", default=[], help="outputs of finetune.py, of one fold")
     parser.add_argument("--volumes", type=int, default=4, help="how many to show")
     options = parse(parser, arguments)
-    volumes = load_volumes(options.data, limit=options.limit, classes=options.classes)
+    volumes = read_volumes(options)
     runs = [read_run(folder) for folder in options.runs]
     if runs:
         trained = runs[0][0]

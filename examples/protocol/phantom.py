@@ -24,12 +24,24 @@ Array = NDArray[np.float64]
 
 @dataclass
 class Volume:
-    """A stack of slices from base to apex: image (Z, H, W) float32, label (Z, H, W) long; and its file, if any."""
+    """A stack of slices from base to apex: image (Z, H, W) float32, label (Z, H, W) long.
+
+    Of a file there are also its path, the affine from voxels (x, y, z) to millimetres, and the axes (such as "LPS")
+    that the file had before the volume was reoriented, if it was.
+    """
 
     image: Tensor
     label: Tensor
     subject: str
     file: Path | None = None
+    affine: Array | None = None
+    file_axes: str | None = None
+
+    @property
+    def spacing(self) -> tuple[float, ...]:
+        """Of the voxels along (Z, H, W), in millimetres; 1 where nothing is known."""
+        sides = np.ones(3) if self.affine is None else np.linalg.norm(self.affine[:3, :3], axis=0)
+        return tuple(sides[::-1].tolist())
 
 
 def phantom(subject: int, *, size: tuple[int, int] = (128, 112), slices: int = 10) -> Volume:
@@ -46,7 +58,8 @@ def phantom(subject: int, *, size: tuple[int, int] = (128, 112), slices: int = 1
     paint_abdomen(scene)
     paint_heart(scene, heart, wall)
     label = heart.labels()[len(THIN) // 2 :: len(THIN)]
-    return Volume(torch.from_numpy(acquire(scene)), torch.from_numpy(label), f"phantom-{subject:03d}")
+    affine = np.diag([scene.spacing, scene.spacing, scene.thickness, 1.0])
+    return Volume(torch.from_numpy(acquire(scene)), torch.from_numpy(label), f"phantom-{subject:03d}", affine=affine)
 
 
 class Scene:
@@ -55,7 +68,8 @@ class Scene:
     def __init__(self, subject: int, size: tuple[int, int], slices: int) -> None:
         self.rng = np.random.default_rng(subject)
         self.spacing = self.draw(180, 225) / size[0]
-        z = np.add.outer(np.arange(slices), THIN).ravel() * self.draw(75, 95) / slices
+        height = self.draw(75, 95)
+        z, self.thickness = np.add.outer(np.arange(slices), THIN).ravel() * height / slices, height / slices
         y, x = ((np.arange(n) - (n - 1) / 2) * self.spacing for n in size)
         self.axes, self.image = (z, y, x), np.zeros((len(z), *size))
         self.level = (z / z.max()).clip(0)[:, None, None]  # 0 at the base, 1 at the apex

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from examples.protocol.data import load_volumes
+from examples.protocol.data import add_reading_options, load_volumes
 from examples.protocol.detectors import DETECTORS, LEARNT, build_detector
 from examples.protocol.files import write
 from examples.protocol.networks import MODELS, VOLUMETRIC
@@ -35,6 +35,7 @@ class Recipe:
     detector: str = "sift"
     spacing: float = 12.0
     spatial_dims: int = 2
+    window_level: tuple[float, float] | None = None  # of intensities
 
 
 # Sections 4 and B of the paper; the last three are ours. Sunnybrook: the whole field of view, at a size that two CPU
@@ -90,6 +91,7 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     add("--preset", choices=PRESETS, default="phantom", help="the paper's settings for a data set (default: phantom)")
     add("--data", type=Path, help="a folder of NIfTI volumes (default: the phantoms)")
     add("--limit", type=int, help="use at most so many subjects")
+    add_reading_options(parser)
     add("--output", type=Path, required=True, help="a folder for weights, checkpoints and logs")
     add("--resume", action="store_true", help="go on from the last checkpoint in --output, if there is one")
     add("--save-every", type=int, default=5, metavar="EPOCHS", help="between two checkpoints")
@@ -136,6 +138,9 @@ def check(options: argparse.Namespace) -> None:
     """Completes and refuses what does not fit together, by the options' names."""
     if not options.resize > 0:
         raise ValueError(f"--resize must be a factor above 0, got {options.resize}")
+    if options.window_level and not options.window_level[0] < options.window_level[1]:
+        low, high = options.window_level
+        raise ValueError(f"--window-level must be LOW HIGH, the lower end first, got {low:g} {high:g}")
     if not 0 <= options.drop_keypoints <= 1:
         raise ValueError(f"--drop-keypoints must be a share from 0 to 1, got {options.drop_keypoints}")
     if options.window < 1:
@@ -169,10 +174,21 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(f"--scales must be among 0 to {options.levels - 2}, got {options.scales}")
 
 
+def read_volumes(options: argparse.Namespace, *, labelled: bool = True) -> list[Volume]:
+    return load_volumes(
+        options.data,
+        limit=options.limit,
+        classes=options.classes,
+        labelled=labelled,
+        ignore_affine=options.ignore_affine,
+        orientation=options.orientation,
+        window=options.window_level,
+    )
+
+
 def load_stacks(options: argparse.Namespace, *, labelled: bool = True) -> list[Stack]:
-    volumes = load_volumes(options.data, limit=options.limit, classes=options.classes, labelled=labelled)
     stacks = prepare(
-        volumes,
+        read_volumes(options, labelled=labelled),
         build_detector(options),
         patch=tuple(options.patch),
         resize=options.resize,

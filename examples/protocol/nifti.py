@@ -1,0 +1,110 @@
+"""NIfTI files: volumes with their place in the world, brought to one orientation, and back to the file's own.
+
+Axes are named as nibabel names them: "RAS" says that the first axis points to the patient's right, the second to the
+front, the third to the head.
+"""
+
+import argparse
+import gzip
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from examples.protocol.files import write
+
+DIRECTIONS = (("L", "R"), ("P", "A"), ("I", "S"))
+STORED = "stored"  # an orientation that leaves every volume as it is in its file
+TOLERANCE = 0.1  # voxels by which the affines of an image and its label may differ: headers are rounded
+
+
+class Nifti(NamedTuple):
+    """An array (x, y, z) of float32, and the affine (4, 4) from its voxels to millimetres."""
+
+    array: np.ndarray
+    affine: np.ndarray
+
+
+def read_nifti(path: Path) -> Nifti:
+    """The array and the affine of a file, as they are stored.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it cannot be read, or is not a volume of three axes and numbers that are finite as float32.
+    """
+    import nibabel  # the phantoms do without
+    from nibabel.filebasedimages import ImageFileError
+    from nibabel.spatialimages import HeaderDataError
+
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        image = nibabel.load(path)
+        array = np.asanyarray(image.dataobj)
+    except (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError) as error:
+        raise ValueError(f"{path} cannot be read, it may be truncated: {error}") from error
+    if array.ndim != 3 or array.dtype.kind not in "biuf":
+        raise ValueError(f"{path} must be a volume of three axes and numbers, got {array.shape=} {array.dtype=}")
+    with np.errstate(over="ignore"):
+        array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{path} must hold finite numbers of float32, got NaN, infinity or numbers beyond 3.4e38")
+    return Nifti(array, np.asarray(image.affine, dtype=np.float64))
+
+
+def write_nifti(labels: np.ndarray, path: Path, *, like: Path) -> None:
+    """Writes labels (x, y, z) as a compressed file with the affines, the codes and the units of another file."""
+    import nibabel
+
+    header = nibabel.load(like).header
+    header.set_data_dtype(labels.dtype)
+    header.set_slope_inter(1, 0)
+    image = nibabel.Nifti1Image(labels, None, header)
+    write(path, lambda temporary: temporary.write_bytes(gzip.compress(image.to_bytes(), mtime=0)))
+
+
+def is_usable(affine: np.ndarray) -> bool:
+    """Whether an affine tells where voxels are: it is finite, and no axis is lost."""
+    return bool(np.isfinite(affine).all() and np.linalg.matrix_rank(affine[:3, :3]) == 3)
+
+
+def distance(one: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> float:
+    """By how many voxels of the first affine the corners of a volume differ under two affines, along an axis."""
+    corners = np.array([[*np.where(bits, np.array(shape) - 1, 0), 1] for bits in np.ndindex(2, 2, 2)], dtype=float)
+    return float(np.abs(np.linalg.solve(one, other @ corners.T).T - corners)[:, :3].max())
+
+
+def codes_of(affine: np.ndarray) -> str:
+    """Where the axes point, such as "RAS" or "LPS"."""
+    import nibabel
+
+    return "".join(nibabel.aff2axcodes(affine, DIRECTIONS))
+
+
+def in_plane(codes: str) -> str:
+    """The orientation that mirror images of a slice have in common: RAS, ASR or RSA.
+
+    The third axis, across the slices, stays the third. All axes point to the right, the front and the head, and the two
+    within a slice come in this order.
+    """
+    positive = ["RAS"[[code in pair for pair in DIRECTIONS].index(True)] for code in codes]
+    return "".join(sorted(positive[:2], key="RAS".index)) + positive[2]
+
+
+def axes(text: str) -> str:
+    """Checks what ``--orientation`` is given."""
+    if text == STORED or (len(text) == 3 and all(sum(c in pair for c in text) == 1 for pair in DIRECTIONS)):
+        return text
+    raise argparse.ArgumentTypeError(f'must be three letters such as RAS or LPS, or "{STORED}", got {text!r}')
+
+
+def reorient(volume: Nifti, codes: str) -> Nifti:
+    """Turns and mirrors an array so that its axes point where the codes say; its voxels stay where they are."""
+    if codes_of(volume.affine) == codes:
+        return volume
+    from monai.data import MetaTensor
+    from monai.transforms import Orientation
+
+    turned = Orientation(codes, labels=DIRECTIONS)(MetaTensor(volume.array[None], affine=volume.affine))
+    return Nifti(np.ascontiguousarray(turned[0].numpy()), turned.affine.numpy())
