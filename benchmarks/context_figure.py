@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from statistics import mean, stdev
 
 import harness
 from matplotlib import rc_context
@@ -11,53 +12,59 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 STYLES = {
-    "UNet": ("#6b6b6b", "-", "o"),
-    "UNet (c2)": ("#c4c4c4", "-", "o"),
-    "KAF-UNet": ("#c2185b", "-", "o"),
-    "KAF-UNet, added": ("#f3a3c0", "-", "s"),
-    "KAF-UNet, added, loss on tokens": ("#f3a3c0", "--", "D"),
-    "SwinUNETR": ("#2b9a8b", "-", "^"),
-    "global attention": ("#1f6fb4", "-", "v"),
+    "UNet (c2)": ("#9e9e9e", "o"),
+    "KAF-UNet": ("#c2185b", "o"),
+    "KAF-UNet, added": ("#f08fb4", "s"),
+    "KAF-UNet, added, loss on tokens": ("#8e5bb5", "D"),
 }
 
 
 def draw() -> None:
-    """A panel for each part whose results are there."""
+    """A panel for each part whose results are there, one below the other."""
     panels = {"context-synthetic-cpu": draw_synthetic, "context-sunnybrook-cpu": draw_sunnybrook}
     found = {name: path for name in panels if (path := harness.RESULTS / f"{name}.json").is_file()}
-    with rc_context({"font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(5 * len(found), 3.6), layout="constrained", facecolor="white")
-        for axes, (name, path) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
+    with rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(6.6, 3.3 * len(found)), layout="constrained", facecolor="white")
+        for axes, (name, path) in zip(figure.subplots(len(found), squeeze=False)[:, 0], found.items(), strict=True):
             panels[name](axes, json.loads(path.read_text()))
-        figure.savefig(harness.RESULTS / "context.png", dpi=120)
+        figure.savefig(harness.RESULTS / "context.png", dpi=150)
 
 
 def draw_synthetic(axes: Axes, content: dict) -> None:
-    radius = int(re.search(r"reaches (\d+) pixels", content["notes"])[1])
-    for row in content["rows"]:
-        bins = {tuple(map(int, name.split("-"))): value for name, value in row.items() if name[0].isdigit()}
-        places = [(low + high) / 2 / radius for low, high in bins]
-        colour, style, marker = STYLES[row["network"]]
-        size = 4 - 0.6 * content["rows"].index(row)  # so that lines show that lie upon each other
-        axes.plot(places, bins.values(), style, marker=marker, color=colour, lw=size, ms=3 * size, label=row["network"])
-    axes.axvline(1, color="#9e9e9e", lw=0.8)
-    axes.axhline(0.5, color="#9e9e9e", lw=0.8, ls=":")
-    axes.text(1.05, 0.6, "end of the UNet's\nreceptive field", color="#6b6b6b", fontsize=8)
-    axes.set(ylim=(0.4, 1.02), xlabel="distance / reach of the UNet's receptive field", ylabel="accuracy")
-    axes.set_title("A class told by a far marker (0.5 is a guess)", loc="left", fontsize=10.5)
-    axes.legend(frameon=False, fontsize=8)
+    """A line for each network, so that none hides another; a dot for each range of distances."""
+    steps = re.search(r"(\d+) steps", content["notes"])[1]
+    rows = content["rows"]
+    for place, row in enumerate(rows):
+        accuracies = [value for name, value in row.items() if name[0].isdigit()]
+        shades = [0.25 + 0.75 * i / (len(accuracies) - 1) for i in range(len(accuracies))]
+        axes.scatter(accuracies, [place] * len(accuracies), s=36, c=shades, cmap="Blues", vmin=0, edgecolors="#1f4e79")
+        if row["network"] == "global attention":
+            axes.text(max(accuracies) + 0.04, place, f"not learned in {steps} steps", va="center", color="#6b6b6b")
+    axes.axvline(0.5, color="#6b6b6b", lw=0.8, ls=":")
+    axes.text(0.49, -0.75, "guessing", color="#6b6b6b", ha="right")
+    axes.set(xlim=(0, 1.03), ylim=(len(rows) - 0.5, -1.1), xlabel="accuracy on unseen images (darker: farther marker)")
+    axes.set_yticks(range(len(rows)), [row["network"] for row in rows])
+    axes.set_title("Synthetic: the class depends on a distant marker", loc="left", fontsize=10.5)
 
 
 def draw_sunnybrook(axes: Axes, content: dict) -> None:
-    for network in dict.fromkeys(row["network"] for row in content["rows"]):
-        rows = [row for row in content["rows"] if row["network"] == network]
-        colour, style, marker = STYLES[network]
-        places = [row["receptive field / edge"] for row in rows]
-        dice = [row["Dice"] for row in rows]
-        axes.plot(places, dice, style, marker=marker, color=colour, lw=1.8, ms=4, label=network)
-    axes.axvline(1, color="#9e9e9e", lw=0.8)
-    axes.set(xlabel="receptive field of the deepest block / image edge", ylabel="Dice of unseen subjects")
-    axes.set_title("Sunnybrook, whole field of view, 2 subjects labelled", loc="left", fontsize=10.5)
-    bottom, top = axes.get_ylim()
-    axes.set_ylim(bottom - 0.3 * (top - bottom), top)  # room for the legend
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    """Gains over the UNet with as many levels: means over folds, with standard errors."""
+    rows = content["rows"]
+    levels = list(dict.fromkeys(row["levels"] for row in rows))
+    axes.axhline(0, color="#6b6b6b", lw=0.8)
+    for i, (network, (colour, marker)) in enumerate(STYLES.items()):
+        own = [row for row in rows if row["network"] == network]
+        gains = [[float(gain) for gain in row["by fold"].split()] for row in own]
+        errors = [stdev(gain) / len(gain) ** 0.5 if len(gain) > 1 else 0.0 for gain in gains]
+        places = [levels.index(row["levels"]) + 0.14 * (i - 1.5) for row in own]
+        style = {"fmt": marker, "color": colour, "ms": 6, "capsize": 3, "lw": 1.4, "label": network}
+        axes.errorbar(places, [mean(gain) for gain in gains], errors, **style)
+    unets = {row["levels"]: row for row in rows if row["network"] == "UNet"}
+    names = [
+        f"{level} levels: sees {row['receptive field / edge']:.2f}\nof the image's edge\n(UNet: Dice {row['Dice']:.3f})"
+        for level, row in unets.items()
+    ]
+    axes.set_xticks(range(len(levels)), names, fontsize=8.5)
+    axes.set(xlim=(-0.5, len(levels) - 0.5), ylabel="Dice ahead of the UNet")
+    axes.set_title("Sunnybrook, two labelled subjects: gain by receptive field", loc="left", fontsize=10.5)
+    axes.legend(frameon=False, fontsize=9)

@@ -6,7 +6,6 @@ python benchmarks/figure.py [--publish]
 from __future__ import annotations
 
 import json
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,19 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+# Solid lines are parts of a network, dashed ones whole encoders.
 STYLES = {
-    "KAF layers": ("#c2185b", "-"),
-    "KAF layers, dense": ("#e8963c", "-"),
-    "KAF-UNet's encoder": ("#c2185b", ":"),
-    "Swin-T": ("#1f6fb4", "-"),
-    "SwinUNETR": ("#2b9a8b", "-"),
-    "SwinUNETR, embedding 24": ("#2b9a8b", ":"),
-    "global attention": ("#6b6b6b", "-"),
+    "KAF layers": ("#c2185b", "-", "KAF layers"),
+    "KAF layers, dense": ("#e8963c", "-", "KAF layers, dense diffusion (the paper's)"),
+    "KAF-UNet's encoder": ("#c2185b", "--", "KAF-UNet's encoder: layers and convolutions"),
+    "Swin-T": ("#1f6fb4", "--", "Swin-T"),
+    "SwinUNETR": ("#2b9a8b", "--", "SwinUNETR's encoder, width 48"),
+    "SwinUNETR, embedding 24": ("#8bc9c0", "--", "SwinUNETR's encoder, width 24"),
+    "global attention": ("#6b6b6b", "-", "global attention at stride 16"),
 }
 PANELS = {
-    "flops": ("forward", "GFLOPs, forward pass"),
-    "memory": ("saved for backward", "MB saved for the backward pass"),
+    "flops": ("forward", "GFLOPs, forward"),
+    "memory": ("saved for backward", "MB saved for backward"),
 }
 
 
@@ -37,21 +37,21 @@ def draw() -> None:
         print(f"Nothing to draw in {harness.RESULTS}: run flops.py or memory.py first.")
         return
     counts = sorted({row["attentions"] for rows in tables.values() for row in rows})
-    with mpl.rc_context({"font.size": 9.5}):
-        figure = Figure(figsize=(5 * len(counts), 3.6 * len(tables)), layout="constrained", facecolor="white")
+    with mpl.rc_context({"font.size": 10}):
+        size = (0.6 + 3.1 * len(counts), 1.4 + 2.6 * len(tables))
+        figure = Figure(figsize=size, layout="constrained", facecolor="white")
         grid = figure.subplots(len(tables), len(counts), sharey="row", squeeze=False)
         for axes_row, (name, rows) in zip(grid, tables.items(), strict=True):
             quantity, label = PANELS[name]
-            lines = [[row for row in rows if (row["attentions"], row["of"]) == (count, quantity)] for count in counts]
-            for axes, count, networks in zip(axes_row, counts, lines, strict=True):
-                plot(axes, networks)
-                axes.set_title(f"{count} self-attentions", loc="left", fontsize=10.5)
-            for axes, networks in zip(axes_row, lines, strict=True):  # now that the height they share is known
-                name_lines(axes, networks)
+            for axes, count in zip(axes_row, counts, strict=True):
+                plot(axes, [row for row in rows if (row["attentions"], row["of"]) == (count, quantity)])
+                axes.set_title(f"{count} self-attentions", loc="left", fontsize=10)
             axes_row[0].set_ylabel(label)
         for axes in grid[-1]:
             axes.set_xlabel("image edge, pixels")
-        figure.savefig(harness.RESULTS / "attention.png", dpi=120)
+        handles, labels = grid[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(2, len(counts)), frameon=False, fontsize=9)
+        figure.savefig(harness.RESULTS / "attention.png", dpi=150)
 
 
 def measured(path: Path) -> list[dict[str, Any]]:
@@ -64,39 +64,18 @@ def points(row: dict[str, Any]) -> dict[int, float]:
 
 
 def plot(axes: Axes, rows: list[dict[str, Any]]) -> None:
-    for row in rows:
-        if row["network"] in STYLES:
-            colour, style = STYLES[row["network"]]
-            axes.plot(*zip(*points(row).items(), strict=True), style, color=colour, lw=2, marker="o", ms=3.5)
+    of = {row["network"]: points(row) for row in rows}
+    for name, (colour, line, label) in STYLES.items():
+        if name in of:
+            axes.plot(*zip(*of[name].items(), strict=True), line, color=colour, lw=1.8, marker="o", ms=3, label=label)
     edges = list(points(rows[0]))
     axes.set(xscale="log", yscale="log", xlim=(edges[0] * 0.93, edges[-1] * 1.05))
-    axes.set_xticks(edges, [str(edge) for edge in edges])
+    axes.set_xticks(edges, [str(edge) for edge in edges], fontsize=8)
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.minorticks_off()
     axes.grid(axis="y", color="#e6e6e6", lw=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def name_lines(axes: Axes, rows: list[dict[str, Any]]) -> None:
-    """Writes the names at the right ends."""
-    edge = max(points(rows[0]))
-    ends = {row["network"]: row[str(edge)] for row in rows if row["network"] in STYLES}
-    low, high = axes.get_ylim()
-    for name, height in spread(ends, gap=(high / low) ** 0.055).items():
-        axes.text(edge * 1.09, height, name, color=STYLES[name][0], va="center")
-
-
-def spread(heights: dict[str, float], *, gap: float) -> dict[str, float]:
-    """Heights moved until each is at least about a factor of ``gap`` above the next lower one."""
-    order = sorted(heights, key=heights.__getitem__)
-    placed = dict(heights)
-    for _ in range(100):
-        for below, above in pairwise(order):
-            push = max(1.0, gap * placed[below] / placed[above]) ** 0.5
-            placed[below] /= push
-            placed[above] *= push
-    return placed
 
 
 if __name__ == "__main__":
