@@ -274,7 +274,7 @@ def test_nothing_is_published_unless_asked_for(results):
     parser.parse_args([])
     assert results == harness.RESULTS
     parser.parse_args(["--publish"])
-    assert harness.RESULTS == Path(harness.__file__).parent / "results"
+    assert Path(harness.__file__).parent / "results" == harness.RESULTS
 
 
 @pytest.mark.parametrize("arguments", [["--edges", "100"], ["--attentions", "6"], ["--edges", "-16"]])

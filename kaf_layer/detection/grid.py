@@ -37,7 +37,9 @@ class GridDetector(nn.Module):
     def __init__(self, spacing: float | Sequence[float]) -> None:
         super().__init__()
         # NumPy's numbers become Python's, which compilers take for constants.
-        self.spacing = float(spacing) if isinstance(spacing, (int, float, Real)) else tuple(float(step) for step in spacing)
+        self.spacing = (
+            float(spacing) if isinstance(spacing, (int, float, Real)) else tuple(float(step) for step in spacing)
+        )
         if min([self.spacing] if isinstance(self.spacing, float) else self.spacing, default=0) <= 0:
             raise ValueError(f"spacing must be positive, in pixels, got {spacing=}")
 
