@@ -1,6 +1,6 @@
 """Do KAF layers help a network that is trained already? MONAI's UNet, fine-tuned with layers attached and without.
 
-    python benchmarks/attached.py --data ../shared/data/sunnybrook  # about 15 minutes on a core; goes on if killed
+    python benchmarks/attached.py --data ../shared/data/sunnybrook  # about 15 minutes on a core for each seed
 
 For each fold the UNet is trained on the labelled subjects, then fine-tuned on them twice, from the same weights with
 the same batches: as it is, and with KAF layers behind its two finer scales. Everything else is as in
@@ -9,10 +9,10 @@ examples/protocol/cross_validate.py --preset sunnybrook.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from copy import deepcopy
+from itertools import product
 from pathlib import Path
 from statistics import mean
 
@@ -24,7 +24,7 @@ from torch import nn
 
 sys.path.append(str(Path(__file__).parent.parent))
 from examples.protocol.augmentation import Augmentation
-from examples.protocol.comparison import difference, spread
+from examples.protocol.comparison import difference, runs_ahead, spread
 from examples.protocol.files import read_json, write_json
 from examples.protocol.finetune import evaluate, gather, mean_dice
 from examples.protocol.networks import WithoutKeypoints
@@ -52,20 +52,22 @@ def fit(network: nn.Module, stacks: Sequence[Stack], *, steps: int, lr: float, s
         optimizer.step()
 
 
-def run_fold(stacks: list[Stack], chosen: Sequence[str], tested: Sequence[str], options: argparse.Namespace) -> dict:
+def run_fold(
+    stacks: list[Stack], chosen: Sequence[str], tested: Sequence[str], *, steps: int, seed: int, spacing: float
+) -> dict:
     """The scores of the three networks on the volumes of one fold."""
     training, unseen = ([s for s in stacks if s.volume.subject in names] for names in (chosen, tested))
-    torch.manual_seed(options.seed)
+    torch.manual_seed(seed)
     unet = UNet(spatial_dims=2, in_channels=1, out_channels=2, channels=(8, 16, 32), strides=(2, 2))
-    fit(WithoutKeypoints(unet), training, steps=options.steps, lr=3e-3, seed=options.seed)
-    copy, detector = deepcopy(unet), GridDetector(options.spacing)
+    fit(WithoutKeypoints(unet), training, steps=steps, lr=3e-3, seed=seed)
+    copy, detector = deepcopy(unet), GridDetector(spacing)
     attached = attach(copy, {"model.0": 8, "model.1.submodule.0": 16}, detector=detector, embed_dim=64, depth=2)
     networks = {BEFORE: deepcopy(unet), WITHOUT: unet, WITH: attached}
     scores = {}
     for name, network in networks.items():
         model = WithoutKeypoints(network)
         if name != BEFORE:
-            fit(model, training, steps=options.steps, lr=3e-3, seed=options.seed + 1)
+            fit(model, training, steps=steps, lr=3e-3, seed=seed + 1)
         rows = evaluate(model, unseen, classes=2)
         scores[name] = [[stack.volume.subject, *row] for stack, row in zip(unseen, rows, strict=True)]
     gains = [module.gain.abs().mean().item() for module in attached.modules() if isinstance(module, KAFLayer)]
@@ -79,32 +81,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--folds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--labelled", type=int, default=2, metavar="M", help="subjects to train on")
     parser.add_argument("--steps", type=int, default=400, help="of training, and again of fine-tuning")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     options = parser.parse_args(arguments)
     protocol = parse(parser_of(None), ["--preset", "sunnybrook", "--data", str(options.data), "--output", "unused"])
-    options.spacing = protocol.spacing * protocol.resize
+    spacing = protocol.spacing * protocol.resize  # of the grid, in pixels of the resized slices
     stacks = load_stacks(protocol)
     split = load_split(protocol, [stack.volume for stack in stacks])
     results = []
-    for fold in options.folds:
-        file = options.output / f"fold{fold}-M{options.labelled}-{options.steps}-{options.seed}.json"
+    for seed, fold in product(options.seeds, options.folds):
+        file = options.output / f"fold{fold}-M{options.labelled}-{options.steps}-{seed}.json"
         if not file.is_file():
             chosen = split[fold].labelled(options.labelled)
-            write_json(run_fold(stacks, chosen, split[fold].test, options), file)
-        results.append({"fold": fold} | read_json(file))
+            write_json(
+                run_fold(stacks, chosen, split[fold].test, steps=options.steps, seed=seed, spacing=spacing), file
+            )
+        results.append({"fold": fold, "seed": seed} | read_json(file))
     rows = []
-    of = {name: [{"fold": r["fold"], "scores": r["scores"][name]} for r in results] for name in (BEFORE, WITHOUT, WITH)}
+    of = {name: [run | {"scores": run["scores"][name]} for run in results] for name in (BEFORE, WITHOUT, WITH)}
+    of = {
+        name: [run | {"dice": mean_dice([row[1:] for row in run["scores"]])} for run in own] for name, own in of.items()
+    }
     for name, own in of.items():
-        folds = [mean_dice([row[1:] for row in r["scores"]]) for r in own]
+        folds = [mean(run["dice"] for run in own if run["fold"] == fold) for fold in options.folds]
         ahead = difference(of[WITH], own) if name != WITH else None
         row: dict[str, object] = {"network": name, "Dice": spread(folds)}
         row["layers ahead by"] = f"{ahead.dice:+.3f}" if ahead else ""
         row["in folds"] = f"{ahead.ahead} of {ahead.folds}" if ahead else ""
+        row["in runs"] = runs_ahead(of[WITH], own) if ahead else ""
         row["p"] = f"{ahead.p:.2g}" if ahead else ""
         rows.append(row)
     gain = mean(mean(result["gains"]) for result in results)
     notes = (
-        f"Sunnybrook, M = {options.labelled}, folds {options.folds}, seed {options.seed}: {options.steps} steps of "
+        f"Sunnybrook, M = {options.labelled}, folds {options.folds}, seeds {options.seeds}: {options.steps} steps of "
         f"training and as many of fine-tuning, Adam 3e-3 with a cosine. Dice: mean ± deviation over folds; p of a "
         f"Wilcoxon signed-rank test over subjects. The gains of the layers grew from 0 to {gain:.2f} on average."
     )

@@ -1,9 +1,11 @@
-"""Docstrings in the form that mkdocstrings reads: roles become links, ``.. math::`` MathML, "Example:" code."""
+"""What mkdocstrings reads: in docstrings roles become links, ``.. math::`` MathML, "Example:" code; types are told."""
 
 import re
+from collections.abc import Iterator
+from dataclasses import fields, replace
 from typing import Any
 
-from griffe import AliasResolutionError, Extension, NameResolutionError, Object
+from griffe import AliasResolutionError, Expr, ExprName, Extension, Module, NameResolutionError, Object
 from latex2mathml.converter import convert
 
 ROLE = re.compile(r":(?:class|func|meth):`(~?)([\w.]+)`")
@@ -36,3 +38,37 @@ class Docstrings(Extension):
         text = FORMULA.sub(formula, text)
         text = MATH.sub(lambda match: convert(match[1]), text)
         obj.docstring.value = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
+
+    def on_package(self, *, pkg: Module, **_: Any) -> None:
+        """Called once all is loaded: signatures show what a name such as ``FusionMode`` stands for."""
+        for module in walk(pkg):
+            for obj in module.members.values():
+                if obj.is_alias:
+                    continue
+                functions = obj.functions.values() if obj.is_class else [obj] if obj.is_function else []
+                for function in functions:
+                    for parameter in function.parameters:
+                        parameter.annotation = written_out(parameter.annotation, pkg)
+                    function.returns = written_out(function.returns, pkg)
+
+
+def walk(module: Module) -> Iterator[Module]:
+    yield module
+    for inner in module.modules.values():
+        if not inner.is_alias:
+            yield from walk(inner)
+
+
+def written_out(annotation: Any, package: Module) -> Any:
+    """An annotation in which names of types of this package are replaced by what they are assigned."""
+    if isinstance(annotation, ExprName):
+        module, _, name = annotation.canonical_path.rpartition(".")
+        found = dict(package.modules_collection[module].members).get(name) if module.startswith(package.path) else None
+        known = found is not None and not found.is_alias and found.is_attribute and isinstance(found.value, Expr)
+        return found.value if known else annotation
+    if isinstance(annotation, list):
+        return [written_out(part, package) for part in annotation]
+    if isinstance(annotation, Expr):
+        values = {field.name: getattr(annotation, field.name) for field in fields(annotation)}
+        return replace(annotation, **{name: written_out(value, package) for name, value in values.items()})
+    return annotation

@@ -1,11 +1,18 @@
-"""Draws the figures of the pages, on synthetic images only, into docs/images.
+"""Draws the figures of the pages into docs/images.
 
-    python -m docs.figures
+    python -m docs.figures                                   # on synthetic images
+    python -m docs.figures --data ../shared/data/sunnybrook  # a slice of Sunnybrook too, by the weights of the bundle
 
-The network behind the first two is trained on the task of ``benchmarks/context_task.py``: minutes on one core.
+The network behind concept.png and attention.png is trained on the task of ``benchmarks/context_task.py``: minutes on
+one core.
 """
 
+import argparse
+import json
+from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -22,15 +29,17 @@ from kaf_layer.plotting import (
     draw_attention,
     draw_image,
     draw_keypoints,
+    draw_labels,
     draw_matches,
     draw_similarity,
     self_similarity,
 )
 
 FOLDER = Path(__file__).parent / "images"
+BUNDLE = Path(__file__).parents[1] / "examples" / "bundle"
 LAYER = 0  # of two: the one on the image's own resolution, where the distance is bridged
 HEAD = 0, 2  # the block and head of it that look at the marker most
-STYLE = {"font.size": 9, "axes.titlesize": 9.5, "savefig.dpi": 120}
+STYLE = {"font.size": 10, "axes.titlesize": 10.5, "savefig.dpi": 150}
 
 
 def train(steps: int = 250, images: int = 1000) -> KAFUNet:
@@ -195,8 +204,52 @@ def draw_phantoms() -> dict[str, Figure]:
     return {"keypoints": found, "matches": matched, "similarity": similar}
 
 
-def main() -> None:
+@torch.no_grad()
+def draw_sunnybrook(data: Path) -> Figure:
+    """A slice of the volume whose gain by the layers is nearest to the mean gain: keypoints, predictions, reference."""
+    from monai.bundle import ConfigParser
+
+    from examples.bundle.train import load_slices
+
+    config = ConfigParser()
+    config.read_config(BUNDLE / "configs" / "inference.json")
+    network = config.get_parsed_content("network_def").eval()
+    unet = deepcopy(network.backbone)
+    for each, name in ((network, "model"), (unet, "unet")):
+        each.load_state_dict(torch.load(BUNDLE / "models" / f"{name}.pt", weights_only=True))
+    about = json.loads((BUNDLE / "models" / "model.json").read_text())
+    gains = [a[1] - b[1] for a, b in zip(about["model"]["scores"], about["unet"]["scores"], strict=True)]
+    stacks = [stack for stack in load_slices(data, network.detector) if stack.volume.subject in about["test"]]
+    chosen = min(range(len(gains)), key=lambda i: abs(gains[i] - mean(gains)))
+    stack = stacks[chosen]
+    z = int((stack.labels > 0).sum((1, 2)).argmax())
+    image = stack.images[z : z + 1]
+    titles = {"keypoints": None, "UNet": unet(image), "UNet with KAF layers": network(image), "reference": None}
+    figure = Figure(figsize=(8, 2.3), layout="constrained")
+    for axis, (title, logits) in zip(figure.subplots(1, 4), titles.items(), strict=True):
+        draw_image(axis, image[0, 0].mT, vmax=float(image.quantile(0.98)))  # x is first
+        if title == "keypoints":
+            draw_keypoints(axis, network.detector(image)[0], s=14)
+        else:
+            labels = stack.labels[z] if logits is None else logits.argmax(1)[0]
+            draw_labels(axis, labels.mT, linewidths=1.6)
+        axis.set_title(title)
+    scores = [about[name]["scores"][chosen][1] for name in ("unet", "model")]
+    print(f"{stack.volume.subject}, slice {z}; Dice of the volume: UNet {scores[0]:.3f}, with layers {scores[1]:.3f}")
+    return figure
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """Trains, draws and saves."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="the folder of Sunnybrook")
+    parser.add_argument("--only", choices=("sunnybrook",), help="draw this one alone")
+    options = parser.parse_args(arguments)
+    if options.data:
+        with rc_context(STYLE):
+            save("sunnybrook", draw_sunnybrook(options.data))
+    if options.only:
+        return
     network = train()
     task = draw_task(60, seed=1)
     print(f"accuracy on {len(task.images)} unseen images: {accuracy(network, task):.3f}")
@@ -205,8 +258,13 @@ def main() -> None:
         figures = {"concept": draw_concept(network, far[:1]), "attention": draw_reading(network, far)}
         figures |= draw_phantoms()
         for name, figure in figures.items():
-            figure.savefig(FOLDER / f"{name}.png", bbox_inches="tight", pad_inches=0.05)
-            print(FOLDER / f"{name}.png")
+            save(name, figure)
+
+
+def save(name: str, figure: Figure) -> None:
+    """Writes a figure beside the pages."""
+    figure.savefig(FOLDER / f"{name}.png", bbox_inches="tight", pad_inches=0.05)
+    print(FOLDER / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the pages need beyond MkDocs: links to files of the repository, and formulas without JavaScript.
+"""What the pages need beyond MkDocs: links to files of the repository, formulas without JavaScript, large figures.
 
 The pages are read in the repository too, where a link such as ``../examples/unet.py`` leads to the file. On the site it
 leads to a copy of that file, under ``repository/``; of source code or a folder, to a page that shows it.
@@ -14,6 +14,7 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:)[^()\s#]+")
+IMAGE = re.compile(r"^!\[[^\]]*\]\(([^)\s]+)\)$", flags=re.MULTILINE)
 FORMULA = re.compile(r"^```math\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 
 
@@ -33,7 +34,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Leads links that leave ``docs/`` to the published copies, and turns formulas into MathML."""
+    """Leads links that leave ``docs/`` to the published copies, links figures to themselves, makes formulas MathML."""
 
     def redirect(match: re.Match[str]) -> str:
         path = target(page.file.src_uri, match[0])
@@ -44,7 +45,14 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     def formula(match: re.Match[str]) -> str:
         return f'<div class="formula">{convert(match[1].strip(), display="block")}</div>'
 
-    return FORMULA.sub(formula, LINK.sub(redirect, markdown))
+    return FORMULA.sub(formula, IMAGE.sub(r"[\g<0>](\1)", LINK.sub(redirect, markdown)))
+
+
+def on_post_build(config: Any, **_: Any) -> None:
+    """Takes away the sitemap where it is empty, since nobody said where the site will be."""
+    if not config.site_url:
+        for name in ("sitemap.xml", "sitemap.xml.gz"):
+            (Path(config.site_dir) / name).unlink(missing_ok=True)
 
 
 def target(page: str, link: str) -> str:
