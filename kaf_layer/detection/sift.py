@@ -19,6 +19,7 @@ from kaf_layer.detection.icosahedron import describe_in_space
 from kaf_layer.detection.scale_space import BORDER, ScaleSpace
 from kaf_layer.detection.voxels import Voxels
 from kaf_layer.keypoints import Keypoints
+from kaf_layer.precision import without_autocast
 
 __all__ = ["SIFTDetector"]
 
@@ -175,7 +176,7 @@ class SIFTDetector(nn.Module):
         if not torch.compiler.is_compiling() and hasattr(images, "as_tensor"):  # a MetaTensor of MONAI
             images = images.as_tensor()
         static = images.device.type != "cpu" or torch.compiler.is_compiling()
-        with torch.autocast(images.device.type, enabled=False):
+        with without_autocast(images.device):
             grey = self._grey(images, static=static)
             # A CPU is faster on one image at a time, whose scale space may stay in its cache.
             batches = [grey] if static else grey.split(1)

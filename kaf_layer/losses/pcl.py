@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kaf_layer.checks import check_floats, check_tensors
 from kaf_layer.losses.checks import refuse
+from kaf_layer.precision import without_autocast
 
 __all__ = ["PCLLoss", "pcl_loss"]
 
@@ -25,7 +26,7 @@ def pcl_loss(
 ) -> Annotated[Tensor, ""]:
     """The positional contrastive loss, as a function; see :class:`PCLLoss`."""
     _check(embeddings, positions, temperature, threshold)
-    with torch.autocast(embeddings.device.type, enabled=False):
+    with without_autocast(embeddings.device):
         dtype = torch.promote_types(embeddings.dtype, torch.float32)
         unit = F.normalize(embeddings.to(dtype), dim=-1)
         if gather_distributed and dist.is_available() and dist.is_initialized():

@@ -11,6 +11,7 @@ from kaf_layer.attention import PositionEncoder, PropagationBlock, key_mask
 from kaf_layer.checks import check_counts, check_tokens
 from kaf_layer.keypoints import Keypoints
 from kaf_layer.matching.sinkhorn import log_sinkhorn
+from kaf_layer.precision import without_autocast
 
 __all__ = ["KeypointMatcher"]
 
@@ -85,7 +86,7 @@ class KeypointMatcher(nn.Module):
             else:
                 a, b = block(a, valid_a, mask_b, b), block(b, valid_b, mask_a, a)
         a, b = self.out(a), self.out(b)
-        with torch.autocast(a.device.type, enabled=False):
+        with without_autocast(a.device):
             dtype = torch.promote_types(a.dtype, torch.float32)
             scores = a.to(dtype) @ b.to(dtype).mT / a.shape[-1] ** 0.5
             return log_sinkhorn(scores, self.dustbin, iterations=self.iterations, valid_a=valid_a, valid_b=valid_b)

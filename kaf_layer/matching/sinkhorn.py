@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from kaf_layer.checks import check_counts, check_floats
+from kaf_layer.precision import exact_products, without_autocast
 
 __all__ = ["log_sinkhorn"]
 
 # Iterations on one exponentiated matrix. With a dustbin, one iteration changes a scaling by at most a factor of
 # 2 (M + N). For M + N up to 4096, what underflows in float32 stays negligible, and nothing overflows, for 3 of them.
 _STEPS = 3
+_NOTHING = 1e-20  # the mass of what is empty: lost in rounding beside 1, and far from underflow
 
 
 def log_sinkhorn(
@@ -31,7 +33,8 @@ def log_sinkhorn(
     the unrolled iterations, from O(iterations * (M + N) + M * N) memory, as only the scaling vectors are kept.
 
     Args:
-        scores: (B, M, N), the higher the better; computed in float32 at least, also under autocast.
+        scores: (B, M, N), the higher the better; computed in float32 at least, also under autocast and where
+            ``torch.set_float32_matmul_precision`` allows less.
         dustbin: 0-d, the score of having no partner, commonly learned.
         iterations: of row and column normalisation, at least 1.
         valid_a: (B, M) bool, which rows are points; all if None.
@@ -53,7 +56,7 @@ def log_sinkhorn(
                  [0., 1., 0., 2.]]])
     """
     batch, rows, columns = _check(scores, dustbin, iterations, valid_a, valid_b)
-    with torch.autocast(scores.device.type, enabled=False):
+    with without_autocast(scores.device):
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         a = scores.new_ones(batch, rows) if valid_a is None else valid_a.to(scores.dtype)
         b = scores.new_ones(batch, columns) if valid_b is None else valid_b.to(scores.dtype)
@@ -67,67 +70,78 @@ def log_sinkhorn(
 
 
 @torch.library.custom_op("kaf_layer::sinkhorn", mutates_args=())
-def _sinkhorn(scores: Tensor, mass_a: Tensor, mass_b: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The log-assignment, and the logarithms of all scalings, (iterations, B, M) and (iterations + 1, B, N).
+def _sinkhorn(scores: Tensor, mass_a: Tensor, mass_b: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The log-assignment, and what its gradient needs: v (blocks, B, N), a (iterations, B, M), b (iterations, B, N).
 
-    An operator of its own, as a compiler would otherwise unroll the iterations.
+    An operator of its own, as a compiler would otherwise unroll the iterations. A block is a few iterations, which
+    scale one matrix K = softmax(scores + v) by vectors a and b. The rows of K sum to 1, so that the block's first a is
+    mass_a; after it, v grows by the logarithm of its last b.
     """
-    scores, (mass_a, empty_a), (mass_b, empty_b) = _masked(scores, mass_a, mass_b)
-    u = (mass_a.log() - scores.logsumexp(dim=2)).masked_fill(empty_a > 0, 0.0)
-    v = torch.zeros_like(mass_b)
-    log_a, log_b = [], [v]
-    for start in range(0, iterations, _STEPS):
-        kernel = _kernel(scores, u, v)
-        b = torch.ones_like(v)
-        for _ in range(start, min(start + _STEPS, iterations)):
-            a = mass_a / (_times(kernel, b) + empty_a)
-            b = mass_b / (_times(kernel.mT, a) + empty_b)
-            log_a.append(u + a.log())
-            log_b.append(v + b.log())
-        u, v = log_a[-1], log_b[-1]
-    return scores + u[:, :, None] + v[:, None], torch.stack(log_a), torch.stack(log_b)
+    scores, mass_a, mass_b, absent = _masked(scores, mass_a, mass_b)
+    a, b = mass_a.repeat(iterations, 1, 1), mass_b.new_empty(iterations, *mass_b.shape)
+    v = [mass_b.clamp(max=1.0).log()]  # 0, but for empty columns
+    with exact_products():
+        for start in range(0, iterations, _STEPS):
+            if start:
+                v.append(v[-1] + b[start - 1].log())
+            kernel = _kernel(scores, v[-1])
+            for step in range(start, min(start + _STEPS, iterations)):
+                if step > start:
+                    torch.div(mass_a, _times(kernel, b[step - 1]), out=a[step])
+                torch.div(mass_b, _times(kernel.mT, a[step]), out=b[step])
+    u = a[-1].log() - (scores + v[-1][:, None]).logsumexp(dim=2)
+    scores = scores.add_(u[:, :, None])
+    result = scores.add_((mass_b.log() - scores.logsumexp(dim=1))[:, None])  # the last b, without rounding
+    return result.masked_fill_(absent, -torch.inf), torch.stack(v), a, b
 
 
 @torch.library.custom_op("kaf_layer::sinkhorn_backward", mutates_args=())
 def _sinkhorn_backward(
-    grad: Tensor, scores: Tensor, mass_a: Tensor, mass_b: Tensor, log_a: Tensor, log_b: Tensor
+    grad: Tensor, scores: Tensor, mass_a: Tensor, mass_b: Tensor, v: Tensor, a: Tensor, b: Tensor
 ) -> Tensor:
-    """The gradient of the scores: of each iteration an outer product of vectors times its matrix.
+    """The gradient of the scores: of each iteration two outer products of vectors, times the matrix K of its block.
 
-    With u_k = log mass_a - logsumexp(scores + v_k-1) over columns, and v_k likewise from u_k, the chain rule takes
-    the matrices exp(scores + u_k + v_k-1) / mass_a and exp(scores + u_k + v_k) / mass_b. Both are one kernel
-    between two diagonal matrices, so that a few iterations share one exponentiation and one matrix product.
+    By the chain rule through ``log b_k = log mass_b - log K' a_k`` and ``log a_k = log mass_a - log K b_k-1``, K
+    takes ``a_k y_k' + x_k b_k-1'``. Here ``y_k = -b_k / mass_b * g`` with the gradient g of log b_k,
+    ``x_k = -a_k^2 / mass_a * K y_k``, and log b_k-1 gets ``b_k-1 * K' x_k``.
     """
-    scores, (mass_a, _), (mass_b, _) = _masked(scores, mass_a, mass_b)
-    grad = grad.masked_fill(scores == -torch.inf, 0.0)
-    grad_u, grad_v, total = grad.sum(dim=2), grad.sum(dim=1), grad
-    for start in reversed(range(0, len(log_a), _STEPS)):
-        u, v = log_a[start], log_b[start]
-        kernel = _kernel(scores, u, v)
-        left, right = [], []
-        for step in reversed(range(start, min(start + _STEPS, len(log_a)))):
-            a = (log_a[step] - u).exp()
-            b, b_before = (log_b[step + 1] - v).exp(), (log_b[step] - v).exp()
-            from_v = b * grad_v / mass_b
-            from_u = a * (grad_u - a * _times(kernel, from_v)) / mass_a
-            grad_v = -b_before * _times(kernel.mT, from_u)
-            grad_u = torch.zeros_like(grad_u)  # the result holds the last u itself; earlier ones reach it by v alone
-            left += [a, from_u]
-            right += [from_v, b_before]
-        total = torch.addcmul(total, kernel, torch.stack(left, dim=2) @ torch.stack(right, dim=1), value=-1)
+    scores, mass_a, mass_b, absent = _masked(scores, mass_a, mass_b)
+    total = grad.masked_fill(absent, 0.0)
+    before = torch.cat([torch.ones_like(b[:1]), b[:-1]])
+    before[::_STEPS] = 1.0  # v holds the rest
+    left, right = torch.stack([a, a], dim=1), torch.stack([before, before], dim=1)  # a_k and x_k; y_k and b_k-1
+    from_a, from_b = -a / mass_a, -b / mass_b
+    # The result is a sum with the last a and b; earlier ones reach it through the last b alone.
+    direct = from_a[-1] * total.sum(dim=2)
+    torch.mul(from_b[-1], total.sum(dim=1), out=right[-1, 0])
+    from_a, from_b = from_a * a, from_b[:-1] * before[1:]
+    with exact_products():
+        for start in reversed(range(0, len(a), _STEPS)):
+            kernel = _kernel(scores, v[start // _STEPS])
+            for step in reversed(range(start, min(start + _STEPS, len(a)))):
+                x = torch.mul(from_a[step], _times(kernel, right[step, 0]), out=left[step, 1])
+                if step == len(a) - 1:
+                    x += direct
+                if step:
+                    torch.mul(from_b[step - 1], _times(kernel.mT, x), out=right[step - 1, 0])
+            rows, columns = (side[start : start + _STEPS].flatten(0, 1) for side in (left, right))
+            total = torch.addcmul(total, kernel, torch.bmm(rows.permute(1, 2, 0), columns.transpose(0, 1)))
     return total
 
 
-def _masked(scores: Tensor, *masses: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The scores, -inf where there is no mass; and per side the masses, 1 in place of 0, and 1 where they were 0."""
-    empty_a, empty_b = (mass == 0 for mass in masses)
-    scores = scores.masked_fill(empty_a[:, :, None] | empty_b[:, None], -torch.inf)
-    a, b = ((mass + empty, empty.to(mass.dtype)) for mass, empty in zip(masses, (empty_a, empty_b), strict=True))
-    return scores, a, b
+def _masked(scores: Tensor, mass_a: Tensor, mass_b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The scores, -inf where there is no mass; the masses, next to nothing instead of 0; and where there is none.
+
+    Rows and columns without mass keep their dustbin, so that no sum is 0.
+    """
+    absent = (mass_a == 0)[:, :, None] | (mass_b == 0)[:, None]
+    scores = scores.clone()
+    scores[:, :-1, :-1].masked_fill_(absent[:, :-1, :-1], -torch.inf)
+    return scores, mass_a.clamp(min=_NOTHING), mass_b.clamp(min=_NOTHING), absent
 
 
-def _kernel(scores: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    return (scores + u[:, :, None]).add_(v[:, None]).exp_()
+def _kernel(scores: Tensor, v: Tensor) -> Tensor:
+    return (scores + v[:, None]).softmax(dim=2)
 
 
 def _times(matrix: Annotated[Tensor, "B M N"], vector: Annotated[Tensor, "B N"]) -> Annotated[Tensor, "B M"]:
@@ -135,9 +149,9 @@ def _times(matrix: Annotated[Tensor, "B M N"], vector: Annotated[Tensor, "B N"])
 
 
 @_sinkhorn.register_fake
-def _(scores: Tensor, mass_a: Tensor, mass_b: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
-    log_a, log_b = mass_a.new_empty(iterations, *mass_a.shape), mass_b.new_empty(iterations + 1, *mass_b.shape)
-    return torch.empty_like(scores), log_a, log_b
+def _(scores: Tensor, mass_a: Tensor, mass_b: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a, b = mass_a.new_empty(iterations, *mass_a.shape), mass_b.new_empty(iterations, *mass_b.shape)
+    return torch.empty_like(scores), mass_b.new_empty(-(-iterations // _STEPS), *mass_b.shape), a, b
 
 
 @_sinkhorn_backward.register_fake
@@ -145,13 +159,12 @@ def _(grad: Tensor, *_: Tensor) -> Tensor:
     return torch.empty_like(grad, memory_format=torch.contiguous_format)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    scores, mass_a, mass_b, _ = inputs
-    ctx.save_for_backward(scores, mass_a, mass_b, output[1], output[2])
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:3], *output[1:])
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    with torch.autocast(grad.device.type, enabled=False):
+    with without_autocast(grad.device):
         return _sinkhorn_backward(grad, *ctx.saved_tensors), None, None, None
 
 
