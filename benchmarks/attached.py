@@ -26,9 +26,10 @@ sys.path.append(str(Path(__file__).parent.parent))
 from examples.protocol.augmentation import Augmentation
 from examples.protocol.comparison import difference, runs_ahead, spread
 from examples.protocol.files import read_json, write_json
-from examples.protocol.finetune import evaluate, gather, mean_dice
+from examples.protocol.finetune import evaluate, gather
 from examples.protocol.networks import WithoutKeypoints
 from examples.protocol.recipes import load_split, load_stacks, parse, parser_of
+from examples.protocol.scores import mean_score
 from examples.protocol.stacks import Stack
 from examples.protocol.training import cosine, draw_batches
 from kaf_layer import GridDetector, KAFLayer, attach
@@ -99,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = []
     of = {name: [run | {"scores": run["scores"][name]} for run in results] for name in (BEFORE, WITHOUT, WITH)}
     of = {
-        name: [run | {"dice": mean_dice([row[1:] for row in run["scores"]])} for run in own] for name, own in of.items()
+        name: [run | {"dice": mean_score([row[1:] for row in run["scores"]])} for run in own] for name, own in of.items()
     }
     for name, own in of.items():
         folds = [mean(run["dice"] for run in own if run["fold"] == fold) for fold in options.folds]

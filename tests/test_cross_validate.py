@@ -4,10 +4,12 @@ import json
 import re
 import shlex
 import shutil
+from math import inf, nan
 from pathlib import Path
 from statistics import mean
 
 import pytest
+import torch
 
 cross_validate = pytest.importorskip("examples.protocol.cross_validate", reason="the extra train is not here")
 from examples.protocol.recipes import parse  # noqa: E402  # after the skip
@@ -24,7 +26,14 @@ def test_table_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert [(r["method"], r["fold"], r["M"]) for r in results] == [(m, 1, 1) for m in methods[1:]]
     text = (tmp_path / "table.md").read_text()
     assert f"| {results[0]['dice']:.3f} |" in text
-    for expected in ("- seeds: 0", "phantoms, 3 subjects", "torch ", "KAF-UNet, pretrained by KAF", "Dice of class 3"):
+    for expected in (
+        "- seeds: 0",
+        "phantoms, 3 subjects",
+        "torch ",
+        "KAF-UNet, pretrained by KAF",
+        "Dice of class 3",
+        "95th",
+    ):
         assert expected in text
     kept = (tmp_path / "fold1" / "kaf-unet+kaf" / "seed0" / "M1" / "weights.pt").stat().st_mtime_ns
     with pytest.raises(ValueError, match="holds runs with another width and finetune: choose"):
@@ -51,6 +60,15 @@ def test_table_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         figures.main(["--limit", "3", "--output", str(tmp_path), "--runs", runs[0], str(other)])
     with pytest.raises(FileNotFoundError, match=r"result\.json"):
         figures.main(["--limit", "3", "--output", str(tmp_path), "--runs", str(tmp_path)])
+
+
+def test_distances_say_what_was_missed() -> None:
+    def result(fold: int, seed: int, *distances: float) -> dict:
+        return {"method": "unet", "fold": fold, "seed": seed, "M": 1, "hd95": [["a", *distances], ["b", *distances]]}
+
+    results = [result(0, 0, 4.0, nan), result(0, 1, inf, nan), result(1, 0, 6.0, 8.0)]
+    assert cross_validate.distances(results)[-1] == f"| UNet | {mean([4, 7]):.1f} ± 2.1, 2 missed |"
+    assert cross_validate.distances([{"fold": 0}]) == []
 
 
 def test_means_and_deviations() -> None:
@@ -162,6 +180,35 @@ def test_the_papers_rows_stand_beside_its_presets(preset: str) -> None:
     if not source.is_file():
         pytest.skip("the paper's numbers are not beside the project")
     assert list(rows.values()) == list(json.loads(source.read_text()).values())
+
+
+def test_synapse_from_its_archive_to_the_table(tmp_path: Path) -> None:
+    """Files named and scaled as there; the table has the paper's Table 6 beside ours."""
+    from test_data import write
+
+    generator = torch.Generator().manual_seed(0)
+    for number in range(1, 5):
+        label = torch.zeros(32, 32, 2)
+        label[8:20, 8:24] = 13
+        image = 40 * label.sign() + 30 * torch.randn(label.shape, generator=generator)
+        image[:4] = 3000.0  # metal, beyond the window
+        write(tmp_path / "Training" / "img" / f"img{number:04}.nii.gz", image.short().numpy())
+        write(tmp_path / "Training" / "label" / f"label{number:04}.nii.gz", label.byte().numpy())
+    arguments = ["--preset", "synapse", "--data", str(tmp_path), "--output", str(tmp_path / "table"), "--folds", "2"]
+    arguments += ["--patch", "32", "32", "--levels", "3", "--width", "4", "--test-folds", "0", "--labelled", "2"]
+    short = "--epochs 1 --batch 2 --steps-per-epoch 1"
+    (result,) = cross_validate.main([*arguments, "--methods", "unet", "--finetune", short])
+    assert result["settings"]["window_level"] == [-125, 275]
+    assert [row[0][:3] for row in result["scores"]] == ["img"] * 2
+    rows = json.loads((cross_validate.PUBLISHED / "synapse.json").read_text())
+    assert len(rows) == 8
+    text = (tmp_path / "table" / "table.md").read_text()
+    assert all(f"| {name} | | {row['2']:.3f} | |" in text for name, row in rows.items())
+    source = Path(__file__).parents[2] / "shared" / "paper" / "ablations.json"
+    if source.is_file():
+        assert [row["2"] for row in rows.values()] == list(
+            json.loads(source.read_text())["table 6, Synapse CT (M=2)"].values()
+        )
 
 
 def ablations() -> list[str]:

@@ -22,8 +22,9 @@ from torch import nn
 from examples.protocol.augmentation import Augmentation
 from examples.protocol.data import load_volumes
 from examples.protocol.files import read_json, save, write_json
-from examples.protocol.finetune import evaluate, gather, mean_dice, versions
+from examples.protocol.finetune import evaluate, gather, versions
 from examples.protocol.networks import WithoutKeypoints
+from examples.protocol.scores import mean_score
 from examples.protocol.stacks import Stack, prepare
 from examples.protocol.training import cosine, draw_batches
 
@@ -81,9 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = evaluate(WithoutKeypoints(network), unseen, classes=2)
         scores = [[s.volume.subject, *row] for s, row in zip(unseen, rows, strict=True)]
         count = sum(parameter.numel() for parameter in network.parameters())
-        result[name] = {"dice": round(mean_dice(rows), 4), "parameters": count, "scores": scores}
+        result[name] = {"dice": round(mean_score(rows), 4), "parameters": count, "scores": scores}
         save(network.state_dict(), options.output / f"{name}.pt")
-        print(f"{name}: {count} parameters, Dice {mean_dice(rows):.3f} on {len(unseen)} volumes", flush=True)
+        print(f"{name}: {count} parameters, Dice {mean_score(rows):.3f} on {len(unseen)} volumes", flush=True)
     write_json(result, options.output / "model.json")
 
 

@@ -39,10 +39,10 @@ def published(path: str) -> dict[str, dict[str, float]]:
         raise argparse.ArgumentTypeError(f'{path} must hold {{"title": {{"M": Dice, ...}}, ...}}: {error}') from error
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float], *, digits: int = 3) -> str:
     """Mean and, of several values, their standard deviation, without the NaN of folds that lack a class."""
     values = [value for value in values if not isnan(value)] or [nan]
-    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def subject_scores(results: Sequence[Result]) -> dict[Subject, float]:

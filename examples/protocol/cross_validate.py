@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from itertools import product
+from math import isnan, nan
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
@@ -37,6 +38,7 @@ from examples.protocol.files import claimed, read_json, write_json
 from examples.protocol.methods import METHODS
 from examples.protocol.networks import MODELS
 from examples.protocol.recipes import keep_split, load_split, load_stacks, parse, parser_of, read_volumes
+from examples.protocol.scores import mean_score, missed
 from examples.protocol.splits import Fold
 from examples.protocol.stacks import Stack
 from examples.protocol.training import settings
@@ -183,13 +185,30 @@ def table(results: Sequence[Result], beside: Mapping[str, Mapping[str, float]]) 
     return "\n".join(lines)
 
 
-def over_folds(results: Sequence[Result], chosen: int | None) -> list[float]:
-    """Dice of each fold, the mean over its seeds: of one class, or over all if None."""
+def distances(results: Sequence[Result]) -> list[str]:
+    """Distances of surfaces, as the table of Dice; nothing of runs from before they were measured."""
+    if not all("hd95" in result for result in results):
+        return []
+    methods, counts = (list(dict.fromkeys(result[key] for result in results)) for key in ("method", "M"))
+    lines = ["95th percentile of the Hausdorff distance in mm, mean over the classes that were found", ""]
+    lines += [f"| method | {' | '.join(f'M = {m}' for m in counts)} |", "|---" * (len(counts) + 1) + "|"]
+    for name in methods:
+        cells = []
+        for count in counts:
+            own = [result for result in results if (result["method"], result["M"]) == (name, count)]
+            lost = sum(missed([row[1:] for row in result["hd95"]]) for result in own)
+            cells.append(spread(over_folds(own, None, "hd95"), digits=1) + (f", {lost} missed" if lost else ""))
+        lines.append(f"| {title(name)} | {' | '.join(cells)} |")
+    return lines
+
+
+def over_folds(results: Sequence[Result], chosen: int | None, kind: str = "scores") -> list[float]:
+    """Dice, or another kind of score, of each fold, the mean over its seeds: of one class, or over all if None."""
     folds = defaultdict(list)
     for result in results:
-        rows = [row[1:] if chosen is None else row[1 + chosen : 2 + chosen] for row in result["scores"]]
-        folds[result["fold"]].append(finetune.mean_dice(rows))
-    return [mean(values) for values in folds.values()]
+        rows = [row[1:] if chosen is None else row[1 + chosen : 2 + chosen] for row in result[kind]]
+        folds[result["fold"]].append(mean_score(rows))
+    return [mean([value for value in values if not isnan(value)] or [nan]) for values in folds.values()]
 
 
 def report(results: Sequence[Result], command: str, data: str, own: argparse.Namespace, *, folds: int) -> str:
@@ -211,6 +230,7 @@ def report(results: Sequence[Result], command: str, data: str, own: argparse.Nam
         "versions": ", ".join(f"{name} {number}" for name, number in versions.items()),
     }
     lines = [*(f"- {name}: {fact}" for name, fact in facts.items()), table(results, own.beside)]
+    lines += ["", *distances(results)]
     if own.reference and len(own.methods) > 1:
         lines += ["", *compare(results, own.reference, {name: title(name) for name in own.methods})]
     return "\n".join(lines) + "\n"

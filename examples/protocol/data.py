@@ -223,14 +223,17 @@ def check_affines(image: Nifti, label: Nifti, image_path: Path, label_path: Path
 
 def check_planes(first: Volume, other: Volume) -> None:
     """Refuses volumes that are cut into slices of different planes."""
-    if first.affine is None or other.affine is None:
-        return
-    planes = [codes_of(volume.affine) for volume in (first, other)]
-    if planes[0] != planes[1]:
+    planes = [axes_of(volume) for volume in (first, other)]
+    if None not in planes and planes[0] != planes[1]:
         raise ValueError(
             f"the slices of {first.file} and {other.file} lie in different planes, their axes are {planes[0]} and "
             f"{planes[1]}: give --orientation {planes[0]} to cut all alike, or --orientation {STORED} to leave them"
         )
+
+
+def axes_of(volume: Volume) -> str | None:
+    """Where a volume's axes (x, y, z) point, such as "RAS"; None where nothing is known."""
+    return None if volume.affine is None else codes_of(volume.affine)
 
 
 def scaled(volume: Volume, window: Sequence[float] | None) -> Tensor:

@@ -21,16 +21,17 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from monai.losses import DiceCELoss
-from monai.metrics import DiceMetric
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import kaf_layer
 from examples.protocol.augmentation import Augmentation
+from examples.protocol.data import axes_of
 from examples.protocol.detectors import redetector
 from examples.protocol.files import claimed, read_json, save, write_json
 from examples.protocol.networks import build_model
 from examples.protocol.recipes import keep_split, load_split, load_stacks, parse, parser_of
+from examples.protocol.scores import Scores, mean_score, missed, score
 from examples.protocol.stacks import Stack
 from examples.protocol.token_loss import WithTokenLogits, token_loss
 from examples.protocol.training import load_pretrained, seed_of, settings, start, train
@@ -75,15 +76,13 @@ def predict(model: nn.Module, stack: Stack, *, batch: int = 8) -> Tensor:
 
 def evaluate(model: nn.Module, stacks: Sequence[Stack], *, classes: int) -> list[list[float]]:
     """Dice of each class but the background over each volume, its slices stacked; NaN for a class it does not have."""
-    # What the metric returns at once: its aggregate() would wait for other processes, which have nothing to test.
-    metric = DiceMetric(include_background=False, reduction="none", num_classes=classes)
-    volumes = tqdm(stacks, desc="test", leave=False)
-    return [metric(predict(model, stack)[None, None], stack.volume.label[None, None])[0].tolist() for stack in volumes]
+    return [scores.dice for scores in score_all(model, stacks, classes=classes)]
 
 
-def mean_dice(scores: Sequence[Sequence[float]]) -> float:
-    """The mean over classes of the mean over volumes, without NaN."""
-    return float(torch.tensor(scores).nanmean(0).nanmean())
+def score_all(model: nn.Module, stacks: Sequence[Stack], *, classes: int) -> list[Scores]:
+    """Dice and distances of each volume, its slices stacked."""
+    pairs = ((predict(model, stack), stack.volume) for stack in tqdm(stacks, desc="test", leave=False))
+    return [score(labels, volume.label, classes=classes, spacing=volume.spacing) for labels, volume in pairs]
 
 
 def versions() -> dict[str, str]:
@@ -163,10 +162,12 @@ def run(options: argparse.Namespace, accelerator: Accelerator, stacks: list[Stac
     _, history = train(learner, slices, compute, optimizer, accelerator, options)
     result: dict[str, Any] = {}
     if accelerator.is_main_process:
-        scores = evaluate(model, unseen, classes=options.classes)
+        scores = score_all(model, unseen, classes=options.classes)
         result = {
-            "dice": mean_dice(scores),
-            "scores": [[stack.volume.subject, *row] for stack, row in zip(unseen, scores, strict=True)],
+            "dice": mean_score([row.dice for row in scores]),
+            "scores": [[stack.volume.subject, *row.dice] for stack, row in zip(unseen, scores, strict=True)],
+            "hd95": [[stack.volume.subject, *row.hd95] for stack, row in zip(unseen, scores, strict=True)],
+            "axes": axes_of(stacks[0].volume),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "training_seconds": round(history.seconds, 1),
             "losses": [round(loss, 5) for loss in history.losses],
@@ -177,7 +178,9 @@ def run(options: argparse.Namespace, accelerator: Accelerator, stacks: list[Stac
         keep_split(split, options)
         write_json(result, options.output / "result.json")
         trained = f"after {history.seconds:.0f} s of training"
-        print(f"{options.output}: Dice {result['dice']:.3f} on {len(unseen)} volumes {trained}")
+        distance = f"{mean_score([row.hd95 for row in scores]):.1f} mm"
+        lost = f", {n} classes missed" if (n := missed([row.hd95 for row in scores])) else ""
+        print(f"{options.output}: Dice {result['dice']:.3f}, HD95 {distance}{lost} on {len(unseen)} volumes {trained}")
     accelerator.wait_for_everyone()
     return result
 

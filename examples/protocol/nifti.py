@@ -20,14 +20,14 @@ TOLERANCE = 0.1  # voxels by which the affines of an image and its label may dif
 
 
 class Nifti(NamedTuple):
-    """An array (x, y, z) of float32, and the affine (4, 4) from its voxels to millimetres."""
+    """An array (x, y, z), and the affine (4, 4) from its voxels to millimetres."""
 
     array: np.ndarray
     affine: np.ndarray
 
 
 def read_nifti(path: Path) -> Nifti:
-    """The array and the affine of a file, as they are stored.
+    """The array, as float32, and the affine of a file, as they are stored.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -53,15 +53,20 @@ def read_nifti(path: Path) -> Nifti:
     return Nifti(array, np.asarray(image.affine, dtype=np.float64))
 
 
-def write_nifti(labels: np.ndarray, path: Path, *, like: Path) -> None:
-    """Writes labels (x, y, z) as a compressed file with the affines, the codes and the units of another file."""
+def write_nifti(volume: Nifti, path: Path, *, like: Path | None = None) -> None:
+    """Writes an array (x, y, z), compressed: under the header of another file, with its affines, codes and units.
+
+    Without such a file, the array's own affine is written.
+    """
     import nibabel
 
-    header = nibabel.load(like).header
-    header.set_data_dtype(labels.dtype)
+    model = nibabel.Nifti1Image(*volume) if like is None else nibabel.load(like)
+    header = model.header.copy()
+    header.set_data_dtype(volume.array.dtype)
     header.set_slope_inter(1, 0)
-    image = nibabel.Nifti1Image(labels, None, header)
-    write(path, lambda temporary: temporary.write_bytes(gzip.compress(image.to_bytes(), mtime=0)))
+    header["cal_max"] = header["cal_min"] = 0  # the range of grey values to show
+    content = type(model)(volume.array, None, header).to_bytes()
+    write(path, lambda temporary: temporary.write_bytes(gzip.compress(content, mtime=0)))
 
 
 def is_usable(affine: np.ndarray) -> bool:

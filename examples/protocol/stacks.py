@@ -62,7 +62,7 @@ def prepare(
         by_slice: normalise each patch by itself, for data whose slices are not on one scale.
     """
     stacks = []
-    for volume in tqdm(volumes, desc="keypoints", leave=False):
+    for volume in tqdm(volumes, desc="keypoints", leave=False, disable=len(volumes) == 1):
         whole = pieces(volume.image, len(patch))[:, None]
         before = whole.shape[2:]
         resized = tuple(max(1, round(edge * resize)) for edge in before)
