@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from functools import reduce
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,16 +13,25 @@ from kaf_layer.checks import check_counts, check_tokens
 from kaf_layer.keypoints import Keypoints
 from kaf_layer.linear import Linear, linear
 from kaf_layer.normalization import MaskedBatchNorm, Moments
+from kaf_layer.positions import (
+    PositionType,
+    RotaryEncoder,
+    authors_positions,
+    check_position,
+    relative_positions,
+    tell_of_other_positions,
+)
 
 __all__ = ["BlockType", "KeypointTransformer", "PositionEncoder", "PropagationBlock", "TransformerBlock", "key_mask"]
 
 BlockType = Literal["transformer", "propagation"]
 Tokens = Annotated[Tensor, "B N E"]
 Mask = Annotated[Tensor, "B 1 1 N"]
+Positions = Annotated[Tensor, "B N D"]
 
 
 class KeypointTransformer(nn.Module):
-    """Self-attention over keypoints: encodes their positions, then lets every keypoint attend to every other.
+    """Self-attention over keypoints, which knows where they are: every keypoint attends to every other.
 
     Args:
         embed_dim: E, the channels of a token.
@@ -31,12 +39,16 @@ class KeypointTransformer(nn.Module):
         num_heads: the number of attention heads; divides ``embed_dim``.
         block: "transformer", a pre-norm block (Vaswani et al., 2017; Xiong et al., 2020), or
             "propagation", the block of the authors' code, after SuperGlue (Sarlin et al., 2020, Eq. 3).
+        position: how attention knows where keypoints are. "absolute": an MLP of the position in the image is added to
+            the tokens (Sarlin et al., 2020, Eq. 2). "rotary": each block rotates queries and keys by angles linear
+            in the position (Su et al., 2021), so that only differences of positions count. "both", or "none".
+            None means "absolute", which is all that "propagation" blocks know.
         spatial_dims: the number of coordinates of a position.
         recompute: compute each block again in the backward pass instead of saving its activations.
 
     Raises:
-        ValueError: if ``embed_dim`` is no multiple of ``num_heads``, ``block`` is unknown, or the
-            tokens do not fit the keypoints.
+        ValueError: if ``embed_dim`` is no multiple of ``num_heads``, an option is unknown, "rotary" or "both" meet
+            "propagation" or heads with an odd number of channels, or the tokens do not fit the keypoints.
 
     Example:
         >>> keypoints = Keypoints(torch.rand(2, 5, 2) * 8, torch.ones(2, 5, dtype=torch.bool), (8, 12))
@@ -51,6 +63,7 @@ class KeypointTransformer(nn.Module):
         depth: int = 6,
         num_heads: int = 4,
         block: BlockType = "transformer",
+        position: PositionType | None = None,
         spatial_dims: int = 2,
         recompute: bool = False,
     ) -> None:
@@ -60,12 +73,23 @@ class KeypointTransformer(nn.Module):
         check_counts(embed_dim=embed_dim, spatial_dims=spatial_dims)
         check_counts(depth=depth, least=0)
         self.block: BlockType = block
-        self.position_encoder = PositionEncoder(embed_dim, block=block, spatial_dims=spatial_dims)
-        if block == "transformer":
-            self.blocks = nn.ModuleList(
-                TransformerBlock(embed_dim, num_heads=num_heads, recompute=recompute) for _ in range(depth)
+        self.position: PositionType = check_position("absolute" if position is None else position)
+        self.spatial_dims = spatial_dims
+        if block == "propagation" and self.position != "absolute":
+            raise ValueError(
+                f'position must be "absolute" with block="propagation", as the authors have it, got {position=}'
             )
-            self.norm: nn.Module = nn.LayerNorm(embed_dim)
+        has_encoder, is_rotary = self.position in ("both", "absolute"), self.position in ("both", "rotary")
+        self.position_encoder = (
+            PositionEncoder(embed_dim, block=block, spatial_dims=spatial_dims) if has_encoder else None
+        )
+        if block == "transformer":
+            rotary_dims = spatial_dims if is_rotary else 0
+            self.blocks = nn.ModuleList(
+                TransformerBlock(embed_dim, num_heads=num_heads, rotary_dims=rotary_dims, recompute=recompute)
+                for _ in range(depth)
+            )
+            self.norm: Any = nn.LayerNorm(embed_dim)
         else:
             # The authors run every layer twice on the same tokens: two updates at 0.1 are one at 0.19.
             self.blocks = nn.ModuleList(
@@ -73,15 +97,20 @@ class KeypointTransformer(nn.Module):
                 for _ in range(depth)
             )
             self.norm = nn.Identity()
+        self.register_load_state_dict_pre_hook(tell_of_other_positions)
 
     def forward(self, tokens: Tokens, keypoints: Keypoints) -> Tokens:
         """Tokens (B, N, E) after all blocks; zero in slots that are not valid."""
-        check_tokens(tokens, keypoints, weight=self.position_encoder.out.weight.mT)
+        encoder = self.position_encoder
+        check_tokens(tokens, keypoints, weight=self.norm.weight[None] if encoder is None else encoder.out.weight.mT)
+        positions = relative_positions(keypoints, spatial_dims=self.spatial_dims)
         valid = keypoints.valid[..., None]
-        tokens = tokens.where(valid, 0.0) + self.position_encoder(keypoints)
+        tokens = tokens.where(valid, 0.0)
+        if encoder is not None:
+            tokens = tokens + encoder(keypoints)
         mask = key_mask(keypoints, tokens.dtype)
         for block in self.blocks:
-            tokens = block(tokens, keypoints.valid, mask)
+            tokens = block(tokens, keypoints.valid, mask, positions=positions)
         return self.norm(tokens).where(valid, 0.0)
 
 
@@ -123,9 +152,8 @@ class PositionEncoder(nn.Module):
 
     def forward(self, keypoints: Keypoints) -> Tokens:
         """The encoded positions (B, N, E)."""
-        if keypoints.spatial_dims != self.spatial_dims:
-            raise ValueError(f"keypoints must have {self.spatial_dims=} coordinates, got {keypoints.image_size=}")
-        x = self._relative(keypoints).to(self.out.weight.dtype)
+        positions = relative_positions(keypoints, spatial_dims=self.spatial_dims)
+        x = (positions if self.block == "transformer" else authors_positions(keypoints)).to(self.out.weight.dtype)
         for projection, norm in zip(self.linears, self.norms, strict=True):
             x = projection(x)
             if isinstance(norm, MaskedBatchNorm):
@@ -136,25 +164,14 @@ class PositionEncoder(nn.Module):
             x = F.relu(x)
         return self.out(x)
 
-    def _relative(self, keypoints: Keypoints) -> Annotated[Tensor, "B N D"]:
-        sizes = keypoints.image_size[::-1]
-        axes = zip(keypoints.positions_in(keypoints.image_size).unbind(-1), sizes, strict=True)
-        positions = [p.clamp(-0.5, s - 0.5) for p, s in axes]
-        # torch 2.11 cannot compile sym_max of plain numbers; max would fix the sizes of an exported program.
-        longest = max(sizes) if torch.compiler.is_dynamo_compiling() else reduce(torch.sym_max, sizes)
-        if self.block == "transformer":
-            centred = [p + (1 - s) / 2 for p, s in zip(positions, sizes, strict=True)]
-            return torch.stack(centred, dim=-1) * (2 / longest)
-        # The authors subtract half the size in (x, y) order from positions in (y, x) order.
-        return torch.stack(
-            [(p - s / 2) / (0.7 * longest) for p, s in zip(reversed(positions), sizes, strict=True)], dim=-1
-        )
-
 
 class Attention(nn.Module):
-    """Multi-head attention with one fused projection to queries, keys and values."""
+    """Multi-head attention with one fused projection to queries, keys and values.
 
-    def __init__(self, embed_dim: int, *, num_heads: int) -> None:
+    With ``rotary_dims``, the coordinates of a position, queries and keys are rotated by where the tokens are.
+    """
+
+    def __init__(self, embed_dim: int, *, num_heads: int, rotary_dims: int = 0) -> None:
         super().__init__()
         check_counts(embed_dim=embed_dim, num_heads=num_heads)
         if embed_dim % num_heads:
@@ -162,20 +179,27 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.qkv = Linear(embed_dim, 3 * embed_dim)
         self.out = Linear(embed_dim, embed_dim)
+        self.rotary = RotaryEncoder(embed_dim // num_heads, spatial_dims=rotary_dims) if rotary_dims else None
 
-    def forward(self, tokens: Tokens, mask: Mask | None, source: Tokens | None = None) -> Tokens:
+    def forward(
+        self, tokens: Tokens, mask: Mask | None, source: Tokens | None = None, positions: Positions | None = None
+    ) -> Tokens:
         """Tokens attend to ``source`` (themselves if None) where the mask is 0."""
-        query, key, value = self._heads(tokens, source)
+        query, key, value = self._heads(tokens, source, positions)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.out(attended.transpose(1, 2).flatten(2))
 
-    def weights(self, tokens: Tokens, mask: Mask | None, source: Tokens | None = None) -> Annotated[Tensor, "B H N M"]:
+    def weights(
+        self, tokens: Tokens, mask: Mask | None, source: Tokens | None = None, positions: Positions | None = None
+    ) -> Annotated[Tensor, "B H N M"]:
         """How much each token takes from each of the source: the softmax, which :meth:`forward` never holds."""
-        query, key, _ = self._heads(tokens, source)
+        query, key, _ = self._heads(tokens, source, positions)
         scores = query * query.shape[-1] ** -0.5 @ key.mT
         return (scores if mask is None else scores + mask).softmax(dim=-1)
 
-    def _heads(self, tokens: Tokens, source: Tokens | None) -> list[Annotated[Tensor, "B H N E/H"]]:
+    def _heads(
+        self, tokens: Tokens, source: Tokens | None, positions: Positions | None
+    ) -> list[Annotated[Tensor, "B H N E/H"]]:
         """Queries, keys and values, head by head."""
         if source is None:
             projected = self.qkv(tokens).chunk(3, dim=-1)
@@ -184,28 +208,39 @@ class Attention(nn.Module):
             query = linear(tokens, self.qkv.weight[:size], self.qkv.bias[:size])
             key, value = linear(source, self.qkv.weight[size:], self.qkv.bias[size:]).chunk(2, dim=-1)
             projected = query, key, value
-        return [x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in projected]
+        query, key, value = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in projected)
+        if self.rotary is not None:
+            query, key = self.rotary(query, positions), self.rotary(key, positions)
+        return [query, key, value]
 
 
 class TransformerBlock(nn.Module):
     """A pre-norm Transformer block: attention, then an MLP of four times the width."""
 
-    def __init__(self, embed_dim: int = 256, *, num_heads: int = 4, recompute: bool = False) -> None:
+    def __init__(
+        self, embed_dim: int = 256, *, num_heads: int = 4, rotary_dims: int = 0, recompute: bool = False
+    ) -> None:
         super().__init__()
         self.recompute = recompute
         self.attention_norm = nn.LayerNorm(embed_dim)
-        self.attention = Attention(embed_dim, num_heads=num_heads)
+        self.attention = Attention(embed_dim, num_heads=num_heads, rotary_dims=rotary_dims)
         self.mlp_norm = nn.LayerNorm(embed_dim)
         self.mlp = nn.Sequential(Linear(embed_dim, 4 * embed_dim), nn.GELU(), Linear(4 * embed_dim, embed_dim))
 
-    def forward(self, tokens: Tokens, valid: Annotated[Tensor, "B N"], mask: Mask | None) -> Tokens:  # noqa: ARG002
+    def forward(
+        self,
+        tokens: Tokens,
+        valid: Annotated[Tensor, "B N"],  # noqa: ARG002
+        mask: Mask | None,
+        positions: Positions | None = None,
+    ) -> Tokens:
         """Tokens (B, N, E) to tokens; the layer norms need not know which slots are valid."""
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._forward, tokens, mask, use_reentrant=False, preserve_rng_state=False)
-        return self._forward(tokens, mask)
+            return checkpoint(self._forward, tokens, mask, positions, use_reentrant=False, preserve_rng_state=False)
+        return self._forward(tokens, mask, positions)
 
-    def _forward(self, tokens: Tokens, mask: Mask | None) -> Tokens:
-        tokens = tokens + self.attention(self.attention_norm(tokens), mask)
+    def _forward(self, tokens: Tokens, mask: Mask | None, positions: Positions | None) -> Tokens:
+        tokens = tokens + self.attention(self.attention_norm(tokens), mask, None, positions)
         return tokens + self.mlp(self.mlp_norm(tokens))
 
 
@@ -216,31 +251,47 @@ class PropagationBlock(nn.Module):
     """
 
     def __init__(
-        self, embed_dim: int = 256, *, num_heads: int = 4, momentum: float = 0.1, recompute: bool = False
+        self,
+        embed_dim: int = 256,
+        *,
+        num_heads: int = 4,
+        rotary_dims: int = 0,
+        momentum: float = 0.1,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         self.recompute = recompute
-        self.attention = Attention(embed_dim, num_heads=num_heads)
+        self.attention = Attention(embed_dim, num_heads=num_heads, rotary_dims=rotary_dims)
         self.expand = Linear(2 * embed_dim, 2 * embed_dim)
         self.norm = MaskedBatchNorm(2 * embed_dim, momentum=momentum)
         self.contract = Linear(2 * embed_dim, embed_dim)
 
     def forward(
-        self, tokens: Tokens, valid: Annotated[Tensor, "B N"], mask: Mask | None, source: Tokens | None = None
+        self,
+        tokens: Tokens,
+        valid: Annotated[Tensor, "B N"],
+        mask: Mask | None,
+        source: Tokens | None = None,
+        positions: Positions | None = None,
     ) -> Tokens:
         """Tokens (B, N, E) to tokens; ``mask`` is that of the source's slots."""
         if self.recompute and torch.is_grad_enabled():
-            arguments = tokens, valid, mask, source
+            arguments = tokens, valid, mask, source, positions
             tokens, moments = checkpoint(self._forward, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
-            tokens, moments = self._forward(tokens, valid, mask, source)
+            tokens, moments = self._forward(tokens, valid, mask, source, positions)
         self.norm.track(moments)
         return tokens
 
     def _forward(
-        self, tokens: Tokens, valid: Annotated[Tensor, "B N"], mask: Mask | None, source: Tokens | None
+        self,
+        tokens: Tokens,
+        valid: Annotated[Tensor, "B N"],
+        mask: Mask | None,
+        source: Tokens | None,
+        positions: Positions | None,
     ) -> tuple[Tokens, Moments | None]:
-        message = self.attention(tokens, mask, source)
+        message = self.attention(tokens, mask, source, positions)
         # expand(cat([tokens, message])), without a concatenation to save for the backward pass.
         own, received = self.expand.weight.chunk(2, dim=1)
         hidden = linear(tokens, own, self.expand.bias) + linear(message, received)

@@ -12,6 +12,7 @@ from kaf_layer.checks import check_counts, check_features, check_precision
 from kaf_layer.diffusion import KeypointDiffusion
 from kaf_layer.keypoints import Keypoints
 from kaf_layer.linear import Linear
+from kaf_layer.positions import PositionType
 from kaf_layer.sampling import KeypointSampler, SamplingMode
 from kaf_layer.scattering import Reduce
 
@@ -43,6 +44,8 @@ class KAFLayer(nn.Module):
         sampling: "bilinear", or "nearest" as in the authors' code.
         reduce: what happens to keypoints in one cell: "mean", "sum" or "amax".
         block: "transformer", or "propagation" as in the authors' code.
+        position: how attention knows where keypoints are: "absolute", "rotary", "both" or "none"; None is the
+            block's default, see :class:`~kaf_layer.KeypointTransformer`.
         fusion: "concat" puts the diffused map behind the features, as in the paper. "add" adds it, times a
             learned gain for each channel that starts at zero: the layer starts as the exact identity.
         spatial_dims: 2 or 3.
@@ -78,6 +81,7 @@ class KAFLayer(nn.Module):
         sampling: SamplingMode = "bilinear",
         reduce: Reduce = "mean",
         block: BlockType = "transformer",
+        position: PositionType | None = None,
         fusion: FusionMode = "concat",
         spatial_dims: int = 2,
         recompute: bool = False,
@@ -95,7 +99,13 @@ class KAFLayer(nn.Module):
         self.sampler = KeypointSampler(sampling, masked=False)  # the Transformer masks its tokens
         self.embed = Linear(in_channels, embed_dim)
         self.transformer = KeypointTransformer(
-            embed_dim, depth=depth, num_heads=num_heads, block=block, spatial_dims=spatial_dims, recompute=recompute
+            embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            block=block,
+            position=position,
+            spatial_dims=spatial_dims,
+            recompute=recompute,
         )
         self.diffusion = KeypointDiffusion(
             embed_dim, out_channels, hidden_channels=hidden_channels, reduce=reduce, spatial_dims=spatial_dims

@@ -29,7 +29,7 @@ MODULES = {
         "diffusion/background.py",
         "diffusion test_checks.py",
     ),
-    "attention": ("attention.py", "test_attention.py test_checks.py"),
+    "attention": ("attention.py positions.py", "test_attention.py test_positions.py test_checks.py"),
     "losses": (
         "losses/pcl.py losses/keypoint_match.py losses/pretraining.py losses/checks.py",
         "losses test_checks.py",

@@ -121,7 +121,9 @@ def scatter(p: Problem) -> Any:
 
 
 def transformer(p: Problem) -> Any:
-    options = {"block": p.one_of("transformer", "propagation"), "recompute": p.one_of(False, True)}
+    options = {"position": p.one_of("both", "rotary", "absolute", "none"), "recompute": p.one_of(False, True)}
+    if options["position"] == "absolute":
+        options["block"] = p.one_of("transformer", "propagation")
     module = KeypointTransformer(spatial_dims=len(p.size), **SMALL, **options)
     return p.module(module)(p.tokens(), p.keypoints)
 

@@ -70,6 +70,12 @@ CASES = {
     "transformer-recompute": Case(
         lambda: KeypointTransformer(CHANNELS, depth=2, num_heads=2, recompute=True), "tokens"
     ),
+    "transformer-both": Case(lambda: KeypointTransformer(CHANNELS, depth=2, num_heads=2, position="both"), "tokens"),
+    "transformer-rotary-3d": Case(
+        lambda: KeypointTransformer(CHANNELS, depth=2, num_heads=2, position="rotary", spatial_dims=3, recompute=True),
+        "tokens",
+        three_d=True,
+    ),
     "propagation": Case(lambda: KeypointTransformer(CHANNELS, depth=2, num_heads=2, block="propagation"), "tokens"),
     "propagation-3d": Case(
         lambda: KeypointTransformer(

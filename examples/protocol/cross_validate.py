@@ -43,8 +43,18 @@ from examples.protocol.splits import Fold
 from examples.protocol.stacks import Stack
 from examples.protocol.training import settings
 
-NETWORK = ("spatial_dims", "resize", "patch", "normalise", "width", "levels", "scales", "fusion", "embed_dim", "depth")
-NETWORK += ("detector", "max_keypoints", "spacing", "drop_keypoints", "share_attention", "token_loss")
+NETWORK = ("spatial_dims", "resize", "patch", "normalise", "width", "levels", "scales", "fusion")
+NETWORK += (
+    "embed_dim",
+    "depth",
+    "position",
+    "detector",
+    "max_keypoints",
+    "spacing",
+    "drop_keypoints",
+    "share_attention",
+    "token_loss",
+)
 OWN = ("--lr", "--epochs", "--batch", "--steps-per-epoch", "--save-every")  # what may differ between the two stages
 OF_PRETRAINING = ("--weights", "--temperature", "--threshold", "--max-distance", "--optimizer")
 

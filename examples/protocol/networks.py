@@ -56,6 +56,7 @@ def build_layer(channels: int, options: argparse.Namespace) -> KAFLayer:
         embed_dim=options.embed_dim,
         depth=options.depth,
         fusion=options.fusion,
+        position=options.position,
         spatial_dims=options.spatial_dims,
     )
 

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import get_args
 
 from examples.protocol.data import add_reading_options, load_volumes
 from examples.protocol.detectors import DETECTORS, LEARNT, build_detector
@@ -12,6 +13,7 @@ from examples.protocol.networks import MODELS, VOLUMETRIC
 from examples.protocol.phantom import Volume
 from examples.protocol.splits import Fold, make_split, read_split, write_split
 from examples.protocol.stacks import Stack, prepare, say
+from kaf_layer.positions import PositionType
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,9 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     add("--embed-dim", type=int, help="channels of a token")
     add("--window", type=int, default=7, help="of SwinUNETR's attention, in patches of 2 pixels along each axis")
     add("--fusion", choices=("concat", "add"), default="concat", help="of a KAF layer's map with the features")
+    add(
+        "--position", choices=get_args(PositionType), default="absolute", help="how attention knows where keypoints are"
+    )
     add("--detector", choices=DETECTORS, help="of the keypoints")
     add("--detector-weights", type=Path, metavar="FILE", help="of a detector that has learnt, as its authors give them")
     add("--max-keypoints", type=int, default=512, help="of an original slice, but for a grid's")

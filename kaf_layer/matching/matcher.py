@@ -11,6 +11,7 @@ from kaf_layer.attention import PositionEncoder, PropagationBlock, key_mask
 from kaf_layer.checks import check_counts, check_tokens
 from kaf_layer.keypoints import Keypoints
 from kaf_layer.matching.sinkhorn import log_sinkhorn
+from kaf_layer.positions import PositionType, check_position, relative_positions, tell_of_other_positions
 from kaf_layer.precision import without_autocast
 
 __all__ = ["KeypointMatcher"]
@@ -27,6 +28,8 @@ class KeypointMatcher(nn.Module):
         depth: the number of blocks; every other one attends across.
         num_heads: the number of attention heads; divides ``embed_dim``.
         iterations: of Sinkhorn's algorithm.
+        position: how attention knows where keypoints are, as in :class:`~kaf_layer.KeypointTransformer`. Queries and
+            keys are rotated within an image only, since differences between positions in two images mean nothing.
         spatial_dims: the number of coordinates of a position.
 
     Shape:
@@ -53,16 +56,28 @@ class KeypointMatcher(nn.Module):
         depth: int = 4,
         num_heads: int = 4,
         iterations: int = 100,
+        position: PositionType = "absolute",
         spatial_dims: int = 2,
     ) -> None:
         super().__init__()
         check_counts(embed_dim=embed_dim, iterations=iterations)
         check_counts(depth=depth, least=0)
         self.iterations = iterations
-        self.position_encoder = PositionEncoder(embed_dim, block="propagation", spatial_dims=spatial_dims)
-        self.blocks = nn.ModuleList(PropagationBlock(embed_dim, num_heads=num_heads) for _ in range(depth))
+        self.position: PositionType = check_position(position)
+        self.spatial_dims = spatial_dims
+        has_encoder, is_rotary = position in ("both", "absolute"), position in ("both", "rotary")
+        self.position_encoder = (
+            PositionEncoder(embed_dim, block="propagation", spatial_dims=spatial_dims) if has_encoder else None
+        )
+        self.blocks = nn.ModuleList(
+            PropagationBlock(
+                embed_dim, num_heads=num_heads, rotary_dims=spatial_dims if is_rotary and i % 2 == 0 else 0
+            )
+            for i in range(depth)
+        )
         self.out = nn.Linear(embed_dim, embed_dim)
         self.dustbin = nn.Parameter(torch.tensor(1.0))
+        self.register_load_state_dict_pre_hook(tell_of_other_positions)
 
     def forward(
         self,
@@ -76,13 +91,18 @@ class KeypointMatcher(nn.Module):
         check_tokens(tokens_b, keypoints_b, weight=self.out.weight, side="_b")
         if tokens_a.shape[0] != tokens_b.shape[0]:
             raise ValueError(f"both sides must have the same batch size, got {tokens_a.shape=} and {tokens_b.shape=}")
-        (a, valid_a, mask_a), (b, valid_b, mask_b) = (
-            (self._encode(tokens, keypoints), keypoints.valid, key_mask(keypoints, tokens.dtype))
+        (a, valid_a, mask_a, where_a), (b, valid_b, mask_b, where_b) = (
+            (
+                self._encode(tokens, keypoints),
+                keypoints.valid,
+                key_mask(keypoints, tokens.dtype),
+                relative_positions(keypoints, spatial_dims=self.spatial_dims),
+            )
             for tokens, keypoints in ((tokens_a, keypoints_a), (tokens_b, keypoints_b))
         )
         for i, block in enumerate(self.blocks):
             if i % 2 == 0:
-                a, b = block(a, valid_a, mask_a), block(b, valid_b, mask_b)
+                a, b = block(a, valid_a, mask_a, positions=where_a), block(b, valid_b, mask_b, positions=where_b)
             else:
                 a, b = block(a, valid_a, mask_b, b), block(b, valid_b, mask_a, a)
         a, b = self.out(a), self.out(b)
@@ -92,5 +112,5 @@ class KeypointMatcher(nn.Module):
             return log_sinkhorn(scores, self.dustbin, iterations=self.iterations, valid_a=valid_a, valid_b=valid_b)
 
     def _encode(self, tokens: Annotated[Tensor, "B N E"], keypoints: Keypoints) -> Annotated[Tensor, "B N E"]:
-        encoded: Tensor = self.position_encoder(keypoints)
-        return tokens.masked_fill(~keypoints.valid[..., None], 0.0) + encoded
+        tokens = tokens.masked_fill(~keypoints.valid[..., None], 0.0)
+        return tokens if self.position_encoder is None else tokens + self.position_encoder(keypoints)
