@@ -53,6 +53,7 @@ class Docstrings(Extension):
 
 
 def walk(module: Module) -> Iterator[Module]:
+    """The package and all modules in it."""
     yield module
     for inner in module.modules.values():
         if not inner.is_alias:
