@@ -11,6 +11,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -43,7 +44,7 @@ STYLE = {"font.size": 10, "axes.titlesize": 10.5, "savefig.dpi": 150}
 
 
 def train(steps: int = 250, images: int = 1000) -> KAFUNet:
-    """A small KAF-UNet that has learned to look at the far marker."""
+    """A small KAF-UNet that has learned to attend to the distant marker."""
     torch.manual_seed(0)
     network = KAFUNet(1, 2, width=8, levels=3, embed_dim=64, depth=2)
     task = draw_task(images, seed=0)
@@ -63,7 +64,7 @@ def train(steps: int = 250, images: int = 1000) -> KAFUNet:
 
 @torch.no_grad()
 def accuracy(network: KAFUNet, task: Task) -> float:
-    """The share of images whose target is classified rightly."""
+    """The share of images whose target is classified correctly."""
     right = (network(task.images, task.keypoints).argmax(1) == task.labels) & (task.labels != IGNORED)
     return (right.sum((1, 2)) > (task.labels != IGNORED).sum((1, 2)) / 2).float().mean().item()
 
@@ -97,22 +98,22 @@ def draw_concept(network: KAFUNet, task: Task) -> Figure:
     features, fused, tokens = seen["features"], seen["output"].features[0], seen["output"].tokens[0]
     diffused = fused[len(features) :]
 
-    figure = Figure(figsize=(8.4, 5.6), layout="constrained")
+    figure = Figure(figsize=(7.4, 5.2), layout="constrained")
     (a, b, c), (d, e, f) = figure.subplots(2, 3)
     draw_image(a, image)
     draw_keypoints(a, keypoints)
     a.set_title("1  Detect keypoints")
     draw_channel(b, features, image)
     draw_keypoints(b, keypoints)
-    b.set_title("2  Sample the feature map there:")
+    b.set_title("2a  Sample the map")
     at = sample_keypoints(features[None], task.keypoints)[0, keypoints.valid]
     draw_tokens(c, at, tokens[keypoints.valid])
-    c.set_title("a vector, then a token, for each")
+    c.set_title("2b  Vectors to tokens")
     draw_links(d, image, keypoints, weights[0], query)
-    d.set_title("3  Attend: tokens take from each other")
+    d.set_title("3  Attend to all others")
     change = (diffused - diffused.flatten(1).median(1).values[:, None, None]).norm(dim=0)
     draw_channel(e, change[None], image, cmap="magma")
-    e.set_title("4  Diffuse: a patch around each")
+    e.set_title("4  Diffuse into patches")
     draw_stack(f, [*features[:4], *diffused[:4]])
     f.set_title("5  Fuse with the map")
     return figure
@@ -156,8 +157,8 @@ def draw_stack(axes: Any, channels: list[Tensor]) -> None:
         card.set(xticks=[], yticks=[])
         for side in card.spines.values():
             side.set(color="white", linewidth=1.5)
-    axes.text(0.25, 0.12, "its channels", ha="center")
-    axes.text(0.76, 0.12, "the diffused ones", ha="center")
+    axes.text(0.25, 0.12, "map", ha="center")
+    axes.text(0.76, 0.12, "diffused map", ha="center")
 
 
 @torch.no_grad()
@@ -165,7 +166,7 @@ def draw_reading(network: KAFUNet, task: Task) -> Figure:
     """Attention of the target by one head, in two images of each class."""
     kinds = task.labels.flatten(1).amax(1)
     task = task[torch.cat([(kinds == kind).nonzero()[:2, 0] for kind in (0, 1)])]
-    figure = Figure(figsize=(9, 2.7), layout="constrained")
+    figure = Figure(figsize=(8, 2.3), layout="constrained")
     axes = figure.subplots(1, 4)
     for i, axis in enumerate(axes):
         one = task[i : i + 1]
@@ -173,7 +174,7 @@ def draw_reading(network: KAFUNet, task: Task) -> Figure:
             kind = network(one.images, one.keypoints).argmax(1)[one.labels != IGNORED].mode().values.item()
         weights = recorded[f"encoder.layers.{LAYER}.transformer"]
         dots = draw_attention(axis, one.images[0, 0], one.keypoints[0], weights[0][HEAD], target_slot(one), vmax=0.5)
-        axis.set_title(f"class {int(one.labels.max())}, predicted {kind}")
+        axis.set_title(f"class {int(one.labels.max())}, found {kind}")
     figure.colorbar(dots, ax=axes, label="attention weight", shrink=0.8)
     return figure
 
@@ -183,18 +184,18 @@ def draw_phantoms() -> dict[str, Figure]:
     volumes = [phantom(subject).image for subject in range(4)]
     slices = torch.stack([image[z] for image in volumes for z in (3, 4)])[:, None]
     keypoints = SIFTDetector(max_keypoints=128, contrast_threshold=0.02)(slices)
-    found = Figure(figsize=(9, 2.9), layout="constrained")
+    found = Figure(figsize=(8, 2.4), layout="constrained")
     for axis, sample in zip(found.subplots(1, 4), range(0, 8, 2), strict=True):
         draw_image(axis, slices[sample, 0])
         axis.set_title(f"{draw_keypoints(axis, keypoints[sample], s=7)} keypoints")
-    matched = Figure(figsize=(9, 2.7), layout="constrained")
+    matched = Figure(figsize=(8, 2.4), layout="constrained")
     matches = match_keypoints(keypoints[::2], keypoints[1::2])
     for i, axis in enumerate(matched.subplots(1, 2)):
         a, b = 2 * i, 2 * i + 1
         pair = type(matches)(matches.indices[i : i + 1], matches.inverse[i : i + 1])
         count = draw_matches(axis, slices[a, 0], keypoints[a], slices[b, 0], keypoints[b], pair)
-        axis.set_title(f"neighbouring slices: {count} matches")
-    similar = Figure(figsize=(9, 2.9), layout="constrained")
+        axis.set_title(f"{count} matches")
+    similar = Figure(figsize=(8, 2.4), layout="constrained")
     edges = F.unfold(slices, 9, padding=4).unflatten(2, slices.shape[2:])  # the 81 values around each pixel
     edges = edges - edges.mean(1, keepdim=True)
     for axis, sample in zip(similar.subplots(1, 4), range(0, 8, 2), strict=True):
@@ -204,12 +205,9 @@ def draw_phantoms() -> dict[str, Figure]:
     return {"keypoints": found, "matches": matched, "similarity": similar}
 
 
-@torch.no_grad()
-def draw_sunnybrook(data: Path) -> Figure:
-    """A slice of the volume whose gain by the layers is nearest to the mean gain: keypoints, predictions, reference."""
+def load_bundle() -> tuple[Any, Any, dict[str, Any]]:
+    """The bundle's network and the UNet without layers, with their weights, and how they were trained and tested."""
     from monai.bundle import ConfigParser
-
-    from examples.bundle.train import load_slices
 
     config = ConfigParser()
     config.read_config(BUNDLE / "configs" / "inference.json")
@@ -217,37 +215,59 @@ def draw_sunnybrook(data: Path) -> Figure:
     unet = deepcopy(network.backbone)
     for each, name in ((network, "model"), (unet, "unet")):
         each.load_state_dict(torch.load(BUNDLE / "models" / f"{name}.pt", weights_only=True))
-    about = json.loads((BUNDLE / "models" / "model.json").read_text())
+    return network, unet, json.loads((BUNDLE / "models" / "model.json").read_text())
+
+
+@torch.no_grad()
+def draw_sunnybrook(data: Path) -> dict[str, Figure]:
+    """A slice of the volume whose gain by the layers is nearest to the mean gain: predictions, and attention."""
+    from examples.bundle.train import load_slices
+
+    network, unet, about = load_bundle()
     gains = [a[1] - b[1] for a, b in zip(about["model"]["scores"], about["unet"]["scores"], strict=True)]
     stacks = [stack for stack in load_slices(data, network.detector) if stack.volume.subject in about["test"]]
     chosen = min(range(len(gains)), key=lambda i: abs(gains[i] - mean(gains)))
     stack = stacks[chosen]
     z = int((stack.labels > 0).sum((1, 2)).argmax())
-    image = stack.images[z : z + 1]
-    titles = {"keypoints": None, "UNet": unet(image), "UNet with KAF layers": network(image), "reference": None}
-    figure = Figure(figsize=(8, 2.3), layout="constrained")
-    for axis, (title, logits) in zip(figure.subplots(1, 4), titles.items(), strict=True):
-        draw_image(axis, image[0, 0].mT, vmax=float(image.quantile(0.98)))  # x is first
-        if title == "keypoints":
-            draw_keypoints(axis, network.detector(image)[0], s=14)
-        else:
-            labels = stack.labels[z] if logits is None else logits.argmax(1)[0]
-            draw_labels(axis, labels.mT, linewidths=1.6)
-        axis.set_title(title)
     scores = [about[name]["scores"][chosen][1] for name in ("unet", "model")]
     print(f"{stack.volume.subject}, slice {z}; Dice of the volume: UNet {scores[0]:.3f}, with layers {scores[1]:.3f}")
-    return figure
+
+    image, reference = stack.images[z : z + 1], stack.labels[z]
+    keypoints = network.detector(image)
+    with record_attention(network) as recorded:
+        logits = network(image)
+    # The stacks have x first; pictures have y first.
+    shown, style = image[0, 0].mT, {"vmax": float(image.quantile(0.98))}
+    upright = replace(keypoints[0], positions=keypoints.positions[0].flip(-1))
+    labels = {"UNet": unet(image).argmax(1)[0], "UNet with KAF layers": logits.argmax(1)[0], "reference": reference}
+    slices, attention = (Figure(figsize=(width, 2.3), layout="constrained") for width in (8, 5))
+    first, *others = slices.subplots(1, 4)
+    draw_image(first, shown, **style)
+    draw_keypoints(first, upright, s=14)
+    first.set_title("keypoints")
+    for axis, (title, label) in zip(others, labels.items(), strict=True):
+        draw_image(axis, shown, **style)
+        draw_labels(axis, label.mT, linewidths=1.6)
+        axis.set_title(title)
+    query = nearest(upright, reference.mT.nonzero().float().mean(0).flip(0))
+    axes = attention.subplots(1, len(recorded))
+    for axis, weights, title in zip(axes, recorded.values(), ("first layer", "second layer"), strict=True):
+        dots = draw_attention(axis, shown, upright, weights[0], query)
+        attention.colorbar(dots, ax=axis, shrink=0.85)
+        axis.set_title(title)
+    return {"sunnybrook": slices, "attention-sunnybrook": attention}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Trains, draws and saves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="the folder of Sunnybrook")
-    parser.add_argument("--only", choices=("sunnybrook",), help="draw this one alone")
+    parser.add_argument("--only", choices=("sunnybrook",), help="draw only the slice of Sunnybrook")
     options = parser.parse_args(arguments)
     if options.data:
         with rc_context(STYLE):
-            save("sunnybrook", draw_sunnybrook(options.data))
+            for name, figure in draw_sunnybrook(options.data).items():
+                save(name, figure)
     if options.only:
         return
     network = train()

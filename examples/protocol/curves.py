@@ -4,7 +4,6 @@ python -m examples.protocol.curves outputs/table  # reads results.json there, wr
 """
 
 import argparse
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,17 +18,18 @@ from examples.protocol.files import read_json
 def draw_curves(results: Sequence[dict[str, Any]]) -> Figure:
     """The mean loss of each epoch over folds and seeds, an axis for each number of labelled subjects."""
     counts = list(dict.fromkeys(result["M"] for result in results))
-    figure = Figure(figsize=(1 + 3.6 * len(counts), 3.4), layout="constrained")
+    methods = list(dict.fromkeys(result["method"] for result in results))
+    figure = Figure(figsize=(1 + 2.4 * len(counts), 2.8 + 0.2 * -(-len(methods) // 2)), layout="constrained")
+    lines = {}
     for axis, count in zip(figure.subplots(1, len(counts), squeeze=False, sharey=True)[0], counts, strict=True):
-        of_method = defaultdict(list)
-        for result in results:
-            if result["M"] == count:
-                of_method[result["method"]].append(result["losses"])
-        for name, losses in of_method.items():
-            axis.plot(np.arange(1, len(losses[0]) + 1), np.mean(losses, axis=0), lw=1.2, label=title(name))
+        for i, name in enumerate(methods):
+            losses = [result["losses"] for result in results if (result["M"], result["method"]) == (count, name)]
+            if losses:
+                epochs = np.arange(1, len(losses[0]) + 1)
+                (lines[title(name)],) = axis.plot(epochs, np.mean(losses, axis=0), lw=1.4, color=f"C{i % 10}")
         axis.set(title=f"M = {count}", xlabel="epoch", yscale="log")
     figure.axes[0].set_ylabel("training loss")
-    figure.axes[-1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return figure
 
 
