@@ -1,4 +1,4 @@
-"""Checks of arguments, which name the argument: of types and shapes alone, so that nothing waits for a device."""
+"""Checks of arguments, with messages that name them. They look at types and shapes only, so nothing waits for a GPU."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_tensors(**tensors: Tensor) -> None:
     """Checks that arguments are tensors of real numbers.
 
     Raises:
-        TypeError: if one is no tensor.
+        TypeError: if one is not a tensor.
         ValueError: if one is complex.
 
     Example:
@@ -46,8 +46,8 @@ def check_floats(**tensors: Tensor) -> None:
     """Checks that arguments are tensors of floating-point numbers.
 
     Raises:
-        TypeError: if one is no tensor.
-        ValueError: if one is of another type.
+        TypeError: if one is not a tensor.
+        ValueError: if one has another type.
     """
     check_tensors(**tensors)
     for name, value in tensors.items():
@@ -56,11 +56,11 @@ def check_floats(**tensors: Tensor) -> None:
 
 
 def check_precision(weight: Tensor, **tensors: Tensor) -> None:
-    """Checks that arguments are tensors of the type of a module's weights, or that autocast will make them so.
+    """Checks that tensors have the type of a module's weights, or that autocast converts them to it.
 
     Raises:
-        TypeError: if one is no tensor.
-        ValueError: if one is of another type.
+        TypeError: if one is not a tensor.
+        ValueError: if one has another type.
     """
     check_floats(**tensors)
     for name, value in tensors.items():
@@ -72,7 +72,7 @@ def check_precision(weight: Tensor, **tensors: Tensor) -> None:
 
 
 def _autocasts(value: Tensor, weight: Tensor) -> bool:
-    """Whether autocast brings a value and weights to one type: no double precision, nor another half precision."""
+    """Whether autocast converts a value and weights to one type: not double precision, nor the other half precision."""
     device = value.device.type
     if not torch.is_autocast_enabled(device) or weight.dtype == torch.float64:
         return False
@@ -80,7 +80,7 @@ def _autocasts(value: Tensor, weight: Tensor) -> bool:
 
 
 def check_counts(*, least: int = 1, **numbers: int) -> None:
-    """Checks that options are whole numbers, and large enough.
+    """Checks that options are whole numbers of at least a given size.
 
     Raises:
         ValueError: if one is not.
@@ -100,7 +100,7 @@ def check_keypoints(**keypoints: Keypoints) -> None:
     """Checks that arguments are batches of keypoints.
 
     Raises:
-        TypeError: if one is no :class:`~kaf_layer.Keypoints`, or holds anything but tensors.
+        TypeError: if one is not :class:`~kaf_layer.Keypoints`, or does not hold tensors.
         ValueError: if one has no batch axis.
     """
     for name, value in keypoints.items():
@@ -123,14 +123,14 @@ def check_tokens(
     """Checks that there is a token for every slot of the keypoints.
 
     Args:
-        tokens: of the keypoints.
-        keypoints: a batch of them.
-        weight: of the module that takes the tokens: the tokens must have its type, and as many channels.
-        side: what ends the arguments' names, such as "_a".
+        tokens: the tokens of the keypoints.
+        keypoints: a batch of keypoints.
+        weight: of the module that takes the tokens, which must have its type and as many channels as it expects.
+        side: a suffix of the arguments' names in messages, such as "_a".
 
     Raises:
-        TypeError: if an argument is of another type.
-        ValueError: if not.
+        TypeError: if an argument has another type.
+        ValueError: if shapes or types of numbers do not fit.
     """
     check_floats(**{f"tokens{side}": tokens})
     check_keypoints(**{f"keypoints{side}": keypoints})
@@ -149,9 +149,9 @@ def check_features(features: Annotated[Tensor, "B C *S"], keypoints: Keypoints) 
     """Checks that a feature map can belong to the image that the keypoints were detected on.
 
     Raises:
-        TypeError: if an argument is of another type.
+        TypeError: if an argument has another type.
         ValueError: if the numbers of axes or the batch sizes differ, or if an axis of the map is
-            not the image's divided (or multiplied) by a whole number, rounded up or down. Under a
+            not the image's, divided or multiplied by a whole number and rounded up or down. Under a
             compiler sizes are not compared.
     """
     check_tensors(features=features)

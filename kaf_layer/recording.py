@@ -1,4 +1,4 @@
-"""Attention weights on request: which keypoint takes how much from which other."""
+"""Attention weights on request: how much each keypoint takes from each other."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ __all__ = ["record_attention"]
 def record_attention(module: nn.Module) -> Iterator[dict[str, Annotated[Tensor, "B L H N N"]]]:
     """Records the attention weights of every KAF layer that runs inside the ``with`` block.
 
-    Works for whatever contains a :class:`~kaf_layer.KeypointTransformer`: a single :class:`~kaf_layer.KAFLayer`, a
-    :class:`~kaf_layer.KAFEncoder`, a network made by :func:`~kaf_layer.interop.attach.attach`. The outputs stay as
-    they are. Outside of the block the forward pass is as always: its fused attention never holds these weights.
+    It works for every module that contains a :class:`~kaf_layer.KeypointTransformer`: a :class:`~kaf_layer.KAFLayer`, a
+    :class:`~kaf_layer.KAFEncoder`, or a network made by :func:`~kaf_layer.interop.attach.attach`. Outputs do not
+    change. Outside the block nothing changes: fused attention never holds these weights.
 
     Inside the block, compiled modules run without their compiler. If a layer runs more than once, its last pass counts.
 
@@ -29,10 +29,10 @@ def record_attention(module: nn.Module) -> Iterator[dict[str, Annotated[Tensor, 
         module: the network. Both kinds of attention block are recorded.
 
     Yields:
-        A dictionary, empty at first, that each forward pass fills. Its keys are the names of the transformers, as in
+        A dictionary, empty at first, which each forward pass fills. Its keys are the names of the transformers in
         ``module.named_modules()``, in the order in which they run. Its values are (B, L, H, N, N): samples, blocks,
-        heads, the keypoint that attends, the keypoint that is attended to. They carry no gradient. The last axis sums
-        to one; rows and columns of slots that are not valid are zero.
+        heads, the keypoint that attends, and the keypoint that is attended to. They carry no gradient. The last axis
+        sums to one. Rows and columns of slots that are not valid are zero.
 
     Raises:
         ValueError: if the module has no keypoint transformer with at least one block.

@@ -1,4 +1,4 @@
-"""Sample: a feature map's values at the keypoints (Section 3.1 of the paper)."""
+"""Sampling: the values of a feature map at the keypoints (Section 3.1 of the paper)."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ def sample_keypoints(
 ) -> Annotated[Tensor, "B N C"]:
     """Samples a feature map at keypoints.
 
-    Keypoints outside the image are clamped into the map.
+    Keypoints outside the image are clamped to its border.
 
     Args:
-        features: (B, C, *S), a map of the keypoints' image: each axis divided by a whole stride. For "nearest"
-            it may hold integers, such as labels.
-        keypoints: N slots per sample.
-        mode: "bilinear" interpolation (trilinear in 3-D), differentiable with respect to the
-            positions, or the value of the "nearest" cell, as the authors' code takes it.
-        masked: whether slots that are not valid become zero; else they hold the values of the map's first cell.
-            Leave that to what follows if it masks them anyway, as :class:`~kaf_layer.KeypointTransformer` does.
+        features: (B, C, *S), a map of the keypoints' image, each axis of which is divided by a whole stride. For
+            "nearest" it may hold integers, such as labels.
+        keypoints: a batch with N slots per sample.
+        mode: "bilinear" interpolates (trilinearly in 3-D), and is differentiable with respect to the positions.
+            "nearest" takes the value of the keypoint's cell, as the authors' code does.
+        masked: whether slots that are not valid become zero. Otherwise they hold the values of the map's first cell.
+            False saves a step where the next module masks them, as :class:`~kaf_layer.KeypointTransformer` does.
 
     Returns:
         (B, N, C), one value per slot and channel.
 
     Raises:
-        TypeError: if the features are no tensor or the keypoints no :class:`~kaf_layer.Keypoints`.
-        ValueError: if the features are no map of the keypoints' image, or the mode is unknown.
+        TypeError: if ``features`` is not a tensor or ``keypoints`` is not :class:`~kaf_layer.Keypoints`.
+        ValueError: if the features are not a map of the keypoints' image, or the mode is unknown.
 
     Example:
         >>> features = torch.arange(6.0).view(1, 1, 2, 3)
@@ -49,7 +49,7 @@ def sample_keypoints(
         1.5
     """
     check_features(features, keypoints)
-    # Gathers, not grid_sample: their backward pass is deterministic on CUDA on request.
+    # Gather, not grid_sample: on CUDA its backward pass can be deterministic.
     rows = features.flatten(2).transpose(1, 2)
     if mode == "nearest":
         sampled = _gather(rows, keypoints.cells(features.shape[2:]))
@@ -68,10 +68,10 @@ def _gather(rows: Annotated[Tensor, "B P C"], index: Annotated[Tensor, "B N"]) -
 def _interpolate(
     rows: Annotated[Tensor, "B P C"], positions: Annotated[Tensor, "B N D"], size: tuple[int, ...]
 ) -> Annotated[Tensor, "B N C"]:
-    """The mean of the 2**D cells around each position, weighted by their overlap with a cell put there."""
+    """The mean of the 2**D cells around each position, weighted by their overlap with a cell centred there."""
     index: Any = None
     weight: Any = None
-    stride = 1  # in rows, from a cell to the next; the map's last axis comes first
+    stride = 1  # in rows, from one cell to the next along the axis; the map's last axis comes first
     for p, length in zip(positions[:, None].unbind(-1), reversed(size), strict=True):
         p = p.clamp(0, length - 1)
         low = p.detach().floor().clamp(max=max(length - 2, 0))  # the next cell is in the map too
@@ -81,13 +81,13 @@ def _interpolate(
         above = upper if weight is None else weight * upper
         weight = torch.cat([1 - upper if weight is None else weight - above, above], dim=1)
         stride = stride * length
-    # One gather for all corners: each would allocate a dense gradient of its own.
+    # One gather for all corners, since each would allocate a dense gradient of its own.
     corners = _gather(rows, index.flatten(1)).unflatten(1, index.shape[1:])
     return (corners * weight[..., None].to(rows.dtype)).sum(dim=1)
 
 
 class KeypointSampler(nn.Module):
-    """The module of :func:`sample_keypoints`.
+    """:func:`sample_keypoints` as a module.
 
     Args:
         mode: "bilinear" or "nearest".
@@ -107,7 +107,15 @@ class KeypointSampler(nn.Module):
         self.masked = masked
 
     def forward(self, features: Annotated[Tensor, "B C *S"], keypoints: Keypoints) -> Annotated[Tensor, "B N C"]:
-        """Samples ``features`` (B, C, *S) at ``keypoints``: (B, N, C)."""
+        """Samples a feature map at keypoints.
+
+        Args:
+            features: (B, C, *S).
+            keypoints: of the image that the map belongs to.
+
+        Returns:
+            (B, N, C).
+        """
         return sample_keypoints(features, keypoints, mode=self.mode, masked=self.masked)
 
     def extra_repr(self) -> str:

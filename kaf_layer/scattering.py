@@ -1,4 +1,4 @@
-"""Tokens to a sparse feature map."""
+"""Scattering: tokens to a sparse feature map."""
 
 from __future__ import annotations
 
@@ -30,14 +30,17 @@ def scatter_keypoints(
     """Writes tokens into the cells of their keypoints, in a map that is zero elsewhere.
 
     Args:
-        tokens: one per slot. Slots that are not valid may hold anything.
-        keypoints: where the tokens belong, in any number of dimensions.
+        tokens: (B, N, C), one per slot. Slots that are not valid may hold anything.
+        keypoints: the positions of the tokens, in any number of dimensions.
         size: the map's size in tensor order, ``(H, W)`` or ``(D, H, W)``.
-        reduce: what becomes of keypoints in one cell. ``"amax"`` works channel by channel;
-            its gradient goes to the maximum, in equal parts where several tokens attain it.
+        reduce: how tokens in one cell are combined: ``"mean"``, ``"sum"`` or ``"amax"``. The last takes the maximum of
+            each channel; tokens that attain it share its gradient equally.
+
+    Returns:
+        (B, C, *size).
 
     Raises:
-        TypeError: if the tokens are no tensor or the keypoints no :class:`~kaf_layer.Keypoints`.
+        TypeError: if ``tokens`` is not a tensor or ``keypoints`` is not :class:`~kaf_layer.Keypoints`.
         ValueError: if the shapes do not fit, or ``reduce`` is unknown.
 
     Example:
@@ -58,7 +61,7 @@ def scatter_keypoints(
 
 
 def batch_index(cells: Annotated[Tensor, "... B N"], size: Sequence[int]) -> Annotated[Tensor, "... B N"]:
-    """The indices of cells in a whole batch of maps.
+    """The indices of cells in a batch of maps that is flattened into one.
 
     Args:
         cells: row-major indices in a map.
@@ -75,14 +78,14 @@ def cell_shares(
     *,
     reduce: Reduce,
 ) -> Annotated[Tensor, "B N C"]:
-    """The share of each token in its cell, under which their sum is the reduction; 0 where not valid.
+    """The weight of each token in its cell: the weighted sum of a cell's tokens is their reduction.
 
-    For the mean and the sum all channels have the same, and C is 1.
+    Slots that are not valid have weight 0. For the mean and the sum all channels have the same weight, and C is 1.
 
     Args:
         tokens: one for each slot.
-        keypoints: where the tokens belong.
-        cells: of the keypoints, in a map of that size.
+        keypoints: the positions of the tokens.
+        cells: the keypoints' cells in a map of this size.
         size: the map's size.
         reduce: ``"mean"``, ``"sum"`` or ``"amax"``.
 
@@ -110,9 +113,9 @@ def cell_shares(
 def _representatives(
     cells: Annotated[Tensor, "M"], valid: Annotated[Tensor, "M"], *, total: int
 ) -> Annotated[Tensor, "M"]:
-    """For each slot a valid one in its cell, the same for all of these; a slot that is not valid keeps to itself."""
+    """For each valid slot, one slot that represents its cell; a slot that is not valid represents itself."""
     slots = torch.arange(cells.shape[0], device=cells.device)
-    # Only the cells that are written are read, so the table need not be initialised.
+    # Only cells that were written are read, so the table needs no initialisation.
     table = cells.new_empty(total + 1).scatter_(0, cells.where(valid, total), slots)
     return torch.where(valid, table[cells], slots)
 
@@ -121,7 +124,7 @@ def check_reduce(reduce: str) -> None:
     """Checks that ``reduce`` is known.
 
     Raises:
-        ValueError: if not.
+        ValueError: if it is not.
     """
     if reduce not in get_args(Reduce):
         raise ValueError(f"reduce must be one of {get_args(Reduce)}, got {reduce=}")
@@ -131,7 +134,7 @@ class KeypointScatter(nn.Module):
     """:func:`scatter_keypoints` as a module.
 
     Args:
-        reduce: what becomes of keypoints in one cell.
+        reduce: how tokens in one cell are combined: ``"mean"``, ``"sum"`` or ``"amax"``.
 
     Raises:
         ValueError: if ``reduce`` is unknown.
@@ -150,7 +153,16 @@ class KeypointScatter(nn.Module):
     def forward(
         self, tokens: Annotated[Tensor, "B N C"], keypoints: Keypoints, size: Sequence[int]
     ) -> Annotated[Tensor, "B C *S"]:
-        """Tokens to a map of the given size; see :func:`scatter_keypoints`."""
+        """Writes tokens into a map that is zero elsewhere.
+
+        Args:
+            tokens: (B, N, C), one per slot.
+            keypoints: the positions of the tokens.
+            size: the map's size in tensor order.
+
+        Returns:
+            (B, C, *size).
+        """
         return scatter_keypoints(tokens, keypoints, size, reduce=self.reduce)
 
     def extra_repr(self) -> str:
