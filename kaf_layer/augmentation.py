@@ -1,4 +1,4 @@
-"""Augmentation that carries keypoints and labels along with the images."""
+"""Augmentation that moves keypoints and labels with the images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Points: TypeAlias = Annotated[Tensor, "B N 2"]
 
 
 class Augmented(NamedTuple):
-    """Images, keypoints and labels (None if there were none) after an augmentation."""
+    """Images, keypoints and labels after an augmentation; labels are None if there were none."""
 
     images: Annotated[Tensor, "B C H W"]
     keypoints: Keypoints
@@ -30,26 +30,26 @@ class Augmented(NamedTuple):
 
 
 class KeypointAugmentation(nn.Module):
-    """Applies kornia's augmentations to images, keypoints and labels alike (the paper's Appendix B).
+    """Applies Kornia's augmentations to images, keypoints and labels alike (the paper's Appendix B).
 
-    A keypoint moves with the pixels under it, keeps its slot, and becomes invalid when it leaves the frame.
-    Descriptors and scores stay as they are; angles and scales follow. Afterwards
-    :meth:`~kaf_layer.Matches.among` drops the matches of which a keypoint has left the frame.
+    A keypoint moves with the pixels under it, keeps its slot, and becomes invalid when it leaves the image.
+    Descriptors and scores do not change; angles and scales follow the transform. Afterwards
+    :meth:`~kaf_layer.Matches.among` drops the matches of keypoints that have left the image.
 
     Args:
-        *transforms: kornia's 2-D augmentations, one after the other: geometric ones that have a transform
-            matrix (flips, rotations, ``RandomAffine``, crops, ...), ``RandomElasticTransform``, and those of
-            intensities, which leave labels and keypoints.
+        *transforms: Kornia's 2-D augmentations, which are applied in this order: geometric ones with a transform
+            matrix (flips, rotations, ``RandomAffine``, crops, ...), ``RandomElasticTransform``, and augmentations of
+            intensity, which change neither labels nor keypoints.
 
     Shape:
         - images: (B, C, H, W), float.
-        - keypoints: of these images.
-        - labels: (B, H, W) or (B, 1, H, W), of any type, resampled to the nearest; or None. From outside
-          comes 0, unless a transform has another ``padding_mode``.
-        - result: :class:`Augmented`; crops change the images' and the keypoints' ``image_size``.
+        - keypoints: the keypoints of these images.
+        - labels: (B, H, W) or (B, 1, H, W) of any type, resampled to the nearest; or None. New regions are
+          0, unless a transform has another ``padding_mode``.
+        - result: :class:`Augmented`. Crops change the size of the images and ``image_size`` of the keypoints.
 
     Raises:
-        TypeError: if images or labels are no tensors, or keypoints no :class:`~kaf_layer.Keypoints`.
+        TypeError: if images or labels are not tensors, or keypoints are not :class:`~kaf_layer.Keypoints`.
         ValueError: for other transforms, or if images, keypoints and labels do not fit.
 
     Example:
@@ -78,7 +78,13 @@ class KeypointAugmentation(nn.Module):
         keypoints: Keypoints,
         labels: Annotated[Tensor, "B *1 H W"] | None = None,
     ) -> Augmented:
-        """Draws one augmentation for each image and applies it."""
+        """Draws an augmentation for each image and applies it.
+
+        Args:
+            images: (B, C, H, W), float.
+            keypoints: the keypoints of these images.
+            labels: (B, H, W) or (B, 1, H, W), or None.
+        """
         _check(images, keypoints, labels)
         sources = _pixels(images)
         for transform in self.transforms:
@@ -101,9 +107,9 @@ def move_keypoints(keypoints: Keypoints, move: Callable[[Points], Points], size:
     """Moves keypoints by any mapping of the plane.
 
     Args:
-        keypoints: of 2-D images.
-        move: takes positions (B, N, 2), in (x, y) order, to positions; NaN for those that have no place.
-        size: of the images afterwards, (H, W). What leaves them becomes invalid.
+        keypoints: keypoints of 2-D images.
+        move: maps positions (B, N, 2), in (x, y) order, to new positions, or to NaN where there is none.
+        size: (H, W) of the images afterwards. Keypoints that leave them become invalid.
 
     Example:
         >>> keypoints = Keypoints(torch.tensor([[[1.0, 2.0], [6.0, 0.0]]]), torch.ones(1, 2, dtype=torch.bool), (4, 8))
@@ -115,10 +121,10 @@ def move_keypoints(keypoints: Keypoints, move: Callable[[Points], Points], size:
     positions = move(before)
     scales, angles = keypoints.scales, keypoints.angles
     if scales is not None or angles is not None:
-        # The derivative of the mapping, column by column: what a step of one pixel in x, in y, becomes.
+        # The derivative of the mapping, column by column: what a step of one pixel in x, and in y, becomes.
         steps = torch.eye(2, dtype=before.dtype, device=before.device)
         jacobian = torch.stack([(move(before + step) - move(before - step)) / 2 for step in steps], dim=-1)
-        jacobian = torch.where(jacobian.isnan(), steps, jacobian)  # on the frame's edge a step may lead nowhere
+        jacobian = torch.where(jacobian.isnan(), steps, jacobian)  # at the image's edge a step may lead nowhere
         if scales is not None:
             scales = scales * jacobian.det().abs().sqrt().to(scales.dtype)
         if angles is not None:
@@ -136,19 +142,19 @@ def move_keypoints(keypoints: Keypoints, move: Callable[[Points], Points], size:
 def invert_deformation(
     sources: Annotated[Tensor, "B 2 H W"], positions: Points, *, iterations: int = 100, tolerance: float = 0.1
 ) -> Points:
-    """Moves positions through a warp that is given backwards: for each pixel of the result its source.
+    """Moves positions through a warp that is given by the source of each pixel of the result.
 
-    Solves ``sources(p) = position``, between pixels bilinearly, by a damped fixed-point iteration. It converges
-    where the deformation does not fold, and shrinks the image less than 4 times.
+    A damped fixed-point iteration solves ``sources(p) = position``, with bilinear interpolation between pixels. It
+    converges where the deformation does not fold, and shrinks the image by less than a factor of 4.
 
     Args:
-        sources: (B, 2, H, W), for each pixel of the result the position in the original, in pixels and (x, y) order.
+        sources: (B, 2, H, W), the position in the original of each pixel of the result, in pixels and (x, y) order.
         positions: (B, N, 2), in the original.
-        iterations: of the fixed point.
-        tolerance: the error in pixels of the original above which a position counts as having no place.
+        iterations: the number of iterations.
+        tolerance: the error, in pixels of the original, above which a position has no counterpart in the result.
 
     Returns:
-        (B, N, 2) positions in the result, NaN for those that have no place in it.
+        (B, N, 2), positions in the result, NaN for those without a counterpart.
 
     Example:
         >>> x, y = torch.meshgrid(torch.arange(8.0), torch.arange(6.0), indexing="xy")
@@ -166,7 +172,7 @@ def invert_deformation(
 def _apply(transform: nn.Module, images: Annotated[Tensor, "B C H W"], **options: Any) -> Annotated[Tensor, "B C h w"]:
     if len(images):
         return transform(images, **options)
-    # Before kornia 0.8.3 an empty batch is an error: one image tells the shape.
+    # Before kornia 0.8.3 an empty batch is an error. One image shows the shape of the result.
     return transform(images.new_zeros(1, *images.shape[1:]), **options)[:0]
 
 
@@ -185,9 +191,9 @@ def _pixels(images: Annotated[Tensor, "B C H W"]) -> Annotated[Tensor, "B 3 H W"
 
 
 def _resample(labels: Annotated[Tensor, "B *1 H W"], sources: Annotated[Tensor, "B 3 h w"]) -> Tensor:
-    """The nearest labels at positions (x, y), which are weighted by what is not from outside the frame.
+    """The nearest labels at positions (x, y), which are weighted by the share that lies inside the image.
 
-    Labels are taken once, after all transforms: each time to the nearest would add up to half a pixel.
+    Labels are resampled once, after all transforms, since every resampling moves them by up to half a pixel.
     """
     values = labels.reshape(len(labels), 1, *labels.shape[-2:]).to(sources.dtype)
     weight = sources[:, 2:]
@@ -198,7 +204,7 @@ def _resample(labels: Annotated[Tensor, "B *1 H W"], sources: Annotated[Tensor, 
 
 
 def _grid(positions: Annotated[Tensor, "B *N 2"], values: Annotated[Tensor, "B C H W"]) -> Annotated[Tensor, "B *N 2"]:
-    """Positions as ``grid_sample`` takes them with ``align_corners=False``, which knows maps of one row."""
+    """Positions as ``grid_sample`` takes them with ``align_corners=False``, which also works for maps of one row."""
     return (2 * positions + 1) / positions.new_tensor([values.shape[3], values.shape[2]]) - 1
 
 

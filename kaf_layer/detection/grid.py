@@ -16,14 +16,14 @@ __all__ = ["GridDetector"]
 
 
 class GridDetector(nn.Module):
-    """Keypoints on a uniform grid, whatever the image shows, in any number of dimensions.
+    """Puts keypoints on a uniform grid, whatever the image shows, in any number of dimensions.
 
     An axis of ``size`` pixels gets ``n = max(1, round(size / spacing))`` keypoints at
-    ``(i + 0.5) * size / n - 0.5``: evenly spaced, with half a step to either border. No slot is padding; to
-    take keypoints away, outside of the body say, use ``keypoints.where(mask)``.
+    ``(i + 0.5) * size / n - 0.5``. They are evenly spaced, with half a step to either border. No slot is padding; to
+    remove keypoints, for example those outside the body, use ``keypoints.where(mask)``.
 
     Args:
-        spacing: pixels between neighbours; one number, or one for each axis in tensor order.
+        spacing: pixels between neighbours, one number or one for each axis in tensor order.
 
     Raises:
         ValueError: if a spacing is not positive.
@@ -36,7 +36,7 @@ class GridDetector(nn.Module):
 
     def __init__(self, spacing: float | Sequence[float]) -> None:
         super().__init__()
-        # NumPy's numbers become Python's, which compilers take for constants.
+        # NumPy's numbers become Python's, which compilers treat as constants.
         self.spacing = (
             float(spacing) if isinstance(spacing, (int, float, Real)) else tuple(float(step) for step in spacing)
         )
@@ -44,14 +44,14 @@ class GridDetector(nn.Module):
             raise ValueError(f"spacing must be positive, in pixels, got {spacing=}")
 
     def forward(self, images: Annotated[Tensor, "B C *S"]) -> Keypoints:
-        """The grid of every image: ``n_1 * ... * n_D`` keypoints in row-major order.
+        """Returns the grid of every image, ``n_1 * ... * n_D`` keypoints in row-major order.
 
         Args:
-            images: only their shape, device and dtype matter; positions are at least float32.
+            images: (B, C, *S). Only their shape, device and dtype matter; positions are at least float32.
 
         Raises:
-            TypeError: if the images are no tensor.
-            ValueError: if there is no spatial axis, or their number is not that of the spacings.
+            TypeError: if ``images`` is not a tensor.
+            ValueError: if there is no spatial axis, or there are more or fewer axes than spacings.
         """
         check_tensors(images=images)
         size = images.shape[2:]

@@ -1,4 +1,4 @@
-"""KeypointDetector: what may stand at the beginning of the data flow."""
+"""KeypointDetector: the protocol of everything that finds keypoints."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["KeypointDetector"]
 class KeypointDetector(Protocol):
     """Anything that turns a batch of images into :class:`~kaf_layer.Keypoints`.
 
-    A function or a module, learned or not. The rest of the package asks only that
+    It is a function or a module, learned or not. The rest of the package requires only that
 
-    - ``positions`` are in pixels of the images given, ``(x, y)`` or ``(x, y, z)``, pixel centres at integers,
-    - ``image_size`` is the spatial size of the images given,
+    - ``positions`` are in pixels of the given images, ``(x, y)`` or ``(x, y, z)``, with pixel centres at integers,
+    - ``image_size`` is the spatial size of the given images,
     - slots that hold no keypoint are not ``valid``.
 
     Scores, scales, angles and descriptors are optional. ``examples/opencv_sift.py`` wraps
-    a detector that knows neither batches nor tensors.
+    a detector that takes one NumPy array at a time.
 
     Example:
         >>> from kaf_layer.detection import GridDetector, KeypointDetector
@@ -32,5 +32,9 @@ class KeypointDetector(Protocol):
     """
 
     def __call__(self, images: Annotated[Tensor, "B C *S"], /) -> Keypoints:
-        """Detects keypoints in every image."""
+        """Detects keypoints in every image.
+
+        Args:
+            images: (B, C, *S).
+        """
         ...
