@@ -1,4 +1,4 @@
-"""Where keypoints are, for attention: rotations of queries and keys, which depend on differences of positions alone."""
+"""Positions for attention: rotations of queries and keys, which depend on differences of positions only."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ Heads = Annotated[Tensor, "B H N W"]
 
 
 def check_position(position: PositionType) -> PositionType:
-    """The position encoding, if there is one of that name.
+    """Checks the name of a position encoding, and returns it.
 
     Raises:
-        ValueError: if not.
+        ValueError: if it is unknown.
     """
     if position not in get_args(PositionType):
         raise ValueError(f"position must be one of {get_args(PositionType)}, got {position=}")
@@ -36,9 +36,9 @@ def check_position(position: PositionType) -> PositionType:
 
 
 def relative_positions(keypoints: Keypoints, *, spatial_dims: int) -> Annotated[Tensor, "B N D"]:
-    """Positions from the image's centre, in halves of its longest edge, in (x, y) or (x, y, z) order.
+    """Positions relative to the image's centre, in halves of its longest edge, in (x, y) or (x, y, z) order.
 
-    Positions outside of the image are clamped to its border. The result is float32, or float64 for such positions.
+    Positions outside the image are clamped to its border. The result is float32, or float64 for positions of that type.
 
     Raises:
         ValueError: if the keypoints do not have ``spatial_dims`` coordinates.
@@ -57,7 +57,7 @@ def relative_positions(keypoints: Keypoints, *, spatial_dims: int) -> Annotated[
 
 
 def authors_positions(keypoints: Keypoints) -> Annotated[Tensor, "B N D"]:
-    """Positions as the authors' code scales them: it subtracts half the size in (x, y) order from (y, x) positions."""
+    """Positions as the authors' code scales them. It subtracts half the size in (x, y) order from (y, x) positions."""
     sizes = keypoints.image_size[::-1]
     axes = zip(keypoints.positions_in(keypoints.image_size).unbind(-1), sizes, strict=True)
     positions = reversed([p.clamp(-0.5, s - 0.5) for p, s in axes])
@@ -66,7 +66,7 @@ def authors_positions(keypoints: Keypoints) -> Annotated[Tensor, "B N D"]:
 
 
 def longest_edge(sizes: tuple[int, ...]) -> Any:
-    """The largest of sizes, which may be symbols."""
+    """The largest size; sizes may be symbols."""
     # torch 2.11 cannot compile sym_max of plain numbers; max would fix the sizes of an exported program.
     return max(sizes) if torch.compiler.is_dynamo_compiling() else reduce(torch.sym_max, sizes)
 
@@ -74,9 +74,9 @@ def longest_edge(sizes: tuple[int, ...]) -> Any:
 class RotaryEncoder(nn.Module):
     """Rotates the queries and keys of each head by angles that are linear in the position.
 
-    Each pair of channels is a vector in the plane that is turned (Su et al., 2021, Section 3.2). A pair has a learned
+    Each pair of channels is a vector in a plane, which is rotated (Su et al., 2021, Section 3.2). A pair has a learned
     frequency vector, shared by the heads, as in LightGlue (Lindenberger et al., ICCV 2023, Section 3.1). The product of
-    a query and a key then depends on the difference of their positions: a translation of all keypoints changes nothing.
+    a query and a key then depends on the difference of their positions, so moving all keypoints alike changes nothing.
 
     Args:
         head_dim: W, the channels of a head; even.
@@ -106,8 +106,16 @@ class RotaryEncoder(nn.Module):
         self.frequencies = nn.Parameter(magnitudes[:, None] * directions)
 
     def forward(self, heads: Heads, positions: Annotated[Tensor, "B N D"]) -> Heads:
-        """Queries or keys, turned; the angles are computed in the type of the positions, float32 or float64."""
-        # Products and a sum, as a matrix product would run in half precision under autocast.
+        """Rotates queries or keys.
+
+        Args:
+            heads: (B, H, N, W), queries or keys.
+            positions: (B, N, D), float32 or float64; the angles are computed in this type.
+
+        Returns:
+            (B, H, N, W).
+        """
+        # Products and a sum: under autocast a matrix product would run in half precision.
         angles = (positions[:, None, :, None] * self.frequencies).sum(dim=-1)
         cos, sin = angles.cos().to(heads.dtype), angles.sin().to(heads.dtype)
         first, second = heads.chunk(2, dim=-1)
@@ -124,9 +132,9 @@ def tell_of_other_positions(
     _unexpected: list[str],
     _errors: list[str],
 ) -> None:
-    """Says, among the keys that are missing, that a state dict has another encoding: a hook before loading.
+    """Reports a state dict of another encoding, as the first of the missing keys; a hook that runs before loading.
 
-    Torch does not tell modules whether loading is strict. If it is, missing keys are an error, and this comes first.
+    Torch does not tell modules whether loading is strict. If it is, missing keys are an error.
     """
     names = [name.removeprefix(prefix) for name in state_dict if name.startswith(f"{prefix}blocks.")]
     absolute = any(name.startswith(f"{prefix}position_encoder.") for name in state_dict)

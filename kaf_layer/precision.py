@@ -1,4 +1,4 @@
-"""Single precision at least, where it is promised, whatever autocast and TF32 are allowed elsewhere."""
+"""At least single precision, whatever autocast and TF32 settings allow elsewhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["exact_products", "without_autocast"]
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
-    """Turns autocast off; a device that has none, such as "meta", is left alone."""
+    """Turns autocast off; does nothing for a device without autocast, such as "meta"."""
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
@@ -19,9 +19,9 @@ def without_autocast(device: torch.device) -> AbstractContextManager[None]:
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Matrix products of float32 values in float32, also after ``torch.set_float32_matmul_precision("high")``.
+    """Multiplies float32 matrices in float32, also after ``torch.set_float32_matmul_precision("high")``.
 
-    Not for code that is compiled, which cannot change the settings of PyTorch.
+    Not for compiled code, which cannot change the settings of PyTorch.
     """
     backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]

@@ -1,4 +1,4 @@
-"""One map from images of any number of channels, to detect in."""
+"""Reduces images of any number of channels to the one that keypoints are detected in."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check_channels(rule: ChannelRule, images: Annotated[Tensor, "B C *S"]) -> No
 def one_channel(
     images: Annotated[Tensor, "B C *S"], rule: ChannelRule, *, normalize: bool
 ) -> Annotated[Tensor, "B *S"]:
-    """The channel with that number; the luma of RGB; or the mean of the channels, each stretched first."""
+    """The channel with the given number; the luma of RGB; or the mean of the channels, each stretched first."""
     count = images.shape[1]
     if count == 1 or isinstance(rule, int):
         return images[:, rule if isinstance(rule, int) else 0]
@@ -33,7 +33,7 @@ def one_channel(
 
 
 def stretch(images: Tensor, first: int) -> Tensor:
-    """From minimum and maximum over the axes from ``first`` on to 0 and 1; what is constant becomes 0."""
+    """Maps the minimum and maximum over the axes from ``first`` on to 0 and 1; constants become 0."""
     axes = tuple(range(first, images.ndim))
     low, high = images.amin(axes, keepdim=True), images.amax(axes, keepdim=True)
     return (images - low) / where(high > low, high - low, 1.0)

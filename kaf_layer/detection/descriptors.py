@@ -1,7 +1,7 @@
 """Orientation and description of SIFT keypoints (Lowe 2004, sections 5 and 6), sampled from the scale space.
 
-Both sample a square patch about each keypoint, in proportion to its scale and bilinearly, so that every keypoint
-costs the same and the weights of a sample are constants.
+Both sample a square patch around each keypoint bilinearly, in proportion to its scale. So every keypoint
+costs the same, and the weights of a sample are constants.
 """
 
 from __future__ import annotations
@@ -27,18 +27,17 @@ CELL = 3.0  # the side of a cell in scales, as in OpenCV
 def orient(
     space: ScaleSpace, extrema: Extrema, centre: Tensor, scale: Tensor
 ) -> tuple[Annotated[Tensor, "B N 36"], Annotated[Tensor, "B N 36"]]:
-    """The directions of the gradient about each keypoint that may be its orientation.
+    """The directions of the gradient around each keypoint that may be its orientation.
 
     Args:
         space: the scale space.
-        extrema: (B, N) pixels of it.
+        extrema: (B, N) pixels of the scale space.
         centre: (B, N, 2), the keypoints' ``(x, y)`` in their octaves.
         scale: (B, N), their scales in their octaves.
 
     Returns:
-        the angle that each of 36 bins of the gradient's histogram peaks at, in radians from
-        the x axis towards the y axis, and the bin's strength relative to the strongest: 0 unless it is a peak of
-        at least 80 % of the strongest.
+        The angle at which each of 36 bins of the gradient's histogram peaks, in radians from the x axis towards the
+        y axis, and the bin's strength relative to the strongest, which is 0 unless it is a peak of at least 80 % of it.
     """
     # Gradients within 3 times 1.5 scales, weighted by a Gaussian of 1.5 scales.
     axis = torch.linspace(-4.5, 4.5, ANGLE_SAMPLES, device=scale.device, dtype=scale.dtype)
@@ -49,7 +48,7 @@ def orient(
     lower = position.floor()
     share = torch.cat([1 - position + lower, position - lower], dim=-1) * (magnitude * weight).repeat(1, 1, 2)
     bins = torch.cat([lower, lower + 1], dim=-1).long() % ANGLE_BINS
-    # Summed as integers, so that the order of the sum does not matter.
+    # Integers are summed, so that the order of the sum does not matter.
     histogram = torch.zeros_like(bins[..., :ANGLE_BINS])
     histogram = histogram.scatter_add(-1, bins, (share * 2**32).long()).to(scale.dtype)
     next_to, beyond = histogram.roll(1, -1) + histogram.roll(-1, -1), histogram.roll(2, -1) + histogram.roll(-2, -1)
@@ -75,14 +74,14 @@ def describe(
         angle: (B, N), in radians.
         root: RootSIFT (Arandjelovic and Zisserman 2012) instead of SIFT; of length 1 as well.
     """
-    # Samples lie up to half a cell outside of the 4x4 cells, where their weight ends.
+    # Samples lie up to half a cell outside the 4x4 cells, where their weight ends.
     side = CELLS + 1
     magnitude, direction = _gradients(space, extrema, centre, scale, angle, SAMPLES, CELL * side / SAMPLES)
     axis = (torch.arange(SAMPLES, device=scale.device, dtype=scale.dtype) + 0.5) * (side / SAMPLES) - side / 2
     cell = torch.arange(CELLS, device=scale.device, dtype=scale.dtype) - (CELLS - 1) / 2
     weight = F.relu(1 - (axis[:, None] - cell).abs()) * torch.exp(-(axis[:, None] ** 2) / (CELLS**2 / 2))
     cells = torch.einsum("yi,xj->ijyx", weight, weight).flatten(2).flatten(0, 1)
-    # OpenCV counts directions from the x axis against the y axis. Bin 8 is bin 0 again.
+    # OpenCV counts directions from the x axis away from the y axis. Bin 8 is bin 0 again.
     bins = torch.arange(DIRECTIONS + 1, device=scale.device, dtype=scale.dtype)[:, None]
     position = -direction * (DIRECTIONS / TURN) % DIRECTIONS
     directions = F.relu(1 - (position[..., None, :] - bins).abs()) * magnitude[..., None, :]
@@ -100,7 +99,7 @@ def _gradients(
 ) -> tuple[Annotated[Tensor, "B N S"], Annotated[Tensor, "B N S"]]:
     """Magnitude and direction, relative to ``angle``, of the gradient at ``samples`` x ``samples`` points.
 
-    The points lie ``step`` scales apart in a square that is turned by the angle. Outside of the image there is no
+    The points lie ``step`` scales apart in a square that is rotated by the angle. Outside the image there is no
     gradient.
     """
     axis = (torch.arange(samples + 2, device=scale.device, dtype=scale.dtype) - (samples + 1) / 2) * step
@@ -119,7 +118,7 @@ def _gradients(
 
 
 def _sample(space: ScaleSpace, extrema: Extrema, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Bilinear samples (B, N, S, S) of each extremum's own layer, and which of them lie inside of it."""
+    """Bilinear samples (B, N, S, S) of each extremum's own layer, and which of them lie inside it."""
     height, width = (size[..., None, None] for size in extrema.size.unbind(-1))
     inside = (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
     left = x.detach().floor().long().clamp(min=0).minimum(width - 2)

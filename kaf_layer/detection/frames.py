@@ -1,4 +1,4 @@
-"""The orientation of keypoints in a volume: the axes of the gradients about them (Rister et al. 2017, section II-C)."""
+"""The orientation of keypoints in a volume: the axes of the gradients around them (Rister et al. 2017, II-C)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SWEEPS = 6  # Jacobi's method converges quadratically: 3 sweeps give single, 5 d
 
 
 def orient_in_space(space: ScaleSpace, extrema: Extrema, centre: Tensor, scale: Tensor) -> Annotated[Tensor, "B N 3 3"]:
-    """A rotation for each keypoint that turns with the volume: its columns are three axes (x, y, z).
+    """A rotation for each keypoint, which rotates with the volume: its columns are three axes (x, y, z).
 
     The axes are the eigenvectors of the structure tensor, by descending eigenvalue. The mean gradient has no negative
     component along the first two, and the third makes the frame right-handed.
@@ -43,7 +43,7 @@ def orient_in_space(space: ScaleSpace, extrema: Extrema, centre: Tensor, scale: 
 def eigenvectors(matrix: Annotated[Tensor, "... 3 3"]) -> Annotated[Tensor, "... 3 3"]:
     """The eigenvectors of symmetric matrices as columns, by descending eigenvalue; by Jacobi's rotations.
 
-    The library's solver would wait for the device.
+    Torch's solver would wait for the device.
     """
     vectors = torch.eye(3, dtype=matrix.dtype, device=matrix.device).expand_as(matrix)
     for _ in range(SWEEPS):
@@ -67,10 +67,10 @@ def eigenvectors(matrix: Annotated[Tensor, "... 3 3"]) -> Annotated[Tensor, "...
 def sample_gradients(
     space: ScaleSpace, extrema: Extrema, centre: Tensor, scale: Tensor, frame: Tensor, samples: int, step: float
 ) -> Annotated[Tensor, "B N S 3"]:
-    """The gradients at ``samples`` ** 3 points about each keypoint, in the coordinates (u, v, w) of its frame.
+    """The gradients at ``samples`` ** 3 points around each keypoint, in the coordinates (u, v, w) of its frame.
 
-    The points lie ``step`` scales apart in a cube along the columns of ``frame`` (B, N, 3, 3), u fastest. Outside of
-    the volume there is no gradient. Distances are physical, gradients not divided by the step.
+    The points lie ``step`` scales apart in a cube along the columns of ``frame`` (B, N, 3, 3), u fastest. Outside
+    the volume there is no gradient. Distances are physical; gradients are not divided by the step.
     """
     axis = (torch.arange(samples + 2, device=scale.device, dtype=scale.dtype) - (samples + 1) / 2) * step
     w, v, u = torch.meshgrid(axis, axis, axis, indexing="ij")
@@ -87,7 +87,7 @@ def sample_gradients(
 def _sample(
     space: ScaleSpace, extrema: Extrema, points: Annotated[Tensor, "B N 3 P"]
 ) -> tuple[Annotated[Tensor, "B N P"], Annotated[Tensor, "B N P"]]:
-    """Trilinear samples of each extremum's own layer at ``(x, y, z)``, and which of them lie inside of it."""
+    """Trilinear samples of each extremum's own layer at ``(x, y, z)``, and which of them lie inside it."""
     depth, height, width = (size[..., None] for size in extrema.size.unbind(-1))
     x, y, z = points.unbind(2)
     inside = torch.ones_like(x, dtype=torch.bool)

@@ -10,11 +10,11 @@ from torch import Tensor
 
 __all__ = ["FAR", "Fit", "fit_quadratic", "is_corner"]
 
-FAR = 1e6  # outside of any image; infinity would not survive the conversion to integers
+FAR = 1e6  # outside any image; infinity would not survive the conversion to integers
 
 
 class Fit(NamedTuple):
-    """The quadratic through the neighbourhood of 3 pixels along each axis (Brown and Lowe 2002)."""
+    """The quadratic through a neighbourhood of 3 pixels along each axis (Brown and Lowe 2002)."""
 
     value: Annotated[Tensor, "..."]
     gradient: Annotated[Tensor, "... A"]
@@ -31,14 +31,14 @@ class Fit(NamedTuple):
 
 
 def fit_quadratic(cube: Tensor, axes: int) -> Fit:
-    """Fits a quadratic to values about a pixel (Lowe 2004, equations 2 and 3).
+    """Fits a quadratic to the values around a pixel (Lowe 2004, equations 2 and 3).
 
-    The offset of its peak is ``-H^-1 g``, with the gradient g and Hessian H from central differences; in volumes along
-    the layers and in space separately. Differentiable; where H is singular the offset is FAR.
+    The offset of its peak is ``-H^-1 g``, with the gradient g and the Hessian H from central differences. In volumes
+    the layers and the space are solved separately. It is differentiable. Where H is singular the offset is FAR.
 
     Args:
-        cube: (..., 3, ..., 3), along ``axes`` axes.
-        axes: their number A.
+        cube: (..., 3, ..., 3), with ``axes`` axes of 3.
+        axes: A, the number of axes.
     """
 
     def at(*steps: tuple[int, int]) -> Tensor:
@@ -79,7 +79,7 @@ def is_corner(hessian: Annotated[Tensor, "... D D"], edge_threshold: float) -> A
     if hessian.shape[-1] == 2:
         trace = diagonal[..., 0] + diagonal[..., 1]
         determinant = diagonal[..., 0] * diagonal[..., 1] - hessian[..., 0, 1] ** 2
-        # A determinant of zero or less fails it as well.
+        # A determinant of zero or less fails too.
         return trace**2 * r < (r + 1) ** 2 * determinant
     trace = diagonal.sum(-1)
     minors = sum(diagonal[..., i] * diagonal[..., j] - hessian[..., i, j] ** 2 for i, j in combinations(range(3), 2))
@@ -91,7 +91,7 @@ def is_corner(hessian: Annotated[Tensor, "... D D"], edge_threshold: float) -> A
 
 
 def _solve(matrix: Annotated[Tensor, "... n n"], vector: Annotated[Tensor, "... n"]) -> Annotated[Tensor, "... n"]:
-    """Cramer's rule for n = 1 or 3; a library's solver would wait for the device to tell whether it is singular."""
+    """Cramer's rule for n = 1 or 3; torch's solver would wait for the device to check whether it is singular."""
     if matrix.shape[-1] == 1:
         cofactors, determinant = torch.ones_like(matrix), matrix[..., 0]
     else:

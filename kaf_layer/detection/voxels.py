@@ -1,4 +1,4 @@
-"""Pixels and voxels that need not be cubes: which axes of the image are doubled, and the scale space that follows."""
+"""Anisotropic pixels and voxels: which axes of the image are doubled, and the resulting scale space."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kaf_layer.detection.scale_space import FINE, ScaleSpace, double, scale_spac
 
 __all__ = ["Voxels"]
 
-CAMERA_BLUR = 0.5  # what images are assumed to be blurred by, in their pixels
+CAMERA_BLUR = 0.5  # the assumed blur of images, in their pixels
 
 
 class Voxels(NamedTuple):
@@ -20,7 +20,7 @@ class Voxels(NamedTuple):
 
     Args:
         ratios: the distance between pixels along each axis, relative to the finest.
-        factors: by how many each axis is multiplied before it is blurred, 2 or 1: coarse axes are left as they are.
+        factors: the factor, 2 or 1, by which each axis is enlarged before blurring; coarse axes are not.
         finest: the axis with the smallest distance.
     """
 
@@ -30,10 +30,10 @@ class Voxels(NamedTuple):
 
     @staticmethod
     def spaced(spacing: Sequence[float] | None, spatial_dims: int) -> Voxels:
-        """From distances in any unit; None for squares and cubes.
+        """Makes voxels from distances in any unit; None means squares and cubes.
 
         Raises:
-            ValueError: if they are not three positive numbers, or not of a volume.
+            ValueError: if they are not three positive numbers, or the image is not a volume.
         """
         distances = (1.0,) * spatial_dims if spacing is None else tuple(spacing)
         if (spacing is not None and spatial_dims != 3) or len(distances) != spatial_dims:
@@ -56,7 +56,7 @@ class Voxels(NamedTuple):
         sigma: float,
         border: int,
     ) -> ScaleSpace:
-        """Of the images, doubled along the axes that are not coarse; the arguments are those of its functions."""
+        """The scale space of images that are doubled along the axes that are not coarse."""
         return scale_space(
             double(images, upscale, axes=[factor == 2 for factor in self.factors]),
             layers=layers,

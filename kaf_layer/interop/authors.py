@@ -1,4 +1,4 @@
-"""Loading checkpoints of the paper's authors into our layer and matcher, and into the UNets of ``examples/unet.py``."""
+"""Loads checkpoints of the paper's authors into the layer, the matcher, and the UNets of ``examples/unet.py``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _BLOCK = {
     "mlp.3": "contract",
 }
 
-# Each rule takes a part of an authors' name to a part of ours.
+# Each rule maps a part of a name in the authors' code to a part of ours.
 _RULES: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
     (r"feature_mlp(?=\.)", lambda _: "embed"),
     (r"superglue(?=\.)", lambda _: "transformer"),
@@ -47,7 +47,7 @@ _RULES: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
 
 
 class AuthorsKeys(NamedTuple):
-    """The authors' keys that were taken, and those left because their code never uses them."""
+    """The authors' keys that were loaded, and those left out because their code never uses them."""
 
     taken: list[str]
     left: list[str]
@@ -64,11 +64,11 @@ def load_authors_state_dict(module: nn.Module, state_dict: Mapping[str, Tensor])
         state_dict: the authors' tensors by name.
 
     Returns:
-        The keys taken and the keys left: ``final_proj`` and ``bin_score`` of each layer, 263,172
-        parameters in a UNet with four, take no part in what the authors' code computes.
+        The keys that were loaded and those left out. The latter are ``final_proj`` and ``bin_score`` of each layer,
+        263,172 parameters in a UNet with four layers, which do not affect the output of the authors' code.
 
     Raises:
-        ValueError: if keys are missing, unknown or of the wrong shape, by name; or if attention has not 4 heads.
+        ValueError: if keys are missing, unknown or of the wrong shape, or if attention does not have 4 heads.
 
     Example:
         >>> from kaf_layer import KAFLayer
@@ -101,7 +101,7 @@ def load_authors_state_dict(module: nn.Module, state_dict: Mapping[str, Tensor])
 
 
 def _targets(module: nn.Module) -> dict[str, Tensor]:
-    """The module's tensors by name, the fused queries, keys and values apart as in the authors' code."""
+    """The module's tensors by name, with queries, keys and values separate, as in the authors' code."""
     targets = {}
     for name, tensor in module.state_dict().items():
         parts = tensor.chunk(3) if ".qkv." in name else ()

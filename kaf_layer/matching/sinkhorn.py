@@ -15,7 +15,7 @@ __all__ = ["log_sinkhorn"]
 # Iterations on one exponentiated matrix. With a dustbin, one iteration changes a scaling by at most a factor of
 # 2 (M + N). For M + N up to 4096, what underflows in float32 stays negligible, and nothing overflows, for 3 of them.
 _STEPS = 3
-_NOTHING = 1e-20  # the mass of what is empty: lost in rounding beside 1, and far from underflow
+_NOTHING = 1e-20  # the mass of empty rows and columns: lost in rounding next to 1, and far from underflow
 
 
 def log_sinkhorn(
@@ -28,25 +28,25 @@ def log_sinkhorn(
 ) -> Annotated[Tensor, "B M+1 N+1"]:
     """Log-probabilities of a partial assignment by Sinkhorn's algorithm (Sarlin et al., CVPR 2020, Section 3.2).
 
-    Each valid row and column of the exponentiated result sums to 1, those of the dustbins (the last ones) to the
-    number of valid points on the other side: columns exactly, rows after many iterations. The gradient is that of
-    the unrolled iterations, from O(iterations * (M + N) + M * N) memory, as only the scaling vectors are kept.
+    Each valid row and column of the exponentiated result sums to 1. Those of the dustbins, the last ones, sum to the
+    number of valid points on the other side. For columns this is exact, for rows after many iterations. The gradient is
+    that of the unrolled iterations, with O(iterations * (M + N) + M * N) memory, since only scaling vectors are kept.
 
     Args:
-        scores: (B, M, N), the higher the better; computed in float32 at least, also under autocast and where
+        scores: (B, M, N), the higher the better. They are computed in float32 at least, also under autocast and where
             ``torch.set_float32_matmul_precision`` allows less.
-        dustbin: 0-d, the score of having no partner, commonly learned.
-        iterations: of row and column normalisation, at least 1.
+        dustbin: 0-d, the score of having no partner, usually learned.
+        iterations: the number of row and column normalisations, at least 1.
         valid_a: (B, M) bool, which rows are points; all if None.
         valid_b: (B, N) bool, which columns are points; all if None.
 
     Returns:
-        (B, M + 1, N + 1). Where there is no mass, as in rows and columns that are not valid, it is -inf and takes
+        (B, M + 1, N + 1). Where there is no mass, as in rows and columns that are not valid, it is -inf and receives
         no gradient.
 
     Raises:
-        TypeError: if an argument is no tensor.
-        ValueError: if a shape or type does not fit, or there is no iteration.
+        TypeError: if an argument is not a tensor.
+        ValueError: if a shape or type does not fit, or ``iterations`` is less than 1.
 
     Example:
         >>> scores = torch.tensor([[[9.0, 0.0, 0.0], [0.0, 0.0, 9.0]]])  # 0 with 0, and 1 with 2
@@ -73,7 +73,7 @@ def log_sinkhorn(
 def _sinkhorn(scores: Tensor, mass_a: Tensor, mass_b: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The log-assignment, and what its gradient needs: v (blocks, B, N), a (iterations, B, M), b (iterations, B, N).
 
-    An operator of its own, as a compiler would otherwise unroll the iterations. A block is a few iterations, which
+    It is a custom operator, since a compiler would otherwise unroll the iterations. A block is a few iterations, which
     scale one matrix K = softmax(scores + v) by vectors a and b. The rows of K sum to 1, so that the block's first a is
     mass_a; after it, v grows by the logarithm of its last b.
     """
@@ -99,7 +99,7 @@ def _sinkhorn(scores: Tensor, mass_a: Tensor, mass_b: Tensor, iterations: int) -
 def _sinkhorn_backward(
     grad: Tensor, scores: Tensor, mass_a: Tensor, mass_b: Tensor, v: Tensor, a: Tensor, b: Tensor
 ) -> Tensor:
-    """The gradient of the scores: of each iteration two outer products of vectors, times the matrix K of its block.
+    """The gradient of the scores: for each iteration two outer products of vectors, times the matrix K of its block.
 
     By the chain rule through ``log b_k = log mass_b - log K' a_k`` and ``log a_k = log mass_a - log K b_k-1``, K
     takes ``a_k y_k' + x_k b_k-1'``. Here ``y_k = -b_k / mass_b * g`` with the gradient g of log b_k,
@@ -111,7 +111,7 @@ def _sinkhorn_backward(
     before[::_STEPS] = 1.0  # v holds the rest
     left, right = torch.stack([a, a], dim=1), torch.stack([before, before], dim=1)  # a_k and x_k; y_k and b_k-1
     from_a, from_b = -a / mass_a, -b / mass_b
-    # The result is a sum with the last a and b; earlier ones reach it through the last b alone.
+    # The result is a sum with the last a and b; earlier ones reach it only through the last b.
     direct = from_a[-1] * total.sum(dim=2)
     torch.mul(from_b[-1], total.sum(dim=1), out=right[-1, 0])
     from_a, from_b = from_a * a, from_b[:-1] * before[1:]
@@ -130,7 +130,7 @@ def _sinkhorn_backward(
 
 
 def _masked(scores: Tensor, mass_a: Tensor, mass_b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The scores, -inf where there is no mass; the masses, next to nothing instead of 0; and where there is none.
+    """The scores, -inf where there is no mass; the masses, tiny instead of 0; and a mask of where there is none.
 
     Rows and columns without mass keep their dustbin, so that no sum is 0.
     """
