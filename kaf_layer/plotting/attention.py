@@ -1,4 +1,4 @@
-"""What one keypoint attends to."""
+"""Draws what one keypoint attends to."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ def draw_attention(
     query: int,
     **style: Any,
 ) -> PathCollection:
-    """Shows how much one keypoint takes from each other keypoint.
+    """Draws how much one keypoint takes from each other keypoint.
 
-    Every keypoint is a dot, the brighter and the larger the more the query attends to it. A star marks the query.
+    Every keypoint is a dot. The more the query attends to it, the brighter and larger it is. A star marks the query.
 
     Args:
-        axes: matplotlib's.
+        axes: matplotlib axes.
         image: (H, W).
-        keypoints: of one sample, 2-D.
+        keypoints: the keypoints of one sample, in 2-D.
         weights: (..., N, N), of the same sample, as :func:`~kaf_layer.record_attention` gives them. Leading axes,
-            such as blocks and heads, are averaged: index them to see one block (``weights[-1]``) or one head
+            such as blocks and heads, are averaged. Index them to see one block (``weights[-1]``) or one head
             (``weights[-1, 0]``).
         query: the slot of the keypoint that attends.
-        style: for ``Axes.scatter``.
+        style: options of ``Axes.scatter``.
 
     Returns:
-        the dots as drawn, for a colour bar.
+        The dots, for a colour bar.
 
     Raises:
         ValueError: if the keypoints are a batch or not 2-D, the weights are not those of as many keypoints, or the
@@ -61,7 +61,7 @@ def draw_attention(
         raise ValueError(f"query must be the slot of a valid keypoint, got {query=} of {slots} slots")
     row = weights.detach().float().cpu().reshape(-1, slots, slots).mean(dim=0)[query, valid]
     draw_image(axes, image)
-    order = row.argsort()  # what is attended to most is drawn last, on top
+    order = row.argsort()  # the keypoint that is attended to most is drawn last, on top
     share = row[order] / row.max()
     own: dict[str, Any] = {"c": row[order], "s": 6 + 60 * share, "cmap": "inferno", "vmin": 0.0}
     own |= {"edgecolors": "white", "linewidths": 0.4}

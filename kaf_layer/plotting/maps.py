@@ -1,4 +1,4 @@
-"""Which places of a feature map are similar to one of them."""
+"""Draws which places of a feature map are similar to one of them."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def self_similarity(
     """The cosine similarity of every cell of a feature map with the features at one point.
 
     Args:
-        features: (C, *S), of one image.
-        position: of the query point, (x, y) or (x, y, z), in pixels of the image.
-        image_size: of the image, in tensor order.
+        features: (C, *S), the map of one image.
+        position: the query point, (x, y) or (x, y, z), in pixels of the image.
+        image_size: the size of the image in tensor order.
 
     Returns:
-        the map (*S), from -1 to 1.
+        (*S), from -1 to 1.
 
     Raises:
-        ValueError: if the position, the image and the map differ in their number of axes.
+        ValueError: if the position, the image and the map have different numbers of axes.
 
     Example:
         >>> features = torch.stack([torch.ones(4, 6), torch.arange(6.0).expand(4, 6)])
@@ -60,17 +60,17 @@ def draw_similarity(
     position: Sequence[float],
     **style: Any,
 ) -> AxesImage:
-    """Lays a similarity map over an image, and marks the query point with a star.
+    """Draws a similarity map over an image, and marks the query point with a star.
 
     Args:
-        axes: matplotlib's.
+        axes: matplotlib axes.
         image: (H, W).
-        similarity: of any size, as :func:`self_similarity` gives.
-        position: of the query point, (x, y), in pixels of the image.
-        style: for ``Axes.imshow`` of the map.
+        similarity: a map of any size, as :func:`self_similarity` gives it.
+        position: the query point, (x, y), in pixels of the image.
+        style: options of ``Axes.imshow`` for the map.
 
     Returns:
-        the map as drawn, for a colour bar.
+        The map as drawn, for a colour bar.
 
     Example:
         >>> from matplotlib.figure import Figure
