@@ -75,6 +75,12 @@ def run_fold(
     return {"scores": scores, "gains": gains}
 
 
+def of_network(run: dict, name: str) -> dict:
+    """A run's scores of one network, and its Dice, as a result of cross-validation holds them."""
+    scores = run["scores"][name]
+    return run | {"scores": scores, "dice": mean_score([row[1:] for row in scores])}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = harness.parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="Sunnybrook's folder")
@@ -98,10 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
         results.append({"fold": fold, "seed": seed} | read_json(file))
     rows = []
-    of = {name: [run | {"scores": run["scores"][name]} for run in results] for name in (BEFORE, WITHOUT, WITH)}
-    of = {
-        name: [run | {"dice": mean_score([row[1:] for row in run["scores"]])} for run in own] for name, own in of.items()
-    }
+    of = {name: [of_network(run, name) for run in results] for name in (BEFORE, WITHOUT, WITH)}
     for name, own in of.items():
         folds = [mean(run["dice"] for run in own if run["fold"] == fold) for fold in options.folds]
         ahead = difference(of[WITH], own) if name != WITH else None
