@@ -39,7 +39,7 @@ def draw_synthetic(axes: Axes, content: dict) -> None:
         shades = [0.25 + 0.75 * i / (len(accuracies) - 1) for i in range(len(accuracies))]
         axes.scatter(accuracies, [place] * len(accuracies), s=36, c=shades, cmap="Blues", vmin=0, edgecolors="#1f4e79")
         if row["network"] == "global attention":
-            axes.text(max(accuracies) + 0.04, place, f"not learned in {steps} steps", va="center", color="#6b6b6b")
+            axes.text(max(accuracies) + 0.04, place, f"not learned yet, in {steps} steps", va="center", color="#6b6b6b")
     axes.axvline(0.5, color="#6b6b6b", lw=0.8, ls=":")
     axes.text(0.49, -0.75, "guessing", color="#6b6b6b", ha="right")
     axes.set(xlim=(0, 1.03), ylim=(len(rows) - 0.5, -1.1), xlabel="accuracy on unseen images (darker: farther marker)")
