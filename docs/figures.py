@@ -100,11 +100,10 @@ def draw_concept(network: KAFUNet, task: Task) -> Figure:
 
     figure = Figure(figsize=(7.4, 5.2), layout="constrained")
     (a, b, c), (d, e, f) = figure.subplots(2, 3)
-    draw_image(a, image)
-    draw_keypoints(a, keypoints)
+    draw_keypoints(a, image, keypoints)
     a.set_title("1  Detect keypoints")
     draw_channel(b, features, image)
-    draw_keypoints(b, keypoints)
+    draw_keypoints(b, None, keypoints)
     b.set_title("2a  Sample the map")
     at = sample_keypoints(features[None], task.keypoints)[0, keypoints.valid]
     draw_tokens(c, at, tokens[keypoints.valid])
@@ -186,8 +185,7 @@ def draw_phantoms() -> dict[str, Figure]:
     keypoints = SIFTDetector(max_keypoints=128, contrast_threshold=0.02)(slices)
     found = Figure(figsize=(8, 2.4), layout="constrained")
     for axis, sample in zip(found.subplots(1, 4), range(0, 8, 2), strict=True):
-        draw_image(axis, slices[sample, 0])
-        axis.set_title(f"{draw_keypoints(axis, keypoints[sample], s=7)} keypoints")
+        axis.set_title(f"{draw_keypoints(axis, slices[sample, 0], keypoints[sample], s=7)} keypoints")
     matched = Figure(figsize=(8, 2.4), layout="constrained")
     matches = match_keypoints(keypoints[::2], keypoints[1::2])
     for i, axis in enumerate(matched.subplots(1, 2)):
@@ -243,11 +241,11 @@ def draw_sunnybrook(data: Path) -> dict[str, Figure]:
     slices, attention = (Figure(figsize=(width, 2.3), layout="constrained") for width in (8, 5))
     first, *others = slices.subplots(1, 4)
     draw_image(first, shown, **style)
-    draw_keypoints(first, upright, s=14)
+    draw_keypoints(first, None, upright, s=14)
     first.set_title("keypoints")
     for axis, (title, label) in zip(others, labels.items(), strict=True):
         draw_image(axis, shown, **style)
-        draw_labels(axis, label.mT, linewidths=1.6)
+        draw_labels(axis, None, label.mT, linewidths=1.6)
         axis.set_title(title)
     query = nearest(upright, reference.mT.nonzero().float().mean(0).flip(0))
     axes = attention.subplots(1, len(recorded))

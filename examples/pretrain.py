@@ -35,7 +35,7 @@ def main(steps: int, output: Path, *, batch: int = 4) -> None:
     torch.manual_seed(0)
     stages = [nn.Sequential(nn.Conv2d(c, 32, 3, stride=2, padding=1), nn.ReLU()) for c in (1, 64, 64)]
     encoder = KAFEncoder(stages, [KAFLayer(32, embed_dim=64, depth=2), KAFLayer(32, embed_dim=64, depth=2), None])
-    criterion = KAFPretrainingLoss(32, token_channels=2 * 64, batch_norm=True)
+    criterion = KAFPretrainingLoss(32, token_channels=2 * 64)
     optimizer = torch.optim.Adam([*encoder.parameters(), *criterion.parameters()], lr=1e-3)
     detector = SIFTDetector(max_keypoints=128, contrast_threshold=0.02)
     augment = KeypointAugmentation(RandomAffine(15.0, padding_mode="reflection"), RandomGamma((0.8, 1.2)))

@@ -13,6 +13,7 @@ from kaf_layer.matching import KeypointMatcher, Matches, match_keypoints
 from kaf_layer.losses import KAFPretrainingLoss, KeypointMatchLoss, PCLLoss, PretrainingLosses
 from kaf_layer.augmentation import Augmented, KeypointAugmentation
 from kaf_layer.interop import attach
+from kaf_layer import plotting as plotting  # loads matplotlib only when something is drawn
 
 __all__ = [
     "Keypoints",

@@ -113,6 +113,10 @@ class KeypointTransformer(nn.Module):
             tokens = block(tokens, keypoints.valid, mask, positions=positions)
         return self.norm(tokens).where(valid, 0.0)
 
+    def extra_repr(self) -> str:
+        """The option that its parts do not show."""
+        return f"block={self.block!r}"
+
 
 def key_mask(keypoints: Keypoints, dtype: torch.dtype) -> Mask | None:
     """What is added to the scores of slots, (B, 1, 1, N): 0 where they may be attended to, else -inf.
@@ -212,6 +216,10 @@ class Attention(nn.Module):
         if self.rotary is not None:
             query, key = self.rotary(query, positions), self.rotary(key, positions)
         return [query, key, value]
+
+    def extra_repr(self) -> str:
+        """The option that its parts do not show."""
+        return f"num_heads={self.num_heads}"
 
 
 class TransformerBlock(nn.Module):

@@ -42,7 +42,9 @@ class KAFEncoder(nn.Module):
     def __init__(self, stages: Sequence[nn.Module], layers: Sequence[nn.Module | None]) -> None:
         super().__init__()
         if len(stages) != len(layers):
-            raise ValueError(f"layers must have one entry for each stage, got {len(stages)=} and {len(layers)=}")
+            raise ValueError(
+                f"layers must have one entry for each stage, got {len(stages)} stages and {len(layers)} layers"
+            )
         self.stages = nn.ModuleList(stages)
         self.layers = nn.ModuleDict({str(i): layer for i, layer in enumerate(layers) if layer is not None})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from numbers import Integral
@@ -24,7 +25,8 @@ class Keypoints:
     DDP. ``kp[i]`` is one sample, without the batch axis; :meth:`stack` joins samples.
 
     Sampling, attention and diffusion clamp positions outside of the image, infinite ones too, to its border.
-    In a valid slot a coordinate that is NaN counts as 0.
+    In a valid slot a coordinate that is NaN counts as 0. Neither raises an error, because looking at values would make
+    a GPU wait. :meth:`check` looks at them, and ``print(keypoints)`` shows how many keypoints lie outside.
 
     Args:
         positions: (B, N, D) float, in pixels of the image, in ``(x, y)`` or ``(x, y, z)``
@@ -50,6 +52,8 @@ class Keypoints:
         [1.25, 0.25]
         >>> len(kp), len(kp[0])
         (1, 2)
+        >>> kp
+        Keypoints(1 sample x 2 slots, 1 valid, image 4x8)
     """
 
     positions: Annotated[Tensor, "B N D"]
@@ -70,19 +74,86 @@ class Keypoints:
     def _check(self, slots: torch.Size) -> None:
         if not _is_size(self.image_size):
             raise ValueError(f"image_size must hold whole numbers from 1, got {self.image_size!r}")
-        if len(slots) not in (1, 2) or self.positions.shape[-1] != len(self.image_size):
+        positions, image_size = self.positions, self.image_size
+        if len(slots) not in (1, 2) or positions.shape[-1] != len(image_size):
             raise ValueError(
                 "positions must be (B, N, D), or (N, D) for one sample, with D coordinates for D axes of "
-                f"image_size, got {self.positions.shape=} and {self.image_size=}"
+                f"image_size, got {positions.shape=} and {image_size=}"
             )
-        if not self.positions.is_floating_point():
-            raise ValueError(f"positions must be floating point (call .float()), got {self.positions.dtype=}")
+        if not positions.is_floating_point():
+            raise ValueError(f"positions must be floating point (call .float()), got {positions.dtype}")
         if self.valid.dtype != torch.bool:
-            raise ValueError(f"valid must be boolean (call .bool()), got {self.valid.dtype=}")
+            raise ValueError(f"valid must be boolean (call .bool()), got {self.valid.dtype}")
         for name in ("valid", "scores", "scales", "angles", "descriptors"):
             value = getattr(self, name)
             if isinstance(value, Tensor) and value.shape[: len(slots)] != slots:
-                raise ValueError(f"{name} must begin with the shape {tuple(slots)} of the slots, got {value.shape=}")
+                shape = tuple(value.shape)
+                raise ValueError(f"{name} must begin with the shape {tuple(slots)} of the slots, got {shape}")
+
+    def check(self) -> Keypoints:
+        """Looks for what is legal but rarely meant, and returns the keypoints.
+
+        No module does this by itself, because it makes a GPU wait. Call it where keypoints are made, or once on the
+        first batch.
+
+        Raises:
+            ValueError: if valid keypoints lie outside of the image, as when (y, x) was given for (x, y), or are NaN.
+
+        Warns:
+            UserWarning: if a sample has no keypoints. A KAF layer does nothing for it.
+
+        Example:
+            >>> Keypoints(torch.tensor([[1.0, 6.0]]), torch.tensor([True]), (4, 8)).check()
+            Traceback (most recent call last):
+                ...
+            ValueError: positions must be (x, y) in pixels of the image, got 1 valid keypoint outside of 4x8 (height x
+            width): are x and y swapped?
+            >>> Keypoints(torch.tensor([[6.0, 1.0]]), torch.tensor([True]), (4, 8)).check()
+            Keypoints(1 slot, 1 valid, image 4x8)
+        """
+        outside = int(self._outside().sum())
+        if outside:
+            axes, size = ("x, y", "height x width") if self.spatial_dims == 2 else ("x, y, z", "depth x height x width")
+            swapped = replace(self, positions=self.positions.flip(-1))._outside()
+            advice = "are they in another unit?" if swapped.any() else f"are {axes[0]} and {axes[-1]} swapped?"
+            raise ValueError(
+                f"positions must be ({axes}) in pixels of the image, got {_plural(outside, 'valid keypoint')} "
+                f"outside of {_by(self.image_size)} ({size}): {advice}"
+            )
+        empty = (~self.valid.reshape(-1, self.valid.shape[-1]).any(dim=1)).nonzero().flatten().tolist()
+        if empty:
+            named = f"samples {empty} have no keypoints" if self.valid.ndim == 2 else "there are no keypoints"
+            warnings.warn(f"{named}: KAF layers do nothing for them", stacklevel=2)
+        return self
+
+    def _outside(self) -> Annotated[Tensor, "B N"]:
+        """Which valid keypoints do not lie in the image's pixels, or are NaN."""
+        axes = zip(self.positions.detach().unbind(-1), reversed(self.image_size), strict=True)
+        inside = [(p >= -0.5) & (p <= size - 0.5) for p, size in axes]
+        return self.valid & ~torch.stack(inside, dim=-1).all(dim=-1)
+
+    def __repr__(self) -> str:
+        """One line: how many samples, slots and valid keypoints, the image's size, and which fields there are."""
+        if not isinstance(self.positions, Tensor) or not isinstance(self.valid, Tensor):
+            return f"Keypoints(positions={self.positions!r}, valid={self.valid!r}, image_size={self.image_size!r})"
+        *batch, slots = self.valid.shape
+        parts = [" x ".join([*(_plural(count, "sample") for count in batch), _plural(slots, "slot")])]
+        parts += self._counts()
+        parts.append(f"image {_by(self.image_size)}")
+        parts += [name for name in ("scores", "scales", "angles", "descriptors") if getattr(self, name) is not None]
+        return f"Keypoints({', '.join(parts)})"
+
+    def _counts(self) -> list[str]:
+        """How many keypoints are valid and how many of these outside; nothing where there are no values to look at."""
+        if type(self.valid) is not Tensor or self.valid.device.type == "meta" or torch.compiler.is_compiling():
+            return []
+        try:
+            counts, outside = self.valid.sum(dim=-1).flatten().tolist(), int(self._outside().sum())
+        except RuntimeError:  # under torch.func.vmap, for example
+            return []
+        least, most = min(counts, default=0), max(counts, default=0)
+        valid = f"{least} valid" if least == most else f"{least} to {most} valid"
+        return [valid, *([f"{outside} outside of the image"] if outside else [])]
 
     @property
     def spatial_dims(self) -> int:
@@ -223,6 +294,14 @@ def check_size(size: Sequence[int], keypoints: Keypoints) -> None:
             "the map's size must have one entry for each axis of the image, whole numbers from 1, "
             f"got {size!r} for {keypoints.image_size=}"
         )
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _by(size: Sequence[int]) -> str:
+    return "x".join(map(str, size))
 
 
 def _is_size(size: object) -> bool:

@@ -120,12 +120,16 @@ class KAFLayer(nn.Module):
         check_features(features, keypoints)
         check_precision(self.embed.weight, features=features)
         if features.shape[1] != self.in_channels:
-            raise ValueError(f"features must have {self.in_channels=} channels, got {features.shape=}")
+            raise ValueError(f"features must have in_channels={self.in_channels} channels, got {features.shape=}")
         size = features.shape[2:]
         keypoints = keypoints.resize(size, snap=self.sampler.mode == "nearest")
         tokens = self.transformer(self.embed(self.sampler(features, keypoints)), keypoints)
         gain = self.gain if self.fusion == "add" else None
         return KAFOutput(self.diffusion(tokens, keypoints, size, features=features, gain=gain), tokens)
+
+    def extra_repr(self) -> str:
+        """The options that its parts do not show."""
+        return f"in_channels={self.in_channels}, fused_channels={self.fused_channels}, fusion={self.fusion!r}"
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *arguments: Any

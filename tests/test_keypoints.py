@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 from common import NAN, random_keypoints
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
@@ -173,3 +174,64 @@ def test_to_keeps_integers_and_where_keeps_the_promise() -> None:
     kept = keypoints.where(torch.tensor([[True, False]]))
     assert kept.valid.tolist() == [[True, False]]
     assert kept.padded
+
+
+def test_printed_in_one_line() -> None:
+    values = {name: torch.rand(2, 128) for name in ("scores", "scales", "angles")}
+    valid = torch.arange(128) < torch.tensor([[17], [25]])
+    keypoints = Keypoints(torch.rand(2, 128, 2) * 90, valid, (96, 128), descriptors=torch.rand(2, 128, 4), **values)
+    text = "Keypoints(2 samples x 128 slots, 17 to 25 valid, image 96x128, scores, scales, angles, descriptors)"
+    assert repr(keypoints) == str(keypoints) == text
+    assert repr(Keypoints(keypoints.positions, valid, (96, 128))[0]) == "Keypoints(128 slots, 17 valid, image 96x128)"
+    assert repr(keypoints[:0]).startswith("Keypoints(0 samples x 128 slots, 0 valid, image 96x128")
+    assert repr(Keypoints(torch.zeros(1, 0, 3), ones(1, 0), (4, 5, 6))) == (
+        "Keypoints(1 sample x 0 slots, 0 valid, image 4x5x6)"
+    )
+    outside = Keypoints(torch.tensor([[[3.0, 90.0], [NAN, 1.0], [500.0, 1.0]]]), ones(1, 3), (96, 128))
+    outside.valid[0, 2] = False
+    assert repr(outside) == "Keypoints(1 sample x 3 slots, 2 valid, 1 outside of the image, image 96x128)"
+
+
+def test_printed_without_values_to_look_at() -> None:
+    """Fake and meta tensors, tensors under a transformation, what pytrees put in place of tensors, compiled code."""
+    keypoints = random_keypoints((8, 12), (3, 0))
+    text = "Keypoints(2 samples x 5 slots, image 8x12)"
+    assert repr(keypoints.to("meta")) == text
+    with FakeTensorMode():
+        assert repr(Keypoints(torch.rand(2, 5, 2), torch.rand(2, 5) > 0.5, (8, 12))) == text
+    seen = []
+    torch.func.vmap(lambda p, valid: seen.append(repr(Keypoints(p, valid, (8, 12)))) or p)(
+        keypoints.positions, keypoints.valid
+    )
+    assert seen == ["Keypoints(5 slots, image 8x12)"]
+    placeholders = pytree.tree_map(lambda _: "*", keypoints)
+    assert repr(placeholders).startswith("Keypoints(positions='*', valid='*'")
+    exported = torch.export.export(_Printer(), (keypoints,), strict=False)
+    assert torch.equal(exported.module()(keypoints), keypoints.valid)
+
+
+class _Printer(torch.nn.Module):
+    def forward(self, keypoints: Keypoints) -> torch.Tensor:
+        assert repr(keypoints)
+        return keypoints.valid.clone()
+
+
+def test_check_finds_swapped_axes_other_units_and_nan() -> None:
+    keypoints = Keypoints(torch.tensor([[[3.0, 11.0], [1.0, 2.0]]]), ones(1, 2), (8, 12))
+    with pytest.raises(ValueError, match=r"positions must be \(x, y\).*got 1 valid keypoint outside of 8x12.*swapped"):
+        keypoints.check()
+    with pytest.raises(ValueError, match=r"2 valid keypoints outside of 8x12.*another unit"):
+        Keypoints(keypoints.positions * 30, keypoints.valid, (8, 12)).check()
+    with pytest.raises(ValueError, match="1 valid keypoint outside"):
+        Keypoints(torch.tensor([[1.0, NAN]]), ones(1), (8, 12)).check()
+    volume = Keypoints(torch.tensor([[1.0, 2.0, 6.0]]), ones(1), (4, 8, 12))
+    with pytest.raises(
+        ValueError, match=r"\(x, y, z\).*outside of 4x8x12 \(depth x height x width\): are x and z swapped"
+    ):
+        volume.check()
+    inside = keypoints.where(torch.tensor([[False, True]]))
+    assert inside.check() is inside
+    with pytest.warns(UserWarning, match=r"samples \[1\] have no keypoints: KAF layers do nothing for them"):
+        random_keypoints((8, 12), (3, 0)).check()
+    with pytest.warns(UserWarning, match="there are no keypoints"):
+        keypoints[0].where(torch.zeros(2, dtype=torch.bool)).check()

@@ -30,14 +30,22 @@ def keypoints(positions: list[list[float]], valid: list[bool], size: tuple[int, 
 
 def test_keypoints_are_drawn_at_their_pixels_and_padding_is_not(axes) -> None:
     sample = random_keypoints((9, 14), seed=3)[0]
-    assert draw_keypoints(axes, sample) == 7
+    assert draw_keypoints(axes, None, sample) == 7
     drawn = torch.tensor(axes.collections[0].get_offsets().data)
     assert drawn.equal(sample.positions[sample.valid].double().float().to(drawn.dtype))
 
 
+def test_the_image_lies_under_what_is_drawn_on_it(axes) -> None:
+    image, sample = torch.rand(9, 14), random_keypoints((9, 14), seed=3)[0]
+    draw_keypoints(axes, image, sample)
+    assert axes.images[0].get_size() == (9, 14)
+    draw_labels(axes, None, torch.ones(9, 14).long())
+    assert len(axes.images) == 1
+
+
 def test_a_sample_without_keypoints(axes) -> None:
     empty = random_keypoints((9, 14))[1]
-    assert draw_keypoints(axes, empty) == 0
+    assert draw_keypoints(axes, torch.rand(9, 14), empty) == 0
     matches = Matches(torch.full((1, len(empty)), -1), torch.full((1, len(empty)), -1))
     assert draw_matches(axes, torch.rand(9, 14), empty, torch.rand(9, 14), empty, matches) == 0
 
@@ -102,14 +110,14 @@ def test_labels_and_images_of_any_kind(axes) -> None:
     labels = torch.zeros(8, 12, dtype=torch.uint8)
     labels[1:4, 2:5], labels[5:7, 6:9] = 1, 9  # more labels than colours
     assert draw_image(axes, torch.randint(0, 255, (8, 12), dtype=torch.uint8)).get_size() == (8, 12)
-    assert draw_labels(axes, labels) == [1, 9]
+    assert draw_labels(axes, torch.rand(8, 12), labels) == [1, 9]
     assert draw_image(axes, torch.zeros(8, 12, dtype=torch.bfloat16)).get_size() == (8, 12)
 
 
 def test_labels_are_filled_where_they_are(axes) -> None:
     labels = torch.zeros(8, 12, dtype=torch.long)
     labels[1:4, 2:5] = 3
-    assert draw_labels(axes, labels, fill=0.5) == [3]
+    assert draw_labels(axes, None, labels, fill=0.5) == [3]
     inside, outline = axes.collections
     assert inside.get_alpha() == 0.5
     assert inside.get_facecolor()[0, :3].tolist() == outline.get_edgecolor()[0, :3].tolist()
@@ -125,7 +133,7 @@ def test_what_does_not_fit_is_refused(axes) -> None:
     with pytest.raises(ValueError, match=r"one slice and channel, got image.shape=torch.Size\(\[1, 8, 12\]\)"):
         draw_image(axes, image[None])
     with pytest.raises(ValueError, match="of one sample"):
-        draw_keypoints(axes, batch)
+        draw_keypoints(axes, image, batch)
     with pytest.raises(ValueError, match="one height"):
         draw_matches(axes, image, batch[0], torch.rand(9, 12), batch[0], Matches(none, none))
     with pytest.raises(ValueError, match="of one pair"):

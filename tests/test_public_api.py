@@ -1,7 +1,10 @@
 """What users' code and checkpoints rely on: names, and the keys of state dicts. A change here is a breaking change."""
 
 import importlib
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from torch import nn
@@ -78,7 +81,9 @@ STATE_DICTS: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
     "KeypointMatchLoss": (lambda: KeypointMatchLoss(16, depth=1), under("matcher", MATCHER)),
     "KAFPretrainingLoss": (
         lambda: KAFPretrainingLoss(12, 24, matcher_depth=1),
-        keys("projector.0 projector.2 token_mlp.0 token_mlp.2") | under("match.matcher", MATCHER),
+        keys("projector.0 projector.2 token_mlp.0 token_mlp.2")
+        | keys("norm", of=NORM)
+        | under("match.matcher", MATCHER),
     ),
     "SIFTDetector": (SIFTDetector, set()),
     "GridDetector": (lambda: GridDetector(4), set()),
@@ -87,6 +92,11 @@ STATE_DICTS: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
         keys("backbone.0.0") | under("layers.0_0", LAYER | {"gain"}),
     ),
 }
+
+
+def test_plotting_is_there_and_loads_matplotlib_when_it_draws() -> None:
+    code = "import sys, kaf_layer; assert 'plotting' in dir(kaf_layer); assert 'matplotlib' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
 
 
 @pytest.mark.parametrize(("build", "expected"), STATE_DICTS.values(), ids=STATE_DICTS)

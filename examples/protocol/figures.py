@@ -72,8 +72,7 @@ def draw_detectors(stacks: Sequence[Stack], *, spacing: float) -> Figure:
         z = largest(stack)
         grid = GridDetector(spacing)(stack.images[z : z + 1])[0]
         for axis, keypoints in zip(column, (stack.keypoints[z], grid), strict=True):
-            draw_image(axis, stack.images[z, 0])
-            axis.set_title(f"{draw_keypoints(axis, keypoints, s=4)} keypoints")
+            axis.set_title(f"{draw_keypoints(axis, stack.images[z, 0], keypoints, s=4)} keypoints")
         column[0].set_title(f"{stack.volume.subject}\n{column[0].get_title()}")
     row_title(axes[0, 0], "detected")
     row_title(axes[1, 0], "grid")
@@ -144,7 +143,7 @@ def draw_segmentations(stacks: Sequence[Stack], runs: Sequence[Run]) -> Figure:
         for axis, labels in zip(row, outlines, strict=True):
             draw_image(axis, stack.images[z, 0])
             if labels is not None:
-                classes.update(draw_labels(axis, labels, fill=0.3, linewidths=0.7))
+                classes.update(draw_labels(axis, None, labels, fill=0.3, linewidths=0.7))
         row_title(row[0], stack.volume.subject)
     for axis, text in zip(axes[0], ("image", "reference", *(name for name, _ in runs)), strict=True):
         axis.set_title(text)
@@ -167,8 +166,7 @@ def draw_similarities(stack: Stack, runs: Sequence[Run], *, scales: Sequence[int
     for row, (text, (view, moved, _)) in zip(axes, views.items(), strict=True):
         heading = text == "as it is"
         point = moved.positions[0, query].tolist()
-        draw_image(row[0], view[0, 0])
-        draw_keypoints(row[0], moved[0], s=3, linewidths=0)
+        draw_keypoints(row[0], view[0, 0], moved[0], s=3, linewidths=0)
         row[0].plot(*point, marker="*", color="cyan", markersize=9, markeredgecolor="black", markeredgewidth=0.5)
         row[0].set_title("image, keypoints" if heading else "")
         row_title(row[0], text)

@@ -118,7 +118,7 @@ def draw_overlay(volume: Volume, labels: Tensor, *, labelled: bool) -> Figure:
         draw_image(axis, volume.image[z])
         axis.set_title(title)
         if shown is not None:
-            draw_labels(axis, shown, fill=0.3, linewidths=0.7)
+            draw_labels(axis, None, shown, fill=0.3, linewidths=0.7)
     figure.suptitle(f"{volume.subject}, slice {z + 1} of {len(labels)}")
     return figure
 

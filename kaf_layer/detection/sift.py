@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from numbers import Integral
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kaf_layer.checks import check_tensors
+from kaf_layer.checks import check_counts, check_tensors
 from kaf_layer.detection.channels import ChannelRule, check_channels, one_channel, stretch
 from kaf_layer.detection.descriptors import describe, orient
 from kaf_layer.detection.extrema import Extrema, find_extrema, locate, refine, select
@@ -111,12 +112,15 @@ class SIFTDetector(nn.Module):
         spacing: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        if max_keypoints < 1 or octave_layers < 1 or sigma <= 0:
-            raise ValueError(f"expected positive numbers, got {max_keypoints=}, {octave_layers=} and {sigma=}")
+        check_counts(max_keypoints=max_keypoints, octave_layers=octave_layers)
+        if not sigma > 0:
+            raise ValueError(f"sigma must be positive, got {sigma=}")
         if spatial_dims not in (2, 3):
             raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims=}")
         if spatial_dims == 3 and (upscale, orientations) != ("precise", "strongest"):
-            raise ValueError(f"these are for images, got {upscale=}, {orientations=} and {spatial_dims=}")
+            raise ValueError(
+                f"upscale and orientations are for images alone, got {upscale=}, {orientations=} and {spatial_dims=}"
+            )
         if upscale not in ("precise", "opencv"):
             raise ValueError(f'upscale must be "precise" or "opencv", got {upscale=}')
         if orientations not in ("strongest", "all"):
@@ -183,6 +187,13 @@ class SIFTDetector(nn.Module):
             parts = [self._detect(batch, static=static) for batch in batches]
         values: dict[str, Any] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         return Keypoints(**values, image_size=tuple(images.shape[2:]))
+
+    def extra_repr(self) -> str:
+        """The options that are not the defaults, and how many keypoints there are at most."""
+        defaults = {name: option.default for name, option in inspect.signature(SIFTDetector).parameters.items()}
+        values = {name: getattr(self, name) for name in defaults}
+        shown = [name for name in defaults if name == "max_keypoints" or values[name] != defaults[name]]
+        return ", ".join(f"{name}={values[name]!r}" for name in shown)
 
     def _grey(self, images: Tensor, *, static: bool) -> Annotated[Tensor, "B *S"]:
         values = images.to(torch.promote_types(images.dtype, torch.float32))

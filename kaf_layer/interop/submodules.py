@@ -34,9 +34,11 @@ def arguments_of(backbone: nn.Module, image: str | None) -> list[str]:
     """The names of the backbone's arguments, the image's among them."""
     arguments = list(inspect.signature(backbone.forward).parameters)
     if "keypoints" in arguments:
-        raise ValueError(f"the backbone's own argument would be hidden by keypoints=, got {arguments=}")
+        raise ValueError(
+            f"the backbone must have no argument named keypoints, which attach adds, got the arguments {arguments}"
+        )
     if image is not None and image not in arguments:
-        raise ValueError(f"image must name an argument of the backbone, got {image=} and {arguments=}")
+        raise ValueError(f"image must name an argument of the backbone, got {image=} and the arguments {arguments}")
     return arguments
 
 
@@ -50,7 +52,8 @@ def has_channels_last(name: str, shape: torch.Size, *, channels: int | None, ima
     if fits_first == fits_last > 0:
         raise ValueError(
             f"the map of {name!r} could be (B, C, *S) or (B, *S, C): give channels_last=True, False or the names "
-            f"of those whose channels come last, or an example with H != W, got {shape=} and {image.shape=}"
+            f"of those whose channels come last, or an example with H != W, got a map of shape {tuple(shape)} for "
+            f"images of shape {tuple(image.shape)}"
         )
     return fits_last > fits_first
 
@@ -72,7 +75,9 @@ def first_map(name: str, leaves: list[Any]) -> tuple[int, Tensor]:
     for index, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor):
             if leaf.ndim < 4 or not leaf.is_floating_point():
-                raise ValueError(f"{name!r} must return a map (B, C, *S), got {leaf.shape=} and {leaf.dtype=}")
+                raise ValueError(
+                    f"{name!r} must return a map (B, C, *S), got shape {tuple(leaf.shape)} of {leaf.dtype}"
+                )
             return index, leaf
     raise ValueError(f"{name!r} must return a map (B, C, *S), got no tensor but {[type(leaf) for leaf in leaves]}")
 

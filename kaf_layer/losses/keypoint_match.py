@@ -119,6 +119,10 @@ class KeypointMatchLoss(nn.Module):
             negative_weight=self.negative_weight,
         )
 
+    def extra_repr(self) -> str:
+        """The options, for printing."""
+        return f"positive_weight={self.positive_weight}, negative_weight={self.negative_weight}"
+
 
 def _check(log_assignment: Tensor, keypoints_a: Keypoints, keypoints_b: Keypoints, matches: Matches) -> None:
     check_floats(log_assignment=log_assignment)

@@ -32,7 +32,7 @@ def pcl_loss(
         if gather_distributed and dist.is_available() and dist.is_initialized():
             unit, positions = _gather(unit, positions)
         if unit.shape[0] * unit.shape[1] == 1:
-            raise ValueError(f"a contrast takes two embeddings (B * V) or more, got {embeddings.shape=}")
+            raise ValueError(f"embeddings must be two or more (B * V) for a contrast, got {embeddings.shape=}")
         similarity = unit.flatten(0, 1) @ unit.flatten(0, 1).T / temperature
         # As floating point: the differences of unsigned integers are no differences.
         position = positions.detach().to(torch.promote_types(positions.dtype, torch.float32))
@@ -56,8 +56,8 @@ class PCLLoss(nn.Module):
     .. math:: -\frac{1}{|\{i: P(i) \ne \emptyset\}|} \sum_i \frac{1}{|P(i)|} \sum_{p \in P(i)}
         \log \frac{\exp(s_{ip})}{\sum_{a \ne i} \exp(s_{ia})}
 
-    Without any positive, as for an empty batch, it is zero. It is computed in float32 (float64 for float64 embeddings),
-    also under autocast. The authors' implementation multiplies it by ``temperature / 0.07``.
+    If no slice has a positive, as in an empty batch, it is zero. It is computed in float32 (float64 for float64
+    embeddings), also under autocast. The authors' implementation multiplies it by ``temperature / 0.07``.
 
     Args:
         temperature: divides the cosine similarities, > 0.
@@ -68,13 +68,16 @@ class PCLLoss(nn.Module):
 
     Shape:
         - embeddings: (B, V, E), V views of each of B slices; one view will do.
-        - positions: (B,), the slices' relative positions in their volumes, commonly in [0, 1), not their numbers.
+        - positions: (B,), the slices' relative positions in their volumes, from 0 to 1: neither their numbers nor
+          millimetres, with which no slice would have a positive, and nothing would be learned.
         - result: a scalar.
 
     Raises:
         TypeError: if an argument is no tensor.
-        ValueError: if a shape or type does not fit, there is one embedding alone, an option is out of
-            its range, values are not finite, or the processes' batch sizes differ.
+        ValueError: if a shape or type does not fit, there is one embedding alone, an option is out of its range,
+            embeddings are not finite, positions are outside of [0, 1], or the processes' batch sizes differ. What is
+            wrong with values on CUDA is raised by the device, as an assertion with this message, and in compiled code
+            as a RuntimeError. Neither makes the GPU wait.
 
     Example:
         >>> loss = PCLLoss(temperature=0.1, threshold=0.35)
@@ -126,7 +129,10 @@ def _check(embeddings: Tensor, positions: Tensor, temperature: float, threshold:
     if positions.shape != embeddings.shape[:1]:
         raise ValueError(f"positions must be (B,), one for each slice, got {positions.shape=} for {embeddings.shape=}")
     refuse(~embeddings.isfinite(), "embeddings must be finite")
-    refuse(~positions.isfinite(), "positions must be finite")
+    refuse(
+        ~((positions >= 0) & (positions <= 1)),
+        "positions must be finite and relative, from 0 to 1 (divide slice numbers by the number of slices)",
+    )
 
 
 def _gather(embeddings: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

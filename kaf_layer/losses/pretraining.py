@@ -48,10 +48,10 @@ class KAFPretrainingLoss(nn.Module):
         temperature: of the contrasts, > 0.
         threshold: the difference of positions below which slices are positives, > 0.
         gather_distributed: contrasts with the embeddings of all processes.
-        batch_norm: whether the projection of the last map begins with a batch norm. Without one, as in the paper, the
-            averages of an untrained encoder are nearly parallel, and the contrast may push them together until it has
-            no gradient: its loss stays at the logarithm of the number of other images. With several processes use
-            ``nn.SyncBatchNorm.convert_sync_batchnorm``.
+        batch_norm: whether the projection of the last map begins with a batch norm. False is the paper's projection.
+            The averages of an untrained encoder are nearly parallel. Without a batch norm the contrast may push them
+            together until it has no gradient, and its loss stays at the logarithm of the number of other images. With
+            several processes use ``nn.SyncBatchNorm.convert_sync_batchnorm``.
         matcher_depth: the matcher's number of attention blocks.
         num_heads: the number of attention heads; divides ``embed_dim``.
         iterations: of the matcher's Sinkhorn algorithm.
@@ -59,7 +59,7 @@ class KAFPretrainingLoss(nn.Module):
 
     Shape:
         - bottleneck: (2 B, C, *S).
-        - positions: (2 B,), the slices' relative positions in their volumes.
+        - positions: (2 B,), the slices' relative positions in their volumes, from 0 to 1.
         - tokens: of each scale (2 B, N, E_i), as :class:`~kaf_layer.KAFEncoder` gives.
         - keypoints: of all 2 B images.
         - matches: from the first half's keypoints to the second half's, B samples.
@@ -67,7 +67,8 @@ class KAFPretrainingLoss(nn.Module):
 
     Raises:
         TypeError: if an input that a part needs is of another type.
-        ValueError: if an input that a part needs is missing or does not fit, or weights make no sense.
+        ValueError: if an input that a part needs is missing or does not fit, positions are outside of [0, 1], or
+            weights make no sense. Of positions on an accelerator see :class:`PCLLoss`.
 
     Example:
         >>> keypoints = Keypoints(torch.rand(4, 5, 2) * 8, torch.ones(4, 5, dtype=torch.bool), (8, 12))
@@ -89,7 +90,7 @@ class KAFPretrainingLoss(nn.Module):
         temperature: float = 0.1,
         threshold: float = 0.1,
         gather_distributed: bool = False,
-        batch_norm: bool = False,
+        batch_norm: bool = True,
         matcher_depth: int = 4,
         num_heads: int = 4,
         iterations: int = 100,
@@ -100,7 +101,8 @@ class KAFPretrainingLoss(nn.Module):
             raise ValueError(f"weights must be three numbers, none negative and not all zero, got {weights=}")
         if any(weights[1:]) and token_channels < 1:
             raise ValueError(
-                f"the parts on keypoints need token_channels (else weigh them 0), got {token_channels=} and {weights=}"
+                f"token_channels must be 1 or more for the parts on keypoints (else weigh them 0), "
+                f"got {token_channels=} and {weights=}"
             )
         check_counts(bottleneck_channels=bottleneck_channels, embed_dim=embed_dim)
         self.weights = weights
@@ -130,13 +132,15 @@ class KAFPretrainingLoss(nn.Module):
         parts = [torch.zeros((), device=bottleneck.device)] * 3
         if self.projector is not None:
             pooled = _pooled(bottleneck, self.projector)
-            # An empty batch has no statistics.
-            pooled = pooled if self.norm is None or not len(pooled) else self.norm(pooled)
+            # Fewer than two images have no statistics; a contrast of one is refused.
+            pooled = pooled if self.norm is None or len(pooled) < 2 else self.norm(pooled)
             embeddings = self.projector(pooled)
             parts[0] = self.contrast(embeddings[:, None], positions)
         if self.token_mlp is not None:
             if keypoints is None or not tokens:
-                raise ValueError("the parts on keypoints need tokens and keypoints (else weigh them 0), got none")
+                raise ValueError(
+                    "tokens and keypoints must be given for the parts on keypoints (else weigh them 0), got none"
+                )
             features = self.token_mlp(_merged(tokens, keypoints, self.token_mlp))
             if self.weights[1]:
                 parts[1] = self.contrast(_masked_mean(features, keypoints)[:, None], positions)
@@ -144,6 +148,10 @@ class KAFPretrainingLoss(nn.Module):
                 parts[2] = self.match(*_halves(features, keypoints, matches))
         total = torch.stack([weight * part for weight, part in zip(self.weights, parts, strict=True) if weight]).sum()
         return PretrainingLosses(total, *(part.detach() for part in parts))
+
+    def extra_repr(self) -> str:
+        """The options that its parts do not show."""
+        return f"weights={self.weights}"
 
 
 def _mlp(in_channels: int, embed_dim: int) -> nn.Sequential:
@@ -189,8 +197,8 @@ def _halves(
     if matches is None or len(features) != 2 * len(matches.indices):
         samples = None if matches is None else len(matches.indices)
         raise ValueError(
-            "matching needs matches (else weigh it 0), of half as many samples as there are images, "
-            f"got {samples} for {features.shape=}"
+            "matches must be given for the matching (else weigh it 0), of half as many samples as there are images, "
+            f"got {samples} samples for {len(features)} images"
         )
     half = len(features) // 2
     return features[:half], keypoints[:half], features[half:], keypoints[half:], matches

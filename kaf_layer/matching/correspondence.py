@@ -44,10 +44,10 @@ class Matches:
             if self.indices.ndim != 2 or self.inverse.ndim != 2 or len(self.indices) != len(self.inverse):
                 raise ValueError(
                     "indices must be (B, N_a) and inverse (B, N_b), "
-                    f"got {self.indices.shape=} and {self.inverse.shape=}"
+                    f"got shapes {tuple(self.indices.shape)} and {tuple(self.inverse.shape)}"
                 )
             if self.indices.dtype != torch.long or self.inverse.dtype != torch.long:
-                raise ValueError(f"indices must be long, got {self.indices.dtype=} and {self.inverse.dtype=}")
+                raise ValueError(f"indices and inverse must be long, got {self.indices.dtype} and {self.inverse.dtype}")
 
     def to(self, *args: Any, **kwargs: Any) -> Matches:
         """As :meth:`torch.Tensor.to`; the indices stay long."""
@@ -137,7 +137,9 @@ def _among(
     indices: Annotated[Tensor, "B M"], valid: Annotated[Tensor, "B M"], other: Annotated[Tensor, "B N"]
 ) -> Annotated[Tensor, "B M"]:
     if valid.shape != indices.shape:
-        raise ValueError(f"the matches are not of these keypoints, got {indices.shape=} and {valid.shape=}")
+        raise ValueError(
+            f"matches must be of these keypoints, got {tuple(indices.shape)} of them for slots {tuple(valid.shape)}"
+        )
     return indices.masked_fill(~valid | ~_at(other, indices, missing=False), -1)
 
 
@@ -152,7 +154,9 @@ def _descriptors(a: Keypoints, b: Keypoints) -> tuple[Tensor, Tensor]:
     check_keypoints(a=a, b=b)
     if a.descriptors is None or b.descriptors is None:
         missing = [name for name, keypoints in (("a", a), ("b", b)) if keypoints.descriptors is None]
-        raise ValueError(f"matching needs descriptors (detect with descriptors=True), got none in {missing}")
+        raise ValueError(
+            f"a and b must have descriptors (detect with descriptors=True), got none in {' and '.join(missing)}"
+        )
     # len(a) would make the batch size a constant under a compiler.
     if a.positions.shape[0] != b.positions.shape[0] or tuple(a.image_size) != tuple(b.image_size):
         raise ValueError(

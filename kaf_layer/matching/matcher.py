@@ -90,7 +90,9 @@ class KeypointMatcher(nn.Module):
         check_tokens(tokens_a, keypoints_a, weight=self.out.weight, side="_a")
         check_tokens(tokens_b, keypoints_b, weight=self.out.weight, side="_b")
         if tokens_a.shape[0] != tokens_b.shape[0]:
-            raise ValueError(f"both sides must have the same batch size, got {tokens_a.shape=} and {tokens_b.shape=}")
+            raise ValueError(
+                f"tokens_a and tokens_b must have the same batch size, got {tokens_a.shape=} and {tokens_b.shape=}"
+            )
         (a, valid_a, mask_a, where_a), (b, valid_b, mask_b, where_b) = (
             (
                 self._encode(tokens, keypoints),
@@ -110,6 +112,10 @@ class KeypointMatcher(nn.Module):
             dtype = torch.promote_types(a.dtype, torch.float32)
             scores = a.to(dtype) @ b.to(dtype).mT / a.shape[-1] ** 0.5
             return log_sinkhorn(scores, self.dustbin, iterations=self.iterations, valid_a=valid_a, valid_b=valid_b)
+
+    def extra_repr(self) -> str:
+        """The option that its parts do not show."""
+        return f"iterations={self.iterations}"
 
     def _encode(self, tokens: Annotated[Tensor, "B N E"], keypoints: Keypoints) -> Annotated[Tensor, "B N E"]:
         tokens = tokens.masked_fill(~keypoints.valid[..., None], 0.0)

@@ -43,11 +43,19 @@ def draw_image(axes: Axes, image: Annotated[Tensor, "H W"], **style: Any) -> Axe
     return axes.imshow(values.numpy(), **own | style)
 
 
-def draw_labels(axes: Axes, labels: Annotated[Tensor, "H W"], *, fill: float = 0.0, **style: Any) -> list[int]:
-    """Draws the outline of each label but 0; returns the labels that there are.
+def draw_labels(
+    axes: Axes,
+    image: Annotated[Tensor, "H W"] | None,
+    labels: Annotated[Tensor, "H W"],
+    *,
+    fill: float = 0.0,
+    **style: Any,
+) -> list[int]:
+    """Shows an image and draws the outline of each label but 0 on it; returns the labels that there are.
 
     Args:
-        axes: matplotlib's, with the image drawn in its pixels.
+        axes: matplotlib's.
+        image: (H, W). None draws on what is on the axes already, in pixels of the image.
         labels: (H, W), whole numbers.
         fill: opacity of the inside, from 0 to 1.
         style: for ``Axes.contour``.
@@ -56,9 +64,11 @@ def draw_labels(axes: Axes, labels: Annotated[Tensor, "H W"], *, fill: float = 0
         >>> from matplotlib.figure import Figure
         >>> labels = torch.zeros(8, 8, dtype=torch.long)
         >>> labels[2:5, 3:6] = 2
-        >>> draw_labels(Figure().subplots(), labels)
+        >>> draw_labels(Figure().subplots(), torch.rand(8, 8), labels)
         [2]
     """
+    if image is not None:
+        draw_image(axes, image)
     found = [label for label in labels.unique().tolist() if label > 0]
     for label in found:
         mask, colors = (labels == label).cpu().numpy(), [COLORS[(label - 1) % len(COLORS)]]

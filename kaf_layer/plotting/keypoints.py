@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 __all__ = ["draw_keypoints", "draw_matches", "positions_of_one"]
 
 
-def draw_keypoints(axes: Axes, keypoints: Keypoints, **style: Any) -> int:
-    """Marks the keypoints of one sample; returns how many there are.
+def draw_keypoints(axes: Axes, image: Annotated[Tensor, "H W"] | None, keypoints: Keypoints, **style: Any) -> int:
+    """Shows an image and marks the keypoints of one sample on it; returns how many there are.
 
     Args:
-        axes: matplotlib's, with the image drawn in its pixels.
+        axes: matplotlib's.
+        image: (H, W). None draws on what is on the axes already, in pixels of the image.
         keypoints: of one sample, 2-D.
         style: for ``Axes.scatter``; by default yellow dots.
 
@@ -31,10 +32,12 @@ def draw_keypoints(axes: Axes, keypoints: Keypoints, **style: Any) -> int:
     Example:
         >>> from matplotlib.figure import Figure
         >>> keypoints = Keypoints(torch.rand(5, 2) * 8, torch.arange(5) < 3, (8, 8))
-        >>> draw_keypoints(Figure().subplots(), keypoints)
+        >>> draw_keypoints(Figure().subplots(), torch.rand(8, 8), keypoints)
         3
     """
     positions = positions_of_one(keypoints)[keypoints.valid.cpu()]
+    if image is not None:
+        draw_image(axes, image)
     own: dict[str, Any] = {"s": 9, "c": "yellow", "edgecolors": "black", "linewidths": 0.3}
     axes.scatter(*positions.T.numpy(), **own | style)
     return len(positions)
@@ -76,7 +79,7 @@ def draw_matches(
     left, right = positions_of_one(keypoints_a), positions_of_one(keypoints_b)
     if image_a.shape[:1] != image_b.shape[:1] or matches.indices.shape != (1, len(left)):
         raise ValueError(
-            "images must have one height, and matches be of one pair in a batch of one, "
+            "image_a and image_b must have one height, and matches be of one pair in a batch of one, "
             f"got {image_a.shape=}, {image_b.shape=} and {matches.indices.shape=} for {len(left)} keypoints"
         )
     offset = image_a.shape[1] + gap
@@ -102,7 +105,7 @@ def positions_of_one(keypoints: Keypoints) -> Annotated[Tensor, "N 2"]:
         ValueError: if the keypoints are a batch, or not 2-D.
     """
     if keypoints.positions.ndim != 2 or keypoints.spatial_dims != 2:
-        raise ValueError(f"keypoints must be 2-D and of one sample (index the batch), got {keypoints.positions.shape=}")
+        raise ValueError(f"keypoints must be 2-D and of one sample (index the batch), got {keypoints}")
     return keypoints.positions.detach().float().cpu()
 
 

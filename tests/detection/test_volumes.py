@@ -342,7 +342,7 @@ def test_spacing_is_of_volumes(options):
 
 @pytest.mark.parametrize("options", [{"upscale": "opencv"}, {"orientations": "all"}])
 def test_options_of_images_alone(options):
-    with pytest.raises(ValueError, match="these are for images, got"):
+    with pytest.raises(ValueError, match="upscale and orientations are for images alone, got"):
         detector(**options)
     with pytest.raises(ValueError, match="spatial_dims must be 2 or 3"):
         SIFTDetector(spatial_dims=1)

@@ -114,7 +114,7 @@ def test_errors() -> None:
     keypoint_match_loss(log_assignment, a, b, matches)
     with pytest.raises(ValueError, match="log_assignment must be"):
         keypoint_match_loss(scores, a, b, matches)
-    with pytest.raises(ValueError, match="not of these keypoints"):
+    with pytest.raises(ValueError, match="matches must be of these keypoints"):
         keypoint_match_loss(log_assignment, a, b, Matches(matches.inverse, matches.indices))
     far = Matches(matches.indices.masked_fill(matches.indices >= 0, 8), matches.inverse)
     with pytest.raises(ValueError, match=r"slots of b, 0 to 7, or -1.* samples \[0\]"):

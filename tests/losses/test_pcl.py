@@ -84,7 +84,7 @@ def test_without_positives() -> None:
 
 def test_slices_at_the_threshold_are_no_positives() -> None:
     embeddings, _ = batch(3, 1)
-    positions = torch.tensor([0.25, 0.5, 9.0])
+    positions = torch.tensor([0.25, 0.5, 1.0])
     assert pcl_loss(embeddings, positions, threshold=0.25) == 0
     assert pcl_loss(embeddings, positions, threshold=0.2501) > 0
 
@@ -100,7 +100,7 @@ def test_empty_batch(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.bool, torch.float16])
 def test_positions_of_any_type(dtype: torch.dtype) -> None:
     embeddings, _ = batch(4, 2)
-    positions = torch.tensor([1, 0, 3, 2]).to(dtype)
+    positions = torch.tensor([1, 0, 1, 0]).to(dtype)  # as unsigned integers 0 - 1 is 255
     expected = naive(embeddings, positions.double(), 0.1, 1.5)
     torch.testing.assert_close(pcl_loss(embeddings, positions, threshold=1.5), expected)
 
@@ -144,13 +144,25 @@ def test_compiles() -> None:
     torch.testing.assert_close(compiled(embeddings, positions), loss(embeddings, positions))
 
 
+@pytest.mark.parametrize("positions", [[0.0, 50.0, 10.0, 60.0], [0.0, 0.5, 1.01, 1.0], [-0.1, 0.5, 0.2, 0.3]])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_positions_that_are_not_relative_are_refused(positions: list[float], compiled: bool) -> None:
+    """With slice numbers or millimetres nothing would be near anything, and the loss would be zero."""
+    embeddings, _ = batch(4, 2)
+    loss = torch.compile(PCLLoss(), fullgraph=True, backend="aot_eager") if compiled else PCLLoss()
+    with pytest.raises(
+        RuntimeError if compiled else ValueError, match="positions must be finite and relative, from 0 to 1"
+    ):
+        loss(embeddings, torch.tensor(positions))
+
+
 def test_errors() -> None:
     embeddings, positions = batch(4, 2)
     with pytest.raises(ValueError, match=r"positions must be \(B,\)"):
         pcl_loss(embeddings, positions[:, None])
     with pytest.raises(ValueError, match=r"embeddings must be \(B, V, E\)"):
         pcl_loss(embeddings[:, 0], positions)
-    with pytest.raises(ValueError, match="two embeddings"):
+    with pytest.raises(ValueError, match="embeddings must be two or more"):
         pcl_loss(embeddings[:1, :1], positions[:1])
     with pytest.raises(ValueError, match="temperature=0"):
         PCLLoss(temperature=0)

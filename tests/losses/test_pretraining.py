@@ -37,7 +37,7 @@ def loss_of(weights: tuple[float, float, float], **options: bool) -> KAFPretrain
 
 
 def test_parts() -> None:
-    loss = loss_of((1.0, 1.0, 0.01))
+    loss = loss_of((1.0, 1.0, 0.01), batch_norm=False)
     bottleneck, positions, tokens, keypoints, matches = inputs()
     losses = loss(bottleneck, positions, tokens, keypoints, matches)
     pooled = torch.stack([image.mean(dim=(1, 2)) for image in bottleneck])
@@ -95,7 +95,7 @@ def test_options_reach_the_parts() -> None:
 
 
 def test_the_projection_may_begin_with_a_batch_norm() -> None:
-    loss = KAFPretrainingLoss(12, weights=(1.0, 0.0, 0.0), threshold=0.06, batch_norm=True).double()
+    loss = KAFPretrainingLoss(12, weights=(1.0, 0.0, 0.0), threshold=0.06).double()  # by default it does
     bottleneck, positions, *_ = inputs()
     pooled = bottleneck.mean(dim=(2, 3))
     standard = (pooled - pooled.mean(0)) / (pooled.var(0, correction=0) + 1e-5).sqrt()
@@ -135,6 +135,12 @@ def test_empty_batch(batch_norm: bool) -> None:
     losses.total.backward()
     assert all(p.grad is None or not p.grad.any() for p in loss.parameters())
     assert loss.projector[0].weight.grad is not None
+
+
+def test_positions_in_millimetres_are_refused() -> None:
+    bottleneck, positions, *rest = inputs()
+    with pytest.raises(ValueError, match="positions must be finite and relative, from 0 to 1"):
+        loss_of((1.0, 1.0, 0.01))(bottleneck, 100 * positions, *rest)
 
 
 def test_compiles() -> None:
@@ -179,17 +185,17 @@ def test_autocast(dtype: torch.dtype) -> None:
 def test_errors() -> None:
     with pytest.raises(ValueError, match="none negative"):
         loss_of((1.0, -1.0, 0.0))
-    with pytest.raises(ValueError, match="need token_channels"):
+    with pytest.raises(ValueError, match="token_channels must be 1 or more"):
         KAFPretrainingLoss(12)
     loss = loss_of((1.0, 1.0, 0.01))
     bottleneck, positions, tokens, keypoints, matches = inputs()
     with pytest.raises(ValueError, match="bottleneck must be"):
         loss(bottleneck[:, :4], positions, tokens, keypoints, matches)
-    with pytest.raises(ValueError, match="need tokens and keypoints"):
+    with pytest.raises(ValueError, match="tokens and keypoints must be given"):
         loss(bottleneck, positions)
     with pytest.raises(ValueError, match="24 channels together"):
         loss(bottleneck, positions, tokens[:1], keypoints, matches)
-    with pytest.raises(ValueError, match="matching needs matches"):
+    with pytest.raises(ValueError, match="matches must be given"):
         loss(bottleneck, positions, tokens, keypoints)
     with pytest.raises(ValueError, match=r"half as many samples.* got 1"):
         loss(bottleneck, positions, tokens, keypoints, Matches(matches.indices[:1], matches.inverse[:1]))

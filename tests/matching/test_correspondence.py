@@ -95,7 +95,7 @@ def test_among() -> None:
         i = matches.inverse[s, j]
         assert kept.inverse[s, j] == (i if i >= 0 and gone_b.valid[s, j] and gone_a.valid[s, i] else -1)
     assert 0 < (kept.indices >= 0).sum() < (matches.indices >= 0).sum()
-    with pytest.raises(ValueError, match="not of these keypoints"):
+    with pytest.raises(ValueError, match="matches must be of these keypoints"):
         matches.among(b, a)
 
 
@@ -120,7 +120,7 @@ def test_moves_and_is_a_pytree() -> None:
 
 def test_errors() -> None:
     a, b = described((7, 2), seed=0), described((9, 6), seed=1)
-    with pytest.raises(ValueError, match=r"descriptors=True.*\['b'\]"):
+    with pytest.raises(ValueError, match=r"descriptors=True.*none in b"):
         match_keypoints(a, dataclasses.replace(b, descriptors=None))
     with pytest.raises(ValueError, match="same number of images of the same size"):
         match_keypoints(a, described((9, 6), seed=1, image_size=(24, 41)))

@@ -33,7 +33,6 @@ class KAF(Pretraining):
             temperature=options.temperature,
             threshold=options.threshold,
             gather_distributed=True,
-            batch_norm=True,
         )
 
     @staticmethod
