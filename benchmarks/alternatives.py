@@ -105,8 +105,8 @@ LAYERS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
 }
 NOTES = f"""Forward pass of one layer on one map of {CHANNELS} channels at stride {STRIDE} of an image of edge x edge
 pixels, in training mode, and the MB (10^6 bytes, float32) that it saves for the backward pass. A multiply-add is 2
-FLOPs; sampling, softmax and normalisation count as none. The KAF layers have {POINTS} keypoints, and the Transformers 6
-blocks and 256 channels, but the small KAF layer 2 blocks and 64 channels. Attention saves no matrix of weights."""
+FLOPs; sampling, softmax and normalisation are not counted. KAF layers have {POINTS} keypoints. Transformers have 6
+blocks and 256 channels, the small KAF layer 2 blocks and 64 channels. Attention saves no matrix of weights."""
 
 
 def measure(build: Callable[[], nn.Module], edge: int) -> tuple[float, float]:

@@ -13,22 +13,21 @@ from networks import Network, backward
 from sweep import parse, sweep
 from torch import Tensor
 
-NOTES = """GFLOPs for one image of edge x edge pixels; a multiply-add counts 2. Counted are matrix products and
-convolutions, those within attention too (torch's counter under the MATH backend), and what is computed again in the
-backward pass. Not counted is what multiplies no matrices, such as gathering, scattering, normalisation and softmax:
-that costs memory traffic.
+NOTES = """GFLOPs for one image of edge x edge pixels; a multiply-add counts as 2. Matrix products and convolutions
+are counted, those within attention too (torch's counter under the MATH backend), and what is computed again in the
+backward pass. Gathering, scattering, normalisation and softmax are not counted: they multiply no matrices, and cost
+memory traffic.
 
-The KAF layers come on top of the convolutional network that they are put in (the last rows of each part count it too),
-while a Swin is an encoder by itself. Detecting the keypoints is not counted; detection.py times it. Blocks are spread
-evenly over KAF's scales and SwinUNETR's stages; Swin-T grows in its third stage, as its authors' larger ones do. A
-block costs about the same in every stage of a Swin. Windows of 7 pixels need padding in most stages at these edges, but
-not at multiples of 224."""
+KAF layers are added to a convolutional network, which the last row of each part counts too. A Swin is a complete
+encoder. Detecting the keypoints is not counted; detection.py times it. Blocks are spread evenly over KAF's scales and
+SwinUNETR's stages. Swin-T grows in its third stage, as its authors' larger networks do; a block costs about the same in
+every stage of a Swin. Windows of 7 pixels need padding in most stages at these edges, but not at multiples of 224."""
 
 
-VOLUME_NOTES = """GFLOPs for one volume of as many voxels along each axis, counted as for images (flops.md). "Dense"
-diffuses over every voxel, as the paper's layer does, with the propagation block; compare it with "the paper's block".
-The KAF layers come on top of the convolutional network they are put in (the last rows count the encoder, too), a Swin
-is an encoder by itself. Windows of 7 voxels need padding at these edges: 64 are 32 patches, padded to 35."""
+VOLUME_NOTES = """GFLOPs for one volume with the given number of voxels along each axis, counted as for images
+(flops.md). "Dense" diffuses over every voxel, as the paper's layer does, with the propagation block; compare it with "the paper's
+block". KAF layers are added to a convolutional network, which the last rows count too. A Swin is a complete encoder.
+Windows of 7 voxels need padding at these edges: 64 voxels are 32 patches, padded to 35."""
 
 
 def measure(network: Network, inputs: tuple[object, ...]) -> dict[str, float]:

@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 NOTES = """MB (10^6 bytes) in float32 for one image of edge x edge pixels: what the forward pass saves for the backward
-pass, every storage once, without parameters and the network's inputs. A forward pass alone saves nothing.
+pass. Every storage counts once; parameters and the network's inputs do not count. Inference saves nothing.
 
-The inputs of the KAF layers and of global attention are the feature maps of the convolutional network around them (the
-last rows of each part count its memory too), that of a Swin is the image. KAF layers and global attention use the
-fused attention of torch, which saves no matrix of attention weights; MONAI's Swin saves them. KAF layers can do with
-less: recompute=True saves only the inputs of each block."""
+The inputs of the KAF layers and of global attention are feature maps of the convolutional network around them, whose
+memory the last row of each part counts too. The input of a Swin is the image. KAF layers and global attention use
+torch's fused attention, which saves no matrix of attention weights; MONAI's Swin saves them. KAF layers can save less:
+with recompute=True they save only the inputs of each block."""
 
 VOLUME_NOTES = """MB (10^6 bytes) in float32 for one volume of as many voxels along each axis, counted as for images
 (memory.md). "Dense" diffuses over every voxel, as the paper's layer does, with the propagation block; compare it with
