@@ -4,9 +4,10 @@ import json
 import re
 import shlex
 import shutil
-from math import inf, nan
+from math import inf, isnan, nan
 from pathlib import Path
 from statistics import mean
+from types import ModuleType
 
 import pytest
 import torch
@@ -60,6 +61,32 @@ def test_table_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         figures.main(["--limit", "3", "--output", str(tmp_path), "--runs", runs[0], str(other)])
     with pytest.raises(FileNotFoundError, match=r"result\.json"):
         figures.main(["--limit", "3", "--output", str(tmp_path), "--runs", str(tmp_path)])
+    figures_of_a_table(figures, tmp_path, results)
+
+
+def figures_of_a_table(figures: ModuleType, folder: Path, results: list[dict]) -> None:
+    """The methods of a cross-validation side by side, with the Dice that their results say."""
+    arguments = ["--limit", "3", "--table", str(folder), "--output", str(folder / "chosen")]
+    options = figures.parse_figures(["segmentations", *arguments, "--fold", "1"])
+    runs = [figures.named(path) for path in options.runs]
+    assert [name for name, _ in runs] == ["SwinUNETR", "UNet,\npretrained by PCL", "KAF-UNet,\npretrained by KAF"]
+    stacks = figures.load(options, [run for _, run in runs])
+    drawn = figures.draw_segmentations(stacks, runs)
+    texts = [axis.texts[0].get_text() for axis in drawn.axes if axis.texts and "Dice" in axis.texts[0].get_text()]
+    by_volume = zip(*(result["scores"] for result in results), strict=True)
+    scores = [mean(score for score in row[1:] if not isnan(score)) for rows in by_volume for row in rows]
+    assert texts == [f"Dice {score:.2f}" for score in scores]
+    assert {stack.volume.subject for stack in stacks} == {row[0] for row in results[0]["scores"]}
+    figures.main(["threshold", "--limit", "1", "--patch", "64", "64", "--output", str(folder / "chosen")])
+    assert [path.name for path in (folder / "chosen").iterdir()] == ["threshold.png"]
+    with pytest.raises(ValueError, match=r"--table .* no run of --fold 0, .* folds \[1\], seeds \[0\] and M = \[1\]"):
+        figures.main(["segmentations", *arguments])
+    with pytest.raises(FileNotFoundError, match=r"--table .* has no results\.json"):
+        figures.main(["--table", str(folder / "fold1"), "--output", str(folder / "chosen")])
+    with pytest.raises(ValueError, match="segmentations of networks: give --table or --runs"):
+        figures.main(["segmentations", "--output", str(folder / "chosen")])
+    with pytest.raises(SystemExit):
+        figures.main(["segmentation", "--output", str(folder / "chosen")])
 
 
 def test_distances_say_what_was_missed() -> None:

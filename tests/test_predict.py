@@ -145,11 +145,11 @@ def test_what_does_not_fit_is_refused(weights: Path, volumes: Path, tmp_path: Pa
     (other / "weights.pt").write_bytes(weights.read_bytes())
     with pytest.raises(ValueError, match=r"other.weights\.pt are not the weights of the network of .*result\.json"):
         run(other / "weights.pt", volumes)
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*none\.pt"):
+        run(other / "none.pt", volumes)
     (other / "result.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"other.weights\.pt has no result\.json beside it"):
         run(other / "weights.pt", volumes)
-    with pytest.raises(FileNotFoundError, match=r"there is no file .*none\.pt"):
-        run(other / "none.pt", volumes)
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"--data .*empty must hold"):
         run(weights, tmp_path / "empty")

@@ -1,11 +1,16 @@
-"""Draws the paper's Figures 3, 4, 6 and 7 for one's own data and networks.
+"""Draws the paper's figures for one's own data and networks.
 
-    python -m examples.protocol.figures --output outputs/figures  # on phantoms, without a network
+    python -m examples.protocol.figures --output outputs/figures  # on phantoms, all that need no network
+    python -m examples.protocol.figures threshold --output outputs/figures  # one of them
+    python -m examples.protocol.figures segmentations --table outputs/table --output outputs/figures
     python -m examples.protocol.figures --preset acdc --data ACDC/training --output outputs/figures \
-        --runs outputs/table/fold0/unet/M2 outputs/table/fold0/kaf-unet/M2
+        --runs outputs/table/fold0/unet/seed0/M2 outputs/table/fold0/kaf-unet/seed0/M2
 
-Writes keypoints.png, correspondences.png and threshold.png, and for networks that finetune.py trained
-segmentations.png and similarity.png.
+keypoints: detected, and on a grid. correspondences: of neighbouring slices, before and after an augmentation.
+threshold: matches by their largest distance (Figure 4). segmentations: image, reference and the methods side by side,
+with the Dice of the volume (Figures 2 and 9). similarity: of all places to one. The last two need networks: those of
+--runs, outputs of finetune.py, or those of --table, an output of cross_validate.py, which --fold, --seed and --labelled
+choose.
 """
 
 import argparse
@@ -18,15 +23,17 @@ from kornia.augmentation import RandomAffine
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from examples.protocol.cross_validate import title
 from examples.protocol.detectors import build_detector
-from examples.protocol.files import load, read_json
+from examples.protocol.files import read_json
 from examples.protocol.finetune import predict
-from examples.protocol.networks import build_model
+from examples.protocol.networks import MODELS
 from examples.protocol.recipes import parse, parser_of, read_volumes
+from examples.protocol.runs import Run, read_run
+from examples.protocol.scores import mean_score, score
 from examples.protocol.stacks import Stack, match_slices, prepare
 from kaf_layer import Augmented, GridDetector, Keypoints
 from kaf_layer.augmentation import KeypointAugmentation
@@ -40,7 +47,9 @@ from kaf_layer.plotting import (
     self_similarity,
 )
 
-Run = tuple[str, nn.Module]
+FIGURES = ("keypoints", "correspondences", "threshold", "segmentations", "similarity")
+OF_NETWORKS = FIGURES[3:]
+Named = tuple[str, Run]
 TURN = {"rotated by 25°": {"degrees": (25.0, 25.0)}, "scaled by 0.75": {"degrees": 0.0, "scale": (0.75, 0.75)}}
 
 
@@ -132,19 +141,23 @@ def draw_thresholds(stacks: Sequence[Stack], *, shown: tuple[float, float, float
     return figure
 
 
-def draw_segmentations(stacks: Sequence[Stack], runs: Sequence[Run]) -> Figure:
-    """A slice of each volume with the reference and the networks' outlines."""
+def draw_segmentations(stacks: Sequence[Stack], runs: Sequence[Named]) -> Figure:
+    """A slice of each volume with the reference and the networks' outlines, and the Dice of the whole volume."""
     figure, axes = grid_of(len(stacks), 2 + len(runs), stacks[0].images)
     classes: set[int] = set()
     for row, stack in zip(axes, stacks, strict=True):
-        z = largest(stack)
-        outlines = [None, stack.labels[z]]
-        outlines += [stack.crop(predict(model, stack))[z] for _, model in runs]
-        for axis, labels in zip(row, outlines, strict=True):
+        z, volume = largest(stack), stack.volume
+        for axis in row:
             draw_image(axis, stack.images[z, 0])
-            if labels is not None:
-                classes.update(draw_labels(axis, None, labels, fill=0.3, linewidths=0.7))
-        row_title(row[0], stack.volume.subject)
+        outlines = [stack.labels[z]]
+        for axis, (_, run) in zip(row[2:], runs, strict=True):
+            labels = predict(run.model, stack)
+            outlines.append(stack.crop(labels)[z])
+            dice = score(labels, volume.label, classes=run.options.classes, spacing=volume.spacing).dice
+            axis.text(0.04, 0.04, f"Dice {mean_score([dice]):.2f}", transform=axis.transAxes, color="white")
+        for axis, labels in zip(row[1:], outlines, strict=True):
+            classes.update(draw_labels(axis, None, labels, fill=0.3, linewidths=0.7))
+        row_title(row[0], volume.subject)
     for axis, text in zip(axes[0], ("image", "reference", *(name for name, _ in runs)), strict=True):
         axis.set_title(text)
     patches = [Patch(color=COLORS[(c - 1) % len(COLORS)], label=f"class {c}") for c in sorted(classes)]
@@ -153,7 +166,7 @@ def draw_segmentations(stacks: Sequence[Stack], runs: Sequence[Run]) -> Figure:
 
 
 @torch.no_grad()
-def draw_similarities(stack: Stack, runs: Sequence[Run], *, scales: Sequence[int] = (1, 3)) -> Figure:
+def draw_similarities(stack: Stack, runs: Sequence[Named], *, scales: Sequence[int] = (1, 3)) -> Figure:
     """How similar all places are to one keypoint, in the encoders' maps of two scales, under two transformations."""
     z = largest(stack)
     images, keypoints = stack.images[z : z + 1], Keypoints.stack([stack.keypoints[z]])
@@ -171,8 +184,8 @@ def draw_similarities(stack: Stack, runs: Sequence[Run], *, scales: Sequence[int
         row[0].set_title("image, keypoints" if heading else "")
         row_title(row[0], text)
         columns = iter(row[1:])
-        for name, model in runs:
-            features = model.eval().encoder(view, moved).features
+        for name, run in runs:
+            features = run.model.encoder(view, moved).features
             for scale in scales:
                 axis = next(columns)
                 similarity = self_similarity(features[scale][0], point, moved.image_size)
@@ -183,50 +196,98 @@ def draw_similarities(stack: Stack, runs: Sequence[Run], *, scales: Sequence[int
     return figure
 
 
-def read_run(folder: Path) -> tuple[argparse.Namespace, Run]:
-    """The options and the network of a folder that finetune.py wrote."""
-    if not (folder / "result.json").is_file():
-        raise FileNotFoundError(f"{folder} has no result.json, is it an --output of finetune.py that is done?")
-    options = argparse.Namespace(**read_json(folder / "result.json")["settings"])
-    model = build_model(options)
-    model.load_state_dict(load(folder / "weights.pt"))
-    name = folder.parent.name if folder.name.startswith("M") and "+" in folder.parent.name else options.model
-    return options, (title(name).replace(", ", ",\n"), model)
+def named(folder: Path) -> Named:
+    """A folder that finetune.py wrote, by its method if cross_validate.py started it, else by its network."""
+    run = read_run(folder / "weights.pt")
+    of_table = folder.parent.name.startswith("seed")
+    name = title(folder.parents[1].name.replace("_", " ")) if of_table else MODELS[run.options.model]
+    return name.replace(", ", ",\n"), run
+
+
+def folders_of(table: Path, options: argparse.Namespace) -> list[Path]:
+    """The runs of a table with one fold, seed and number of labelled subjects, by default the most."""
+    if not (table / "results.json").is_file():
+        raise FileNotFoundError(f"--table {table} has no results.json, is it an --output of cross_validate.py?")
+    results = read_json(table / "results.json")
+    labelled = max(result["M"] for result in results) if options.labelled is None else options.labelled
+    chosen = {"fold": options.fold, "seed": options.seed, "M": labelled}
+    methods = [result["method"] for result in results if all(result[key] == value for key, value in chosen.items())]
+    if not methods:
+        folds, seeds, counts = (sorted({result[key] for result in results}) for key in chosen)
+        raise ValueError(
+            f"--table {table} has no run of --fold {options.fold}, --seed {options.seed} and --labelled {labelled}, it "
+            f"has those of folds {folds}, seeds {seeds} and M = {counts}"
+        )
+    runs = f"seed{options.seed}/M{labelled}"
+    return [table / f"fold{options.fold}" / method.replace(" ", "_") / runs for method in methods]
+
+
+def check(runs: Sequence[Run]) -> None:
+    """Refuses runs that were prepared or tested differently, since one figure shows one slice of one patch."""
+    for option in ("fold", "patch", "resize", "normalise", "window_level", "detector", "max_keypoints", "spacing"):
+        if len(values := [getattr(run.options, option) for run in runs]) > values.count(values[0]):
+            raise ValueError(f"--runs must share their --{option.replace('_', '-')}, got {values}")
+    if any(run.options.subjects["test"] != runs[0].options.subjects["test"] for run in runs):
+        raise ValueError("--runs must be tested on the same subjects, give those of one split and fold")
+
+
+def parse_figures(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = parser_of(__doc__)
+    parser.add_argument("figures", nargs="*", type=figure_name, metavar="FIGURE", help=f"{', '.join(FIGURES)}, or all")
+    parser.add_argument("--runs", type=Path, nargs="+", default=[], help="outputs of finetune.py, of one fold")
+    parser.add_argument("--table", type=Path, help="an output of cross_validate.py, instead of --runs")
+    parser.add_argument("--fold", type=int, default=0, help="of --table (default: 0)")
+    parser.add_argument("--labelled", type=int, metavar="M", help="of --table (default: the most)")
+    parser.add_argument("--volumes", type=int, default=4, help="how many to show (default: 4)")
+    options = parse(parser, arguments)
+    if options.table and options.runs:
+        raise ValueError("--table and --runs cannot be given together")
+    options.runs = folders_of(options.table, options) if options.table else options.runs
+    if missing := [name for name in options.figures if name in OF_NETWORKS and not options.runs]:
+        raise ValueError(f"{' and '.join(missing)} of networks: give --table or --runs")
+    return options
+
+
+def figure_name(text: str) -> str:
+    if text not in FIGURES:
+        raise argparse.ArgumentTypeError(f"must be among {', '.join(FIGURES)}, got {text!r}")
+    return text
+
+
+def load(options: argparse.Namespace, runs: Sequence[Run]) -> list[Stack]:
+    """What is to be shown: a volume of each subject, of those that the networks were tested on."""
+    if runs:
+        check(runs)
+        own = {name: getattr(options, name) for name in ("data", "limit", "detector_weights", "volumes")}
+        options = argparse.Namespace(**(vars(runs[0].options) | own))
+    volumes = read_volumes(options)
+    if runs:
+        volumes = [volume for volume in volumes if volume.subject in options.subjects["test"]]
+        if not volumes:
+            raise ValueError(
+                f"--data {options.data} has none of the subjects of --runs: {options.subjects['test'][:3]}"
+            )
+    one_each = list({volume.subject: volume for volume in reversed(volumes)}.values())[::-1][: options.volumes]
+    shape = {"patch": tuple(options.patch), "resize": options.resize, "by_slice": options.normalise == "slice"}
+    return prepare(one_each, build_detector(options), **shape)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = parser_of(__doc__)
-    parser.add_argument("--runs", type=Path, nargs="*", default=[], help="outputs of finetune.py, of one fold")
-    parser.add_argument("--volumes", type=int, default=4, help="how many to show")
-    options = parse(parser, arguments)
-    volumes = read_volumes(options)
-    runs = [read_run(folder) for folder in options.runs]
-    if runs:
-        trained = runs[0][0]
-        for option in ("fold", "patch", "normalise", "detector", "max_keypoints", "spacing"):
-            if len(values := [getattr(run, option) for run, _ in runs]) > values.count(values[0]):
-                raise ValueError(f"--runs must share their --{option.replace('_', '-')}, got {values}")
-        if any(run.subjects["test"] != trained.subjects["test"] for run, _ in runs):
-            raise ValueError(f"--runs must be tested on the same subjects, got {[str(run) for run in options.runs]}")
-        volumes = [volume for volume in volumes if volume.subject in trained.subjects["test"]]
-        options = argparse.Namespace(**(vars(options) | vars(trained)))
-    one_each = list({volume.subject: volume for volume in reversed(volumes)}.values())[::-1][: options.volumes]
-    by_slice = options.normalise == "slice"
-    stacks = prepare(one_each, build_detector(options), patch=tuple(options.patch), by_slice=by_slice)
-    models = [run for _, run in runs]
+    options = parse_figures(arguments)
+    runs = [named(folder) for folder in options.runs]
+    stacks = load(options, [run for _, run in runs])
+    with_encoder = [(name, run) for name, run in runs if hasattr(run.model, "encoder")]
+    drawn = {
+        "keypoints": lambda: draw_detectors(stacks, spacing=options.spacing),
+        "correspondences": lambda: draw_correspondences(stacks[:3]),
+        "threshold": lambda: draw_thresholds(stacks),
+    }
+    drawn |= {"segmentations": lambda: draw_segmentations(stacks, runs)} if runs else {}
+    drawn |= {"similarity": lambda: draw_similarities(stacks[0], with_encoder)} if with_encoder else {}
     options.output.mkdir(parents=True, exist_ok=True)
     with rc_context({"font.size": 7, "axes.titlesize": 7}):
-        figures = {
-            "keypoints": draw_detectors(stacks, spacing=options.spacing),
-            "correspondences": draw_correspondences(stacks[:3]),
-            "threshold": draw_thresholds(stacks),
-        }
-        if models:
-            figures["segmentations"] = draw_segmentations(stacks, models)
-        if with_encoder := [run for run in models if hasattr(run[1], "encoder")]:
-            figures["similarity"] = draw_similarities(stacks[0], with_encoder)
-        for name, figure in figures.items():
-            figure.savefig(options.output / f"{name}.png", bbox_inches="tight", pad_inches=0.03)
+        for name in options.figures or drawn:
+            drawn[name]().savefig(options.output / f"{name}.png", bbox_inches="tight", pad_inches=0.03)
             print(f"wrote {options.output / name}.png")
 
 

@@ -23,8 +23,6 @@ class Run(NamedTuple):
 def read_run(weights: Path) -> Run:
     """The run that a file of weights belongs to, by the result.json beside it."""
     path = weights.parent / "result.json"
-    if not weights.is_file():
-        raise FileNotFoundError(f"there is no file {weights}, give the weights.pt of a finetune.py that is done")
     if not path.is_file():
         raise FileNotFoundError(f"{weights} has no result.json beside it, is it of a finetune.py that is done?")
     result = read_json(path)
@@ -35,6 +33,6 @@ def read_run(weights: Path) -> Run:
     try:
         model.load_state_dict(load(weights))
     except (RuntimeError, AttributeError, TypeError) as error:
-        reason = str(error).splitlines()
-        raise ValueError(f"{weights} are not the weights of the network of {path}: {' '.join(reason[:2])}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{weights} are not the weights of the network of {path}: {reason}") from error
     return Run(options, model.eval(), result.get("axes"))
