@@ -220,7 +220,10 @@ def test_ablations_by_flag() -> None:
         (["--levels", "2"], "--levels must be 3 or more, got 2"),
         (["--levels", "6", "--patch", "64", "48"], r"--levels 6 needs a --patch divisible by 32, got \[64, 48\]"),
         (["--model", "swin-unet", "--patch", "64", "48"], r"--model swin-unet needs a --patch divisible by 32"),
-        (["--detector", "disk"], "--detector-weights are for disk, dedode, aliked, keynet, which need them, got disk"),
+        (
+            ["--detector", "disk"],
+            "--detector-weights are for disk, dedode, aliked, keynet, superpoint, which need",
+        ),
         (["--detector-weights", "x.pt"], "--detector-weights are for disk, .* got sift"),
         (["--resize", "0"], "--resize must be a factor above 0, got 0.0"),
         (["--drop-keypoints", "1.5"], "--drop-keypoints must be a share from 0 to 1, got 1.5"),

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from examples.kornia_detector import KorniaDetector
 from examples.protocol.files import load
+from examples.superpoint import SuperPoint
 from kaf_layer import GridDetector, KeypointDetector, Keypoints, SIFTDetector
 
-DETECTORS = ("sift", "grid", "none", "disk", "dedode", "aliked", "keynet")
+DETECTORS = ("sift", "grid", "none", "disk", "dedode", "aliked", "keynet", "superpoint")
 LEARNT: dict[str, Callable[[int], nn.Module]] = {  # of at most so many keypoints; weights come from --detector-weights
     "disk": lambda _: KF.DISK(),
     "dedode": lambda _: KF.DeDoDe(descriptor_model="B"),
@@ -18,6 +19,7 @@ LEARNT: dict[str, Callable[[int], nn.Module]] = {  # of at most so many keypoint
     "keynet": lambda count: KF.LocalFeature(
         KF.KeyNetDetector(pretrained=False, num_features=count), KF.LAFDescriptor(KF.HardNet(pretrained=False), 32)
     ),
+    "superpoint": SuperPoint,
 }
 
 
@@ -27,9 +29,9 @@ def build_detector(options: argparse.Namespace) -> KeypointDetector:
         weights = load(options.detector_weights)
         try:
             feature.load_state_dict(weights.get("extractor", weights))  # DISK's file holds other things beside it
-        except RuntimeError as error:
+        except (RuntimeError, AttributeError, TypeError) as error:
             raise ValueError(f"{options.detector_weights} holds no weights of --detector {options.detector}") from error
-        return KorniaDetector(feature, options.max_keypoints)
+        return feature if isinstance(feature, SuperPoint) else KorniaDetector(feature, options.max_keypoints)
     if options.detector == "sift" and options.spatial_dims == 3:
         return SIFTDetector(options.max_keypoints, spatial_dims=3, descriptors=False)
     if options.detector == "sift":
