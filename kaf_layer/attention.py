@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kaf_layer.checks import check_counts, check_tokens
+from kaf_layer.checks import check_counts, check_precision, check_tokens
 from kaf_layer.keypoints import Keypoints
-from kaf_layer.linear import Linear, linear
-from kaf_layer.normalization import MaskedBatchNorm, Moments
+from kaf_layer.normalization import MaskedBatchNorm, Moments, normalise_tokens, track
 from kaf_layer.positions import (
     PositionType,
     RotaryEncoder,
@@ -72,6 +71,7 @@ class KeypointTransformer(nn.Module):
             raise ValueError(f"block must be one of {get_args(BlockType)}, got {block=}")
         check_counts(embed_dim=embed_dim, spatial_dims=spatial_dims)
         check_counts(depth=depth, least=0)
+        self.embed_dim = embed_dim
         self.block: BlockType = block
         self.position: PositionType = check_position("absolute" if position is None else position)
         self.spatial_dims = spatial_dims
@@ -101,13 +101,13 @@ class KeypointTransformer(nn.Module):
 
     def forward(self, tokens: Tokens, keypoints: Keypoints) -> Tokens:
         """Tokens (B, N, E) after all blocks; zero in slots that are not valid."""
-        encoder = self.position_encoder
-        check_tokens(tokens, keypoints, weight=self.norm.weight[None] if encoder is None else encoder.out.weight.mT)
+        check_tokens(tokens, keypoints, channels=self.embed_dim)
+        check_precision(self, tokens=tokens)
         positions = relative_positions(keypoints, spatial_dims=self.spatial_dims)
         valid = keypoints.valid[..., None]
         tokens = tokens.where(valid, 0.0)
-        if encoder is not None:
-            tokens = tokens + encoder(keypoints)
+        if self.position_encoder is not None:
+            tokens = tokens + self.position_encoder(keypoints)
         mask = key_mask(keypoints, tokens.dtype)
         for block in self.blocks:
             tokens = block(tokens, keypoints.valid, mask, positions=positions)
@@ -148,21 +148,23 @@ class PositionEncoder(nn.Module):
         hidden = (32, 64, 128, 256)
         self.block: BlockType = block
         self.spatial_dims = spatial_dims
-        self.linears = nn.ModuleList(Linear(*sizes) for sizes in zip((spatial_dims, *hidden), hidden, strict=False))
+        self.linears = nn.ModuleList(nn.Linear(*sizes) for sizes in zip((spatial_dims, *hidden), hidden, strict=False))
         self.norms = nn.ModuleList(
             nn.LayerNorm(size) if block == "transformer" else MaskedBatchNorm(size) for size in hidden
         )
-        self.out = Linear(hidden[-1], embed_dim)
+        self.out = nn.Linear(hidden[-1], embed_dim)
 
     def forward(self, keypoints: Keypoints) -> Tokens:
         """The encoded positions (B, N, E)."""
         positions = relative_positions(keypoints, spatial_dims=self.spatial_dims)
-        x = (positions if self.block == "transformer" else authors_positions(keypoints)).to(self.out.weight.dtype)
+        x = (positions if self.block == "transformer" else authors_positions(keypoints)).to(
+            next(self.parameters()).dtype
+        )
         for projection, norm in zip(self.linears, self.norms, strict=True):
             x = projection(x)
-            if isinstance(norm, MaskedBatchNorm):
-                x, moments = norm(x, keypoints.valid)
-                norm.track(moments)
+            if self.block == "propagation":
+                x, moments = normalise_tokens(norm, x, keypoints.valid)
+                track(norm, moments)
             else:
                 x = norm(x)
             x = F.relu(x)
@@ -181,8 +183,8 @@ class Attention(nn.Module):
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim must be a multiple of num_heads, got {embed_dim=} and {num_heads=}")
         self.num_heads = num_heads
-        self.qkv = Linear(embed_dim, 3 * embed_dim)
-        self.out = Linear(embed_dim, embed_dim)
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
+        self.out = nn.Linear(embed_dim, embed_dim)
         self.rotary = RotaryEncoder(embed_dim // num_heads, spatial_dims=rotary_dims) if rotary_dims else None
 
     def forward(
@@ -205,13 +207,9 @@ class Attention(nn.Module):
         self, tokens: Tokens, source: Tokens | None, positions: Positions | None
     ) -> list[Annotated[Tensor, "B H N E/H"]]:
         """Queries, keys and values, head by head."""
-        if source is None:
-            projected = self.qkv(tokens).chunk(3, dim=-1)
-        else:
-            size = tokens.shape[-1]
-            query = linear(tokens, self.qkv.weight[:size], self.qkv.bias[:size])
-            key, value = linear(source, self.qkv.weight[size:], self.qkv.bias[size:]).chunk(2, dim=-1)
-            projected = query, key, value
+        projected = self.qkv(tokens).chunk(3, dim=-1)
+        if source is not None:
+            projected = projected[0], *self.qkv(source).chunk(3, dim=-1)[1:]
         query, key, value = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in projected)
         if self.rotary is not None:
             query, key = self.rotary(query, positions), self.rotary(key, positions)
@@ -233,7 +231,7 @@ class TransformerBlock(nn.Module):
         self.attention_norm = nn.LayerNorm(embed_dim)
         self.attention = Attention(embed_dim, num_heads=num_heads, rotary_dims=rotary_dims)
         self.mlp_norm = nn.LayerNorm(embed_dim)
-        self.mlp = nn.Sequential(Linear(embed_dim, 4 * embed_dim), nn.GELU(), Linear(4 * embed_dim, embed_dim))
+        self.mlp = nn.Sequential(nn.Linear(embed_dim, 4 * embed_dim), nn.GELU(), nn.Linear(4 * embed_dim, embed_dim))
 
     def forward(
         self,
@@ -270,9 +268,9 @@ class PropagationBlock(nn.Module):
         super().__init__()
         self.recompute = recompute
         self.attention = Attention(embed_dim, num_heads=num_heads, rotary_dims=rotary_dims)
-        self.expand = Linear(2 * embed_dim, 2 * embed_dim)
+        self.expand = nn.Linear(2 * embed_dim, 2 * embed_dim)
         self.norm = MaskedBatchNorm(2 * embed_dim, momentum=momentum)
-        self.contract = Linear(2 * embed_dim, embed_dim)
+        self.contract = nn.Linear(2 * embed_dim, embed_dim)
 
     def forward(
         self,
@@ -288,7 +286,7 @@ class PropagationBlock(nn.Module):
             tokens, moments = checkpoint(self._forward, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
             tokens, moments = self._forward(tokens, valid, mask, source, positions)
-        self.norm.track(moments)
+        track(self.norm, moments)
         return tokens
 
     def _forward(
@@ -300,8 +298,6 @@ class PropagationBlock(nn.Module):
         positions: Positions | None,
     ) -> tuple[Tokens, Moments | None]:
         message = self.attention(tokens, mask, source, positions)
-        # expand(cat([tokens, message])), without a concatenation to save for the backward pass.
-        own, received = self.expand.weight.chunk(2, dim=1)
-        hidden = linear(tokens, own, self.expand.bias) + linear(message, received)
-        hidden, moments = self.norm(hidden, valid)
+        hidden = self.expand(torch.cat([tokens, message], dim=-1))
+        hidden, moments = normalise_tokens(self.norm, hidden, valid)
         return tokens + self.contract(F.relu(hidden)), moments

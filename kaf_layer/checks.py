@@ -7,7 +7,7 @@ from numbers import Integral
 from typing import Annotated
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kaf_layer.keypoints import Keypoints
 
@@ -55,7 +55,7 @@ def check_floats(**tensors: Tensor) -> None:
             raise ValueError(f"{name} must be floating point (call .float()), got {value.dtype}")
 
 
-def check_precision(weight: Tensor, **tensors: Tensor) -> None:
+def check_precision(module: nn.Module, **tensors: Tensor) -> None:
     """Checks that tensors have the type of a module's weights, or that autocast converts them to it.
 
     Raises:
@@ -63,8 +63,10 @@ def check_precision(weight: Tensor, **tensors: Tensor) -> None:
         ValueError: if one has another type.
     """
     check_floats(**tensors)
+    # The first weight stands for all: a submodule may have been replaced by one that hides its weights.
+    weight = next((weight for weight in module.parameters() if weight.is_floating_point()), None)
     for name, value in tensors.items():
-        if value.dtype != weight.dtype and not _autocasts(value, weight):
+        if weight is not None and value.dtype != weight.dtype and not _autocasts(value, weight):
             raise ValueError(
                 f"{name} must be of the weights' type {weight.dtype} (call .to(), or the module within "
                 f"torch.autocast), got {value.dtype}"
@@ -109,6 +111,12 @@ def check_keypoints(**keypoints: Keypoints) -> None:
         for field in (value.positions, value.valid):
             if not isinstance(field, Tensor):
                 raise TypeError(f"{name} must hold tensors, got {type(field).__name__} for its positions or valid")
+        if torch.finfo(value.positions.dtype).eps * max(value.image_size) > 0.5:
+            raise ValueError(
+                f"{name} must have positions that tell pixels apart, in float32 (did something cast them? FSDP2 does "
+                f"unless MixedPrecisionPolicy(cast_forward_inputs=False)), got {value.positions.dtype} for an image "
+                f"of {tuple(value.image_size)}"
+            )
         if value.positions.ndim != 3:
             raise ValueError(f"{name} must be a batch, positions (B, N, D), got {value.positions.shape=}")
 
@@ -117,7 +125,7 @@ def check_tokens(
     tokens: Annotated[Tensor, "B N C"],
     keypoints: Keypoints,
     *,
-    weight: Annotated[Tensor, "* C *"] | None = None,
+    channels: int | None = None,
     side: str = "",
 ) -> None:
     """Checks that there is a token for every slot of the keypoints.
@@ -125,7 +133,7 @@ def check_tokens(
     Args:
         tokens: the tokens of the keypoints.
         keypoints: a batch of keypoints.
-        weight: of the module that takes the tokens, which must have its type and as many channels as it expects.
+        channels: the number of channels that the tokens must have; any number if None.
         side: a suffix of the arguments' names in messages, such as "_a".
 
     Raises:
@@ -139,10 +147,8 @@ def check_tokens(
             f"tokens{side} must be (B, N, C), one for each slot of the keypoints, "
             f"got {tokens.shape=} and {keypoints.valid.shape=}"
         )
-    if weight is not None:
-        check_precision(weight, **{f"tokens{side}": tokens})
-        if tokens.shape[2] != weight.shape[1]:
-            raise ValueError(f"tokens{side} must have {weight.shape[1]} channels, got {tokens.shape=}")
+    if channels is not None and tokens.shape[2] != channels:
+        raise ValueError(f"tokens{side} must have {channels} channels, got {tokens.shape=}")
 
 
 def check_features(features: Annotated[Tensor, "B C *S"], keypoints: Keypoints) -> None:

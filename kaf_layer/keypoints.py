@@ -169,13 +169,21 @@ class Keypoints:
         return self._map(lambda value: value[index])
 
     def to(self, *args: Any, **kwargs: Any) -> Keypoints:
-        """Moves or converts the tensors, as :meth:`torch.Tensor.to`; a dtype is for floating-point tensors only."""
+        """Moves or converts the tensors, as :meth:`torch.Tensor.to`.
+
+        A dtype is for floating-point tensors only. Positions stay in single precision at least: half precision cannot
+        tell neighbouring pixels of a large image apart.
+        """
 
         def move(value: Tensor) -> Tensor:
             moved = value.to(*args, **kwargs)
             return moved if value.is_floating_point() else moved.to(value.dtype)
 
-        return self._map(move)
+        moved = self._map(move)
+        wide = torch.promote_types(moved.positions.dtype, torch.float32)
+        if moved.positions.dtype == wide:
+            return moved
+        return replace(moved, positions=self.positions.to(moved.positions.device, wide))
 
     def where(self, keep: Annotated[Tensor, "B N"]) -> Keypoints:
         """Keeps the keypoints that ``keep`` marks, such as those inside the body; other slots become invalid."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,6 @@ from kaf_layer.attention import BlockType, KeypointTransformer
 from kaf_layer.checks import check_counts, check_features, check_precision
 from kaf_layer.diffusion import KeypointDiffusion
 from kaf_layer.keypoints import Keypoints
-from kaf_layer.linear import Linear
 from kaf_layer.positions import PositionType
 from kaf_layer.sampling import KeypointSampler, SamplingMode
 from kaf_layer.scattering import Reduce
@@ -67,8 +66,6 @@ class KAFLayer(nn.Module):
         (torch.Size([2, 32, 4, 6]), torch.Size([2, 5, 32]))
     """
 
-    _version = 2  # of state dicts: 2 has the gain
-
     def __init__(
         self,
         in_channels: int,
@@ -97,7 +94,7 @@ class KAFLayer(nn.Module):
         self.fused_channels = in_channels + (out_channels if fusion == "concat" else 0)
         self.fusion: FusionMode = fusion
         self.sampler = KeypointSampler(sampling, masked=False)  # the Transformer masks its tokens
-        self.embed = Linear(in_channels, embed_dim)
+        self.embed = nn.Linear(in_channels, embed_dim)
         self.transformer = KeypointTransformer(
             embed_dim,
             depth=depth,
@@ -118,7 +115,7 @@ class KAFLayer(nn.Module):
     def forward(self, features: Annotated[Tensor, "B C *S"], keypoints: Keypoints) -> KAFOutput:
         """Fuses ``features`` (B, C, *S) with attention between ``keypoints``."""
         check_features(features, keypoints)
-        check_precision(self.embed.weight, features=features)
+        check_precision(self, features=features)
         if features.shape[1] != self.in_channels:
             raise ValueError(f"features must have in_channels={self.in_channels} channels, got {features.shape=}")
         size = features.shape[2:]
@@ -130,10 +127,3 @@ class KAFLayer(nn.Module):
     def extra_repr(self) -> str:
         """The options that its parts do not show."""
         return f"in_channels={self.in_channels}, fused_channels={self.fused_channels}, fusion={self.fusion!r}"
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *arguments: Any
-    ) -> None:
-        if self.fusion == "add" and local_metadata.get("version", 1) < 2 and f"{prefix}embed.weight" in state_dict:
-            state_dict.setdefault(f"{prefix}gain", torch.ones_like(self.gain))  # there was none: it was added as it was
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)

@@ -1,110 +1,144 @@
-"""Batch normalisation of tokens whose statistics see keypoints only, never a padded slot."""
+"""Batch normalisation (Ioffe and Szegedy, 2015) of what is not held in full: padded tokens, or sparse maps."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-__all__ = ["MaskedBatchNorm", "Moments"]
+__all__ = ["MaskedBatchNorm", "Moments", "is_synchronised", "normalise_rows", "normalise_tokens", "track"]
 
 
 class Moments(NamedTuple):
-    """The statistics of one batch: mean and biased variance (C,) over a number of valid slots."""
+    """The statistics of a batch: mean and biased variance (C,) over that number of elements."""
 
-    mean: Tensor
-    variance: Tensor
-    slots: Tensor
+    mean: Annotated[Tensor, "C"]
+    variance: Annotated[Tensor, "C"]
+    number: Annotated[Tensor, ""]
 
 
-class _Normalize(torch.autograd.Function):
-    """Written out because autograd would save the centred tokens beside the tokens."""
+class MaskedBatchNorm(nn.BatchNorm1d):
+    """Batch normalisation of tokens (B, N, C) over their valid slots.
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, valid: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
-        mask = valid[..., None]
-        values = x.to(_wide(weight))
-        count = valid.sum()
-        mean = (values * mask).sum((0, 1)) / count.clamp(min=1)
-        # Zero where not valid: of one valid slot, whose variance is zero, large values would come there.
-        centred = (values - mean) * mask
-        variance = centred.square().sum((0, 1)) / count.clamp(min=1)
-        inverse_std = (variance + eps).rsqrt()
-        ctx.save_for_backward(x, valid, weight, mean, inverse_std, count)
-        ctx.mark_non_differentiable(mean, variance, count)
-        ctx.set_materialize_grads(False)  # else zeros are made for the moments
-        normalised = (centred * (inverse_std * weight) + bias).to(x.dtype)
-        # A view, as torch 2.11 compiles no gradient for a result that .to() returned as it was.
-        return normalised.view_as(x), mean, variance, count
+    It is torch's module to whatever looks for batch norms: to what freezes them, to
+    :func:`torch.optim.swa_utils.update_bn`, to ``SyncBatchNorm.convert_sync_batchnorm``. The last replaces it; call
+    it by :func:`normalise_tokens`, which takes the replacement too.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        if gradient is None:
-            return (None,) * 5
-        x, valid, weight, mean, inverse_std, count = ctx.saved_tensors
-        mask = valid[..., None]
-        gradient = gradient.to(_wide(weight)) * mask
-        standard = (x.to(_wide(weight)) - mean) * inverse_std
-        grad_bias, grad_weight = gradient.sum((0, 1)), (gradient * standard).sum((0, 1))
-        shared = (grad_bias + standard * grad_weight) / count.clamp(min=1)
-        grad_x = (gradient - shared * mask) * (inverse_std * weight)
-        return grad_x.to(x.dtype), None, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), None
+    The running statistics are moved by :func:`track`, apart from :meth:`forward`, so that a forward pass that is
+    repeated for the backward pass moves them once.
+    """
+
+    def forward(  # type: ignore[override]
+        self, tokens: Annotated[Tensor, "B N C"], valid: Annotated[Tensor, "B N"]
+    ) -> tuple[Annotated[Tensor, "B N C"], Moments | None]:
+        """See :func:`normalise_tokens`."""
+        return _normalise_tokens(self, tokens, valid)
+
+
+def normalise_tokens(
+    norm: nn.Module, tokens: Annotated[Tensor, "B N C"], valid: Annotated[Tensor, "B N"]
+) -> tuple[Annotated[Tensor, "B N C"], Moments | None]:
+    """The normalised tokens and, in training mode, the moments to :func:`track`.
+
+    Args:
+        norm: a :class:`MaskedBatchNorm`, or the ``SyncBatchNorm`` that it was converted to.
+        tokens: slots that are not valid must hold finite values.
+        valid: which slots count.
+    """
+    if isinstance(norm, nn.SyncBatchNorm):  # its own forward pass knows no mask
+        return _normalise_tokens(norm, tokens, valid)
+    result: tuple[Tensor, Moments | None] = norm(tokens, valid)
+    return result
+
+
+def _normalise_tokens(norm: Any, tokens: Tensor, valid: Tensor) -> tuple[Tensor, Moments | None]:
+    if not norm.training:
+        statistics = norm.running_mean, norm.running_var, norm.weight, norm.bias
+        return F.batch_norm(tokens.flatten(0, 1), *statistics, eps=norm.eps).unflatten(0, tokens.shape[:2]), None
+    values, mask = tokens.to(_wide(norm.weight)), valid[..., None]
+    total, count = _sum_over_processes(norm, (values * mask).sum((0, 1)), valid.sum())
+    mean = total / count.clamp(min=1)
+    # Zero where not valid: if a single slot is valid the variance is zero, and 1 / std large.
+    centred = (values - mean) * mask
+    squares, _ = _sum_over_processes(norm, centred.square().sum((0, 1)), count)
+    variance = squares / count.clamp(min=1)
+    normalised = centred * ((variance + norm.eps).rsqrt() * norm.weight) + norm.bias
+    return normalised.to(tokens.dtype), Moments(mean, variance, count)
+
+
+def normalise_rows(
+    norm: Any, rows: Annotated[Tensor, "R C"], bias: Annotated[Tensor, "C"] | None, *, pixels: int
+) -> tuple[Annotated[Tensor, "R C"], Annotated[Tensor, "C"]]:
+    """Batch normalisation of a sparse map: of the pixels that have a row, and of the others, which are zero.
+
+    Moves the running statistics in training mode.
+
+    Args:
+        norm: ``BatchNorm2d``, ``BatchNorm3d`` or ``SyncBatchNorm``, with weights and running statistics.
+        rows: the pixels, without the bias; there may be empty rows.
+        bias: what is added to all pixels before.
+        pixels: their number, with those that have no row.
+
+    Returns:
+        The normalised rows, and what every pixel without a row becomes.
+    """
+    bias = torch.zeros_like(norm.running_mean) if bias is None else bias
+    dtype = _wide(norm.weight)
+    if not norm.training:
+        centre = (norm.running_mean - bias).to(dtype)
+        centred, variance = rows - centre, norm.running_var.to(dtype)
+    else:
+        total, count = _sum_over_processes(norm, rows.sum(0), rows.new_full((), pixels))
+        mean = total / count + bias
+        centre = mean - bias  # of the rows; the bias stays in the graph, with a gradient of zero
+        centred = rows - centre
+        others = (pixels - rows.shape[0]) * centre.square()
+        squares, _ = _sum_over_processes(norm, centred.square().sum(0) + others, count)
+        variance = squares / count
+        track(norm, Moments(mean, variance, count))
+    scale = norm.weight * (variance + norm.eps).rsqrt()
+    return torch.addcmul(norm.bias, centred, scale), torch.addcmul(norm.bias, centre, scale, value=-1)
+
+
+@torch.no_grad()
+def track(norm: Any, moments: Moments | None) -> None:
+    """Moves a module's running statistics towards ``moments``; a batch of nothing leaves them.
+
+    Args:
+        norm: a batch norm with running statistics, and a momentum or None for the average of all batches.
+        moments: of a batch; None moves nothing.
+    """
+    if moments is None:
+        return
+    norm.num_batches_tracked.add_(1)
+    some = (moments.number > 0).to(moments.mean.dtype)
+    momentum = some / norm.num_batches_tracked if norm.momentum is None else some * norm.momentum
+    unbiased = moments.variance * (moments.number / (moments.number - 1).clamp(min=1))
+    norm.running_mean.add_((moments.mean - norm.running_mean) * momentum)
+    norm.running_var.add_((unbiased - norm.running_var) * momentum)
+
+
+def is_synchronised(norm: nn.Module) -> bool:
+    """Whether a batch norm in training takes its statistics from several processes."""
+    if not (isinstance(norm, nn.SyncBatchNorm) and norm.training and dist.is_available() and dist.is_initialized()):
+        return False
+    return dist.get_world_size(norm.process_group) > 1
+
+
+def _sum_over_processes(norm: nn.Module, values: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    if not is_synchronised(norm):
+        return values, count
+    import torch.distributed.nn.functional  # not in every build of torch
+
+    everything = torch.cat([values, count[None].to(values.dtype)])
+    # Differentiable: each process's loss depends on the values of all.
+    summed = torch.distributed.nn.functional.all_reduce(everything, group=norm.process_group or dist.group.WORLD)
+    return summed[:-1], summed[-1]
 
 
 def _wide(weight: Tensor) -> torch.dtype:
+    """The precision of statistics."""
     return torch.promote_types(weight.dtype, torch.float32)
-
-
-class MaskedBatchNorm(nn.Module):
-    """Batch normalisation (Ioffe and Szegedy, 2015) of tokens (B, N, C) over their valid slots.
-
-    The running statistics are moved by :meth:`track`, apart from :meth:`forward`, so that a
-    forward pass that is repeated for the backward pass moves them once.
-
-    Args:
-        num_features: C.
-        eps: added to the variance.
-        momentum: the weight of the newest batch in the running statistics.
-    """
-
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
-
-    def __init__(self, num_features: int, *, eps: float = 1e-5, momentum: float = 0.1) -> None:
-        super().__init__()
-        self.eps, self.momentum = eps, momentum
-        self.weight = nn.Parameter(torch.ones(num_features))
-        self.bias = nn.Parameter(torch.zeros(num_features))
-        self.register_buffer("running_mean", torch.zeros(num_features))
-        self.register_buffer("running_var", torch.ones(num_features))
-        self.register_buffer("num_batches_tracked", torch.tensor(0))
-
-    def forward(
-        self, tokens: Annotated[Tensor, "B N C"], valid: Annotated[Tensor, "B N"]
-    ) -> tuple[Annotated[Tensor, "B N C"], Moments | None]:
-        """The normalised tokens and, in training mode, the moments to :meth:`track`.
-
-        Slots that are not valid must hold finite values.
-        """
-        if self.training:
-            normalised, *moments = _Normalize.apply(tokens, valid, self.weight, self.bias, self.eps)
-            return normalised, Moments(*moments)
-        statistics = self.running_mean, self.running_var
-        rows = F.batch_norm(tokens.flatten(0, 1), *statistics, self.weight, self.bias, eps=self.eps)
-        return rows.unflatten(0, tokens.shape[:2]), None
-
-    @torch.no_grad()
-    def track(self, moments: Moments | None) -> None:
-        """Moves the running statistics towards ``moments``; a batch without keypoints leaves them."""
-        if moments is None:
-            return
-        momentum = self.momentum * (moments.slots > 0)
-        unbiased = moments.variance * moments.slots / (moments.slots - 1).clamp(min=1)
-        self.running_mean.add_((moments.mean - self.running_mean) * momentum)
-        self.running_var.add_((unbiased - self.running_var) * momentum)
-        self.num_batches_tracked.add_(1)

@@ -83,7 +83,8 @@ def _interpolate(
         stride = stride * length
     # One gather for all corners, since each would allocate a dense gradient of its own.
     corners = _gather(rows, index.flatten(1)).unflatten(1, index.shape[1:])
-    return (corners * weight[..., None].to(rows.dtype)).sum(dim=1)
+    # Rounded once: weights in half precision need not add up to one.
+    return (corners * weight[..., None]).sum(dim=1).to(rows.dtype)
 
 
 class KeypointSampler(nn.Module):

@@ -163,7 +163,7 @@ def test_another_precision_than_the_weights(name: str, call: Callable[[Any], Any
 
 def test_autocast_casts_no_weights_in_double_precision() -> None:
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="float64"):
-        check_precision(torch.rand(1).double(), features=torch.rand(1))
+        check_precision(torch.nn.Linear(1, 1).double(), features=torch.rand(1))
 
 
 @pytest.mark.parametrize("wrong", [None, "abc", TOKENS], ids=lambda wrong: type(wrong).__name__)

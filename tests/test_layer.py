@@ -75,30 +75,18 @@ def test_addition_is_learned() -> None:
     assert alone > 0.5
 
 
-def test_weights_from_before_the_gain() -> None:
-    """They were added as they were; their convolution had started at zero."""
-    layer = KAFLayer(4, fusion="add", **SMALL).eval()
-    new = KAFLayer(4, **SMALL).state_dict()
-    old = dict(new)  # without the version
-    before = set(old)
-    assert layer.load_state_dict(old) == ([], [])
-    assert set(old) == before
-    assert layer.gain.eq(1).all()
-    plain = KAFLayer(4, **SMALL).eval()
-    plain.load_state_dict(old)
-    features = map_of(4)
-    torch.testing.assert_close(
-        layer(features, KEYPOINTS).features, features + plain(features, KEYPOINTS).features[:, 4:]
-    )
-    nested = nn.Sequential(KAFLayer(4, fusion="add", **SMALL))
-    nested.load_state_dict({f"0.{name}": value for name, value in old.items()})
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_missing_gain_is_named(nested: bool) -> None:
+    """As in a state dict without metadata (a plain dict, safetensors): nothing is filled in silently."""
+    add, concat = KAFLayer(4, fusion="add", **SMALL), KAFLayer(4, **SMALL)
+    state = dict(concat.state_dict())
+    module, prefix = (nn.Sequential(add), "0.") if nested else (add, "")
+    with pytest.raises(RuntimeError, match=rf'Missing key.*"{prefix}gain"'):
+        module.load_state_dict({f"{prefix}{name}": value for name, value in state.items()})
+    assert add.load_state_dict(state, strict=False).missing_keys == ["gain"]
+    assert add.gain.eq(0).all()
     with pytest.raises(RuntimeError, match=r"Unexpected key.*gain"):
-        plain.load_state_dict(layer.state_dict())
-    with pytest.raises(RuntimeError, match=r"Missing key.*gain"):
-        layer.load_state_dict(new)
-    fresh = KAFLayer(4, fusion="add", **SMALL)
-    fresh.load_state_dict({"embed.bias": fresh.embed.bias}, strict=False)
-    assert not fresh.gain.any()
+        concat.load_state_dict(add.state_dict())
 
 
 @pytest.mark.parametrize("sampling", ["nearest", "bilinear"])

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from math import prod
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
-from kaf_layer.checks import check_counts, check_floats, check_tokens
-from kaf_layer.diffusion.background import border_matrix
-from kaf_layer.diffusion.karatsuba import karatsuba_matrices
-from kaf_layer.diffusion.neighbours import closest, find_neighbours, find_rows, padded_neighbours
-from kaf_layer.diffusion.patches import memory_format, rows_to_map
-from kaf_layer.diffusion.pixels import normalise_and_convolve
-from kaf_layer.diffusion.rows import Hidden, Tokens, convolve_tokens, convolve_tokens_to_map, normalisation, wide
+from kaf_layer.checks import check_counts, check_floats, check_precision, check_tokens
+from kaf_layer.diffusion.sparse import (
+    convolve_constant,
+    convolve_deviations,
+    convolve_tokens,
+    find_neighbours,
+    find_rows,
+    padded_neighbours,
+)
 from kaf_layer.keypoints import Keypoints, check_size
+from kaf_layer.normalization import is_synchronised, normalise_rows
 from kaf_layer.scattering import Reduce, cell_shares, check_reduce, scatter_keypoints
 
 __all__ = ["KeypointDiffusion", "cheapest_method"]
@@ -51,21 +56,17 @@ def cheapest_method(slots: int, size: Sequence[int]) -> Method:
     return "hybrid" if 2 * slots <= prod(size) else "dense"
 
 
-class _Fusion(NamedTuple):
-    """How the map is to join features: behind those ``before`` it, or times a ``gain``, to be added to them."""
-
-    before: Tensor | None
-    layout: torch.memory_format
-    gain: Tensor | None
-
-
 class KeypointDiffusion(nn.Module):
     """Spreads tokens over a feature map: convolution, batch normalisation, ReLU, convolution (Section 3.1).
 
     Its input is a map that is zero except at the keypoints' cells. Away from them the result is
     constant, and nothing is computed. :func:`cheapest_method` chooses how; set the attribute
-    ``method`` to choose yourself. Replace ``norm`` by a module of another type, or by one
-    without running averages, and the computation becomes dense.
+    ``method`` to choose yourself.
+
+    A step is computed around the keypoints only if its result is known to be that of the module: ``conv1`` and
+    ``conv2`` are torch's convolutions as they were made here (parametrizations, such as
+    ``torch.nn.utils.parametrizations.weight_norm``, are fine), ``norm`` is a batch norm, plain or synchronised, with
+    weights and running statistics, and none of them has hooks. Otherwise the module is called on the whole map.
 
     Args:
         in_channels: of a token.
@@ -89,10 +90,6 @@ class KeypointDiffusion(nn.Module):
         True
     """
 
-    before: Tensor
-    after: Tensor
-    borders: Tensor
-
     def __init__(
         self,
         in_channels: int,
@@ -109,15 +106,12 @@ class KeypointDiffusion(nn.Module):
         check_reduce(reduce)
         conv: Any = nn.Conv2d if spatial_dims == 2 else nn.Conv3d
         norm: Any = nn.BatchNorm2d if spatial_dims == 2 else nn.BatchNorm3d
+        self.in_channels, self.out_channels = in_channels, out_channels
         self.reduce: Reduce = reduce
         self.method: Method | None = None
         self.conv1 = conv(in_channels, hidden_channels, 3, padding=1)
         self.norm = norm(hidden_channels)
         self.conv2 = conv(hidden_channels, out_channels, 3, padding=1)
-        before, after = karatsuba_matrices(spatial_dims)
-        self.register_buffer("before", before, persistent=False)
-        self.register_buffer("after", after, persistent=False)
-        self.register_buffer("borders", border_matrix(spatial_dims), persistent=False)
 
     def forward(
         self,
@@ -134,16 +128,15 @@ class KeypointDiffusion(nn.Module):
             tokens: one per slot. Slots that are not valid may hold anything.
             keypoints: where the tokens belong.
             size: the map's size in tensor order.
-            features: a map to put before the result's channels, as in fusion by concatenation;
-                cheaper than ``torch.cat``, which would copy the result.
-            gain: a factor for each channel. With it the result is added to the features, not put behind them;
-                cheaper than to add it afterwards, as no map is kept for the backward pass.
+            features: a map of that size. The result follows its channels, as in fusion by concatenation.
+            gain: a factor for each channel. With it the result is added to the features instead.
 
         Raises:
             TypeError: if an argument is of another type.
             ValueError: if the shapes do not fit, the tokens have not the weights' type, or a gain has no features.
         """
-        check_tokens(tokens, keypoints, weight=self.conv1.weight)
+        check_tokens(tokens, keypoints, channels=self.in_channels)
+        check_precision(self, tokens=tokens)
         check_size(size, keypoints)
         if features is not None:
             check_floats(features=features)
@@ -151,7 +144,7 @@ class KeypointDiffusion(nn.Module):
                 raise ValueError(f"features must be (B, F, *size), got {features.shape=}, {tokens.shape=} and {size=}")
         if gain is not None:
             check_floats(gain=gain)
-            channels, needed = None if features is None else features.shape[1], self.conv2.out_channels
+            channels, needed = None if features is None else features.shape[1], self.out_channels
             if (channels, *gain.shape) != (needed, needed):
                 got = f"got {gain.shape=} and features of {channels} channels"
                 raise ValueError(f"with a gain, features must have {needed} channels, and gain as many numbers, {got}")
@@ -160,90 +153,109 @@ class KeypointDiffusion(nn.Module):
             raise ValueError(
                 f"batch statistics need more than one pixel, got {tokens.shape=} and {size=}; call .eval()"
             )
-        fusion = _Fusion(features if gain is None else None, memory_format(features), gain)
-        diffused = self._diffuse(tokens, keypoints, size, fusion)
-        return diffused if gain is None or features is None else _add(diffused, features)
+        channels_last = {2: torch.channels_last, 3: torch.channels_last_3d}[len(size)]
+        last = features is not None and features.is_contiguous(memory_format=channels_last)
+        layout = channels_last if last else torch.contiguous_format
+        diffused = self._diffuse(tokens, keypoints, size, gain).contiguous(memory_format=layout)
+        if features is None:
+            return diffused
+        return torch.cat([features, diffused], dim=1) if gain is None else features + diffused
 
-    def _diffuse(self, tokens: Tensor, keypoints: Keypoints, size: Sequence[int], fusion: _Fusion) -> Tensor:
+    def _diffuse(self, tokens: Tensor, keypoints: Keypoints, size: Sequence[int], gain: Tensor | None) -> Tensor:
+        method = self._method(tokens, size)
+        if method == "dense":
+            sparse = scatter_keypoints(tokens, keypoints, size, reduce=self.reduce)
+            return self._second(self.norm(self.conv1(sparse)), gain)
+        cells = keypoints.cells(size)
+        shares = cell_shares(tokens, keypoints, cells, size, reduce=self.reduce)
+        weighted = tokens.where(keypoints.valid[..., None], 0.0) * shares.to(tokens.dtype)
+        if method == "hybrid":
+            return self._second(self.norm(self._first(weighted, cells, size)), gain)
+        return self._rows(weighted, cells, size, gain)
+
+    def _method(self, tokens: Tensor, size: Sequence[int]) -> Method:
+        """What is cheapest, or has been chosen, among what gives the modules' results."""
         method = self.method or cheapest_method(tokens.shape[1], size)
         # An empty batch has no statistics, which torch's own modules know.
-        if method == "dense" or tokens.shape[0] == 0 or not _has_running_average(self.norm):
-            return self._dense(tokens, keypoints, size, fusion)
-        device = tokens.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
-        with torch.autocast(device, enabled=False):
-            cells = keypoints.cells(size)
-            shares = cell_shares(tokens, keypoints, cells, size, reduce=self.reduce)
-            valid = keypoints.valid.flatten() if keypoints.padded else None
-            weighted = Tokens(tokens.flatten(0, 1).to(dtype), valid, shares.flatten(0, 1))
-            return (self._hybrid if method == "hybrid" else self._rows)(weighted, cells, size, fusion)
+        if tokens.shape[0] == 0 or not _is_plain_convolution(self.conv1):
+            return "dense"
+        if method == "rows" and not (_is_plain_convolution(self.conv2) and _is_plain_batch_norm(self.norm)):
+            return "hybrid"
+        return method
 
-    def _dense(self, tokens: Tensor, keypoints: Keypoints, size: Sequence[int], fusion: _Fusion) -> Tensor:
-        sparse = scatter_keypoints(tokens, keypoints, size, reduce=self.reduce).contiguous(memory_format=fusion.layout)
-        diffused = self.conv2(F.relu(self.norm(self.conv1(sparse))))
-        if fusion.gain is not None:
-            diffused = diffused * fusion.gain.to(diffused.dtype).view(-1, *[1] * len(size))
-        return _concatenate(fusion.before, diffused)
+    def _first(self, tokens: Tensor, cells: Tensor, size: Sequence[int]) -> Annotated[Tensor, "B hidden *S"]:
+        """The first convolution, into a map with one more pixel at each end of each axis, where none is outside."""
+        weight, bias, padded = self.conv1.weight, self.conv1.bias, [length + 2 for length in size]
+        if bias is None:
+            bias = weight.new_zeros(weight.shape[0])
+        elif self.norm.training and isinstance(self.norm, nn.modules.batchnorm._BatchNorm):
+            # The mean takes away what it adds: a gradient of zero, where autograd would add up rounding errors.
+            bias = bias.detach() + 0 * bias
+        samples = torch.arange(cells.shape[0], device=cells.device)[:, None, None]
+        places = torch.add(padded_neighbours(cells, size), samples, alpha=prod(padded))
+        start = bias.to(_wide(weight)).expand(cells.shape[0] * prod(padded), -1)
+        pixels = convolve_tokens(tokens, weight, places, start).view(-1, *padded, weight.shape[0])
+        inside = (slice(None), *[slice(1, -1)] * len(size))
+        # Channels first: with channels last, torch loses precision in a CPU's batch statistics.
+        return pixels[inside].movedim(-1, 1).to(tokens.dtype).contiguous()
 
-    def _hybrid(self, tokens: Tokens, cells: Tensor, size: Sequence[int], fusion: _Fusion) -> Tensor:
-        batch, near = cells.shape[0], padded_neighbours(cells, size)
-        pixels = convolve_tokens_to_map(tokens, self.conv1.weight, near, batch=batch, size=size)
-        second = self._second(fusion.gain)
-        diffused, mean, inverse_std = normalise_and_convolve(pixels, self.conv1.bias, self.norm, *second)
-        if self.norm.training:
-            var = inverse_std.pow(-2) - self.norm.eps
-            self._track(mean + self.conv1.bias, var, pixels=batch * prod(size))
-        return _concatenate(fusion.before, diffused.contiguous(memory_format=fusion.layout))
+    def _second(self, hidden: Annotated[Tensor, "B hidden *S"], gain: Tensor | None) -> Annotated[Tensor, "B out *S"]:
+        return _scale(self.conv2(F.relu(hidden)), gain)
 
-    def _rows(self, tokens: Tokens, cells: Tensor, size: Sequence[int], fusion: _Fusion) -> Tensor:
-        near = find_neighbours(cells, size, radius=2)
-        index = find_rows(*closest(*near), size)
-        rows = convolve_tokens(tokens, self.conv1.weight, index, count=index.numel())
-        scale, shift = self._normalisation(rows, pixels=cells.shape[0] * prod(size))
-        hidden = Hidden(rows, scale, shift, *self._second(fusion.gain))
-        return rows_to_map(hidden, fusion.before, near, (self.before, self.after, self.borders), size, fusion.layout)
+    def _rows(self, tokens: Tensor, cells: Tensor, size: Sequence[int], gain: Tensor | None) -> Tensor:
+        """Both convolutions around the keypoints: the surroundings of each, added to the map of no keypoints."""
+        rows = find_rows(*find_neighbours(cells, size, radius=1), size)
+        start = tokens.new_zeros(rows.numel() + 1, self.conv1.out_channels, dtype=_wide(self.conv1.weight))
+        hidden = convolve_tokens(tokens, self.conv1.weight, rows, start)[:-1]  # without what fell outside
+        hidden, constant = normalise_rows(self.norm, hidden, self.conv1.bias, pixels=cells.shape[0] * prod(size))
 
-    def _second(self, gain: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The second convolution's weight and bias, multiplied by the gain so that no map needs to be."""
-        weight, bias = self.conv2.weight, self.conv2.bias
-        if gain is None:
-            return weight, bias
-        gain = gain.to(weight.dtype)
-        return weight * gain.view(-1, *[1] * (weight.ndim - 1)), bias * gain
+        # As F.relu, but what it keeps for the backward pass is a mask, a quarter of the size.
+        deviations = hidden.masked_fill(hidden <= 0, 0.0) - F.relu(constant)
+        weight = _scale(self.conv2.weight.transpose(0, 1), gain)
+        deviations = deviations.to(weight.dtype).view(*rows.shape, weight.shape[0])
+        near, inside = find_neighbours(cells, size, radius=2)
+        patches = convolve_deviations(deviations, weight).mul_(inside[:, :, None])
 
-    def _normalisation(self, rows: Tensor, *, pixels: int) -> tuple[Tensor, Tensor]:
-        """Batch normalisation as a factor and a summand, for rows that lack the first convolution's bias."""
-        norm, bias = self.norm, self.conv1.bias
-        if norm.training:
-            parameters = bias, norm.weight, norm.bias
-            scale, shift, mean, var = normalisation(rows, *parameters, pixels=pixels, eps=norm.eps)
-            self._track(mean, var, pixels=pixels)
-            return scale, shift
-        mean, var = norm.running_mean.to(wide(rows)), norm.running_var.to(wide(rows))
-        scale = norm.weight * torch.rsqrt(var + norm.eps)
-        return scale, torch.addcmul(norm.bias, bias - mean, scale)
-
-    @torch.no_grad()
-    def _track(self, mean: Tensor, var: Tensor, *, pixels: int) -> None:
-        """Moves the running averages towards a batch's mean and biased variance."""
-        norm = self.norm
-        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
-        norm.running_var.lerp_((var * (pixels / (pixels - 1))).to(norm.running_var.dtype), norm.momentum)
-        norm.num_batches_tracked.add_(1)
+        second = partial(self._second, gain=gain)
+        background, border, differences = convolve_constant(constant.to(weight.dtype), second, size)
+        batch, channels = cells.shape[0], background.shape[0]
+        result = background[:, None].expand(batch, -1, prod(size))
+        patches, index = patches.transpose(1, 2).flatten(2), near.flatten(1)[:, None].expand(-1, channels, -1)
+        result = result.scatter_add(2, index, patches.to(result.dtype))
+        result.scatter_add_(2, border.expand(batch, channels, -1), differences.expand(batch, -1, -1))
+        return result.unflatten(2, size)
 
 
-def _has_running_average(norm: Any) -> bool:
-    plain = type(norm) in (nn.BatchNorm2d, nn.BatchNorm3d)
-    return plain and norm.affine and norm.track_running_stats and norm.momentum is not None
+def _scale(diffused: Annotated[Tensor, "B O *S"], gain: Annotated[Tensor, "O"] | None) -> Annotated[Tensor, "B O *S"]:
+    if gain is None:
+        return diffused
+    return diffused * gain.to(diffused.dtype).view(-1, *[1] * (diffused.ndim - 2))
 
 
-def _concatenate(
-    before: Annotated[Tensor, "B F *S"] | None, diffused: Annotated[Tensor, "B O *S"]
-) -> Annotated[Tensor, "B F+O *S"]:
-    return diffused if before is None else torch.cat([before, diffused], dim=1)
+def _wide(weight: Tensor) -> torch.dtype:
+    """The precision in which many values are added."""
+    return torch.promote_types(weight.dtype, torch.float32)
 
 
-def _add(diffused: Annotated[Tensor, "B O *S"], features: Annotated[Tensor, "B O *S"]) -> Annotated[Tensor, "B O *S"]:
-    if torch.promote_types(features.dtype, diffused.dtype) != diffused.dtype:
-        return features + diffused
-    return diffused.add_(features)  # in place, as the system takes longer to find memory for a map than to add two
+def _is_plain_convolution(module: Any) -> bool:
+    """Whether it is a 3x3 or 3x3x3 convolution that does what its weight and bias say, and nothing else."""
+    if not _is_called_plainly(module, nn.Conv2d, nn.Conv3d):
+        return False
+    ones = (1,) * len(module.kernel_size)
+    shape = module.kernel_size, module.padding, module.stride, module.dilation
+    plain = shape == ((3,) * len(ones), ones, ones, ones) and module.groups == 1 and module.padding_mode == "zeros"
+    return plain and not hasattr(module.weight, "__tensor_flatten__")  # a quantized or distributed tensor
+
+
+def _is_plain_batch_norm(module: Any) -> bool:
+    if not _is_called_plainly(module, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
+        return False
+    known: bool = module.affine and module.track_running_stats
+    # torch cannot compile a differentiable sum over processes.
+    return known and not (is_synchronised(module) and torch.compiler.is_compiling())
+
+
+def _is_called_plainly(module: Any, *types: type[nn.Module]) -> bool:
+    """Whether a call is exactly the forward pass of one of the types: no subclass, no hooks, no forward of its own."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return type_before_parametrizations(module) in types and not any(hooks) and "forward" not in module.__dict__

@@ -160,7 +160,7 @@ def _mlp(in_channels: int, embed_dim: int) -> nn.Sequential:
 
 def _pooled(bottleneck: Annotated[Tensor, "2B C *S"], projector: nn.Sequential) -> Annotated[Tensor, "2B C"]:
     weight = next(projector.parameters())
-    check_precision(weight, bottleneck=bottleneck)
+    check_precision(projector, bottleneck=bottleneck)
     channels = weight.shape[1]
     if bottleneck.ndim < 3 or bottleneck.shape[1] != channels:
         raise ValueError(f"bottleneck must be (2 B, C, *S) with {channels} channels, got {bottleneck.shape=}")
@@ -174,7 +174,7 @@ def _merged(
     check_keypoints(keypoints=keypoints)
     weight = next(token_mlp.parameters())
     for scale in tokens:
-        check_precision(weight, tokens=scale)
+        check_precision(token_mlp, tokens=scale)
     shapes, channels = [tuple(scale.shape) for scale in tokens], weight.shape[1]
     if any(shape[:-1] != keypoints.valid.shape for shape in shapes) or sum(shape[-1] for shape in shapes) != channels:
         raise ValueError(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kaf_layer.attention import PositionEncoder, PropagationBlock, key_mask
-from kaf_layer.checks import check_counts, check_tokens
+from kaf_layer.checks import check_counts, check_precision, check_tokens
 from kaf_layer.keypoints import Keypoints
 from kaf_layer.matching.sinkhorn import log_sinkhorn
 from kaf_layer.positions import PositionType, check_position, relative_positions, tell_of_other_positions
@@ -62,7 +62,7 @@ class KeypointMatcher(nn.Module):
         super().__init__()
         check_counts(embed_dim=embed_dim, iterations=iterations)
         check_counts(depth=depth, least=0)
-        self.iterations = iterations
+        self.embed_dim, self.iterations = embed_dim, iterations
         self.position: PositionType = check_position(position)
         self.spatial_dims = spatial_dims
         has_encoder, is_rotary = position in ("both", "absolute"), position in ("both", "rotary")
@@ -87,8 +87,9 @@ class KeypointMatcher(nn.Module):
         keypoints_b: Keypoints,
     ) -> Annotated[Tensor, "B N_a+1 N_b+1"]:
         """Log-probabilities of every pair, and of having no partner."""
-        check_tokens(tokens_a, keypoints_a, weight=self.out.weight, side="_a")
-        check_tokens(tokens_b, keypoints_b, weight=self.out.weight, side="_b")
+        check_tokens(tokens_a, keypoints_a, channels=self.embed_dim, side="_a")
+        check_tokens(tokens_b, keypoints_b, channels=self.embed_dim, side="_b")
+        check_precision(self, tokens_a=tokens_a, tokens_b=tokens_b)
         if tokens_a.shape[0] != tokens_b.shape[0]:
             raise ValueError(
                 f"tokens_a and tokens_b must have the same batch size, got {tokens_a.shape=} and {tokens_b.shape=}"

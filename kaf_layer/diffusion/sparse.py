@@ -1,0 +1,148 @@
+"""Two 3x3 convolutions of maps that are constant away from the keypoints, computed around the keypoints alone.
+
+Through the first convolution a token changes K = 3^D pixels, through both 5^D, where D is the number of spatial axes.
+Everywhere else the result is constant, except along the map's border. The neighbours of a keypoint lie in the order of
+the kernel's positions that reach them: from the last pixel to the first. Sizes are in tensor order, cells are row-major
+indices, and all shapes follow from the inputs' shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "convolve_constant",
+    "convolve_deviations",
+    "convolve_tokens",
+    "find_neighbours",
+    "find_rows",
+    "padded_neighbours",
+]
+
+
+def find_neighbours(
+    cells: Annotated[Tensor, "B N"], size: Sequence[int], *, radius: int
+) -> tuple[Annotated[Tensor, "B N K"], Annotated[Tensor, "B N K"]]:
+    """The cells up to ``radius`` away along each axis, and which of them are in the map.
+
+    Where a neighbour is outside, its index is that of some other cell.
+
+    Example:
+        >>> cells, inside = find_neighbours(torch.tensor([[4]]), (3, 4), radius=1)
+        >>> torch.where(inside, cells, -1).flatten().tolist()
+        [9, 8, -1, 5, 4, -1, 1, 0, -1]
+    """
+    steps = torch.arange(radius, -radius - 1, -1, device=cells.device)
+    ways = torch.cartesian_prod(*[steps] * len(size)).unbind(1)
+    rest, stride = cells[..., None], 1
+    index, inside = torch.zeros_like(rest), torch.ones_like(rest, dtype=torch.bool)
+    for length, way in zip(reversed(size), reversed(ways), strict=True):
+        near = rest % length + way
+        clamped = near.clamp(0, length - 1)
+        index, inside = torch.add(index, clamped, alpha=stride), inside & (near == clamped)
+        rest, stride = rest // length, stride * length
+    return index, inside
+
+
+def padded_neighbours(cells: Annotated[Tensor, "B N"], size: Sequence[int]) -> Annotated[Tensor, "B N K"]:
+    """The cells at most one away, in a map with one more pixel at each end of each axis: none is outside.
+
+    Example:
+        >>> padded_neighbours(torch.tensor([[0]]), (3, 4)).flatten().tolist()  # rows of six pixels
+        [14, 13, 12, 8, 7, 6, 2, 1, 0]
+    """
+    steps = torch.arange(2, -1, -1, device=cells.device)
+    ways = torch.cartesian_prod(*[steps] * len(size)).unbind(1)
+    rest, stride = cells[..., None], 1
+    index = torch.zeros_like(rest)
+    for length, way in zip(reversed(size), reversed(ways), strict=True):
+        index = torch.add(index, rest % length + way, alpha=stride)
+        rest, stride = rest // length, stride * (length + 2)
+    return index
+
+
+def find_rows(
+    index: Annotated[Tensor, "B N K"], inside: Annotated[Tensor, "B N K"], size: Sequence[int]
+) -> Annotated[Tensor, "B N K"]:
+    """The row that stands for each pixel that the first convolution reaches, from neighbours one away.
+
+    Every neighbour of every keypoint has a row. Where several keypoints reach one pixel, the last of their rows stands
+    for it, and the others stay empty. One more row, the last, collects what falls outside of the map.
+
+    Example:
+        >>> neighbours = find_neighbours(torch.tensor([[0, 1]]), (1, 4), radius=1)
+        >>> find_rows(*neighbours, (1, 4))[0, :, 3:6].tolist()
+        [[13, 14, 18], [12, 13, 14]]
+    """
+    samples = torch.arange(index.shape[0], device=index.device)[:, None, None]
+    pixels = torch.add(index, samples, alpha=prod(size))
+    own = torch.arange(pixels.numel(), device=index.device, dtype=torch.int32).view_as(pixels)
+    # Only what is written is read, so the table of all pixels need not be initialised.
+    table = own.new_empty(index.shape[0] * prod(size))
+    table.scatter_reduce_(0, pixels.flatten(), own.where(inside, -1).flatten(), "amax", include_self=False)
+    return table[pixels].long().where(inside, pixels.numel())
+
+
+def convolve_tokens(
+    tokens: Annotated[Tensor, "B N C"],
+    weight: Annotated[Tensor, "O C *K"],
+    places: Annotated[Tensor, "B N K"],
+    start: Annotated[Tensor, "P O"],
+) -> Annotated[Tensor, "P O"]:
+    """The first convolution: one matrix product, whose K parts for each token are added to ``start`` at its places."""
+    matrix = weight.flatten(2).permute(2, 0, 1).flatten(0, 1)
+    products = F.linear(tokens, matrix).view(places.numel(), weight.shape[0])
+    return start.index_add(0, places.flatten(), products.to(start.dtype))
+
+
+def convolve_deviations(
+    deviations: Annotated[Tensor, "B N K C"], weight: Annotated[Tensor, "C O *K"]
+) -> Annotated[Tensor, "B N O 5^D"]:
+    """The second convolution, without bias, of what surrounds each keypoint.
+
+    In the order in which neighbours lie, it is a product of polynomials: a transposed convolution.
+    """
+    convolve = F.conv_transpose2d if weight.ndim == 4 else F.conv_transpose3d
+    patches = convolve(deviations.flatten(0, 1).mT.unflatten(2, weight.shape[2:]), weight)
+    return patches.flatten(2).unflatten(0, deviations.shape[:2])
+
+
+def convolve_constant(
+    values: Annotated[Tensor, "C"], convolve: Callable[[Tensor], Tensor], size: Sequence[int]
+) -> tuple[Annotated[Tensor, "O"], Annotated[Tensor, "L"], Annotated[Tensor, "O L"]]:
+    """The second convolution of a map that holds the same values in each of its pixels.
+
+    Three pixels along each axis show all that there is: the first, what lies between, the last.
+
+    Returns:
+        The result away from the borders; the cells along the borders, those in corners once for each axis; and what
+        to add to the result there.
+
+    Example:
+        >>> convolve = torch.nn.Conv2d(1, 1, 3, padding=1, bias=False)
+        >>> _ = torch.nn.init.ones_(convolve.weight)
+        >>> constant, border, differences = convolve_constant(torch.ones(1), convolve, (3, 4))
+        >>> constant.detach().expand(12).scatter_add(0, border, differences.detach()[0]).view(3, 4)
+        tensor([[4., 6., 6., 4.],
+                [6., 9., 9., 6.],
+                [4., 6., 6., 4.]])
+    """
+    shown = [1 if length == 1 else 3 for length in size]
+    kinds = convolve(values.view(1, -1, *[1] * len(size)).expand(-1, -1, *shown))[0].flatten(1)
+    constant = kinds[:, kinds.shape[1] // 2]
+    pixels = torch.arange(prod(size), device=values.device).view(*size)
+    sides = [pixels.narrow(a, i, 1) for a, length in enumerate(size) if length != 1 for i in (0, length - 1)]
+    border = torch.cat([side.flatten() for side in sides] or [pixels.flatten()[:0]])
+    rest, stride, kind, times = border, 1, torch.zeros_like(border), torch.zeros_like(border)
+    for length, three in zip(reversed(size), reversed(shown), strict=True):
+        if length != 1:
+            own = (rest % length > 0).long() + (rest % length == length - 1)
+            kind, times = torch.add(kind, own, alpha=stride), times + (own != 1)
+        rest, stride = rest // length, stride * three
+    return constant, border, (kinds[:, kind] - constant[:, None]) / times
