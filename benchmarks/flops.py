@@ -26,8 +26,8 @@ every stage of a Swin. Windows of 7 pixels need padding in most stages at these 
 
 VOLUME_NOTES = """GFLOPs for one volume with the given number of voxels along each axis, counted as for images
 (flops.md). "Dense" diffuses over every voxel, as the paper's layer does, with the propagation block; compare it with
-"the paper's block". KAF layers are added to a convolutional network, which the last rows count too. A Swin is a complete encoder.
-Windows of 7 voxels need padding at these edges: 64 voxels are 32 patches, padded to 35."""
+"the paper's block". KAF layers are added to a convolutional network, which the last rows count too. A Swin is a
+complete encoder. Windows of 7 voxels need padding at these edges: 64 voxels are 32 patches, padded to 35."""
 
 
 def measure(network: Network, inputs: tuple[object, ...]) -> dict[str, float]:

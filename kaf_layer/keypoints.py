@@ -1,4 +1,4 @@
-"""Keypoints: what every part of the package speaks."""
+"""Keypoints, which all parts of the package exchange."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ __all__ = ["Keypoints", "check_size"]
 class Keypoints:
     """A batch of keypoints, padded to a common number of slots.
 
-    Slots that are not ``valid`` may hold anything, NaN included: they influence nothing.
+    Slots that are not ``valid`` may hold anything, NaN included. They influence nothing.
     The class is a pytree, so it passes through ``torch.compile``, ``torch.export`` and
-    DDP. ``kp[i]`` is one sample, without the batch axis; :meth:`stack` joins samples.
+    DDP. ``keypoints[i]`` is one sample, without the batch axis; :meth:`stack` joins samples.
 
-    Sampling, attention and diffusion clamp positions outside of the image, infinite ones too, to its border.
+    Sampling, attention and diffusion clamp positions outside the image, infinite ones too, to its border.
     In a valid slot a coordinate that is NaN counts as 0. Neither raises an error, because looking at values would make
     a GPU wait. :meth:`check` looks at them, and ``print(keypoints)`` shows how many keypoints lie outside.
 
     Args:
         positions: (B, N, D) float, in pixels of the image, in ``(x, y)`` or ``(x, y, z)``
-            order, pixel centres at integers.
-        valid: (B, N) bool, which slots are keypoints.
+            order, with pixel centres at integers.
+        valid: (B, N) bool, which slots hold keypoints.
         image_size: the image's size in tensor order, ``(H, W)`` or ``(D, H, W)``.
         scores: (B, N), the detector's response.
         scales: (B, N), in pixels.
         angles: (B, N), in radians, from the x axis towards the y axis.
         descriptors: (B, N, K).
-        padded: False promises that every slot is valid, which spares the attention its mask. To
-            take keypoints away from such a batch, use :meth:`where`.
+        padded: False promises that every slot is valid, so that attention needs no mask. To
+            remove keypoints from such a batch, use :meth:`where`.
 
     Raises:
-        ValueError: if a shape, a size, or the type of ``positions`` or ``valid``, does not fit.
+        ValueError: if a shape, a size, or the type of ``positions`` or ``valid`` does not fit.
 
     Example:
         >>> positions = torch.tensor([[[3.0, 1.0], [0.0, 0.0]]])
@@ -67,7 +67,7 @@ class Keypoints:
     padded: bool = True
 
     def __post_init__(self) -> None:
-        # Pytree transformations put other things than tensors into the fields.
+        # Pytree transformations put objects other than tensors into the fields.
         if isinstance(self.positions, Tensor) and isinstance(self.valid, Tensor):
             self._check(self.positions.shape[:-1])
 
@@ -91,13 +91,13 @@ class Keypoints:
                 raise ValueError(f"{name} must begin with the shape {tuple(slots)} of the slots, got {shape}")
 
     def check(self) -> Keypoints:
-        """Looks for what is legal but rarely meant, and returns the keypoints.
+        """Checks for what is allowed but rarely intended, and returns the keypoints.
 
         No module does this by itself, because it makes a GPU wait. Call it where keypoints are made, or once on the
         first batch.
 
         Raises:
-            ValueError: if valid keypoints lie outside of the image, as when (y, x) was given for (x, y), or are NaN.
+            ValueError: if valid keypoints are NaN or lie outside the image, as when (y, x) was given for (x, y).
 
         Warns:
             UserWarning: if a sample has no keypoints. A KAF layer does nothing for it.
@@ -161,7 +161,7 @@ class Keypoints:
         return len(self.image_size)
 
     def __len__(self) -> int:
-        """The number of samples (of slots, for one sample)."""
+        """The number of samples; for one sample the number of slots."""
         return len(self.positions)
 
     def __getitem__(self, index: Any) -> Keypoints:
@@ -169,10 +169,10 @@ class Keypoints:
         return self._map(lambda value: value[index])
 
     def to(self, *args: Any, **kwargs: Any) -> Keypoints:
-        """Moves or converts the tensors, as :meth:`torch.Tensor.to`.
+        """Moves or converts the tensors like :meth:`torch.Tensor.to`.
 
-        A dtype is for floating-point tensors only. Positions stay in single precision at least: half precision cannot
-        tell neighbouring pixels of a large image apart.
+        A dtype changes floating-point tensors only. Positions stay in single precision at least, since half precision
+        cannot distinguish neighbouring pixels of a large image.
         """
 
         def move(value: Tensor) -> Tensor:
@@ -186,7 +186,11 @@ class Keypoints:
         return replace(moved, positions=self.positions.to(moved.positions.device, wide))
 
     def where(self, keep: Annotated[Tensor, "B N"]) -> Keypoints:
-        """Keeps the keypoints that ``keep`` marks, such as those inside the body; other slots become invalid."""
+        """Keeps the keypoints that a mask marks, such as those inside the body; other slots become invalid.
+
+        Args:
+            keep: (B, N) bool.
+        """
         return replace(self, valid=self.valid & keep, padded=True)
 
     def detach(self) -> Keypoints:
@@ -194,14 +198,14 @@ class Keypoints:
         return self._map(Tensor.detach)
 
     def pin_memory(self) -> Keypoints:
-        """The same keypoints in page-locked memory, as a ``DataLoader`` asks."""
+        """The same keypoints in page-locked memory; a ``DataLoader`` calls this."""
         return self._map(Tensor.pin_memory)
 
     def positions_in(self, feature_size: Sequence[int]) -> Annotated[Tensor, "B N D"]:
-        """Positions (B, N, D) in pixels of a map of another size; slots that are not valid hold finite values.
+        """Positions (B, N, D) in pixels of a map of another size. Slots that are not valid hold finite values.
 
         Args:
-            feature_size: the map's size in tensor order. Positions outside the image stay outside.
+            feature_size: the map's size in tensor order. Positions outside the image stay outside the map.
         """
         check_size(feature_size, self)
         positions = self.positions.where(self.valid[..., None], 0.0).nan_to_num(0.0, math.inf, -math.inf)
@@ -209,15 +213,15 @@ class Keypoints:
         # Under a compiler sizes may be symbols, and a comparison would specialise the graph.
         if not torch.compiler.is_compiling() and tuple(feature_size) == tuple(self.image_size):
             return positions
-        # Axis by axis with Python numbers: a tensor of sizes would be a synchronising copy on CUDA.
+        # Axis by axis with Python numbers, since a tensor of sizes would be a synchronising copy on CUDA.
         axes = zip(positions.unbind(-1), reversed(feature_size), reversed(self.image_size), strict=True)
         return torch.stack([(p + 0.5) * feature / image - 0.5 for p, feature, image in axes], dim=-1)
 
     def cells(self, feature_size: Sequence[int]) -> Annotated[Tensor, "B N"]:
-        """The row-major index of the cell of a map that holds each keypoint; 0 where not valid.
+        """The row-major index of the cell of a map that holds each keypoint; 0 for slots that are not valid.
 
         Args:
-            feature_size: the map's size in tensor order. Positions outside are clamped into the map.
+            feature_size: the map's size in tensor order. Positions outside the image are clamped into the map.
         """
         *others, index = (coordinate.long() for coordinate in self._cell_coordinates(feature_size))
         for coordinate, size in zip(reversed(others), feature_size[1:], strict=True):
@@ -225,11 +229,11 @@ class Keypoints:
         return index
 
     def resize(self, feature_size: Sequence[int], *, snap: bool = False) -> Keypoints:
-        """The same keypoints in pixels of a map of another size; scores, scales, angles, descriptors are dropped.
+        """The same keypoints in pixels of a map of another size, without scores, scales, angles and descriptors.
 
         Args:
             feature_size: the map's size in tensor order.
-            snap: move each keypoint to the centre of its cell.
+            snap: whether to move each keypoint to the centre of its cell.
         """
         if snap:
             positions = torch.stack(self._cell_coordinates(feature_size), dim=-1).floor()
@@ -238,7 +242,7 @@ class Keypoints:
         return Keypoints(positions, self.valid, tuple(feature_size), padded=self.padded)
 
     def _cell_coordinates(self, feature_size: Sequence[int]) -> list[Tensor]:
-        """Positions in cells, in the map; whole numbers once they are rounded down."""
+        """Positions in units of cells, clamped into the map; rounded down they are the cells."""
         ends = (self.positions_in(feature_size).detach() + 0.5).unbind(-1)
         return [p.clamp(0, size - 1) for p, size in zip(ends, reversed(feature_size), strict=True)]
 
@@ -247,8 +251,8 @@ class Keypoints:
         """Joins samples of one image size into a batch, padding them to the largest count.
 
         Args:
-            samples: keypoints without a batch axis, as ``kp[i]`` gives them. An optional
-                field is kept if all of them have it.
+            samples: keypoints without a batch axis, as ``keypoints[i]`` gives them. An optional
+                field is kept if all samples have it.
 
         Raises:
             ValueError: if there are no samples, one has a batch axis, or their image sizes differ.

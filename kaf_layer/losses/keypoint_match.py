@@ -1,4 +1,4 @@
-"""Keypoint matching as a self-supervised loss: tokens of one structure in two images find each other."""
+"""Keypoint matching as a self-supervised loss: the tokens of a structure in two images should match."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def keypoint_match_loss(
 
     Args:
         log_assignment: log-probabilities of all pairs, dustbins last, as :class:`~kaf_layer.KeypointMatcher` gives.
-        keypoints_a: of the rows.
-        keypoints_b: of the columns.
-        matches: between these keypoints.
-        positive_weight: of the matched pairs.
-        negative_weight: of the keypoints without a partner.
+        keypoints_a: the keypoints of the rows.
+        keypoints_b: the keypoints of the columns.
+        matches: the matches between these keypoints.
+        positive_weight: the weight of matched pairs.
+        negative_weight: the weight of keypoints without a partner.
     """
     _check(log_assignment, keypoints_a, keypoints_b, matches)
     alone = matches.indices < 0
-    # The authors' bounds: a probability below exp(-100) counts as that, and one above 1, before convergence, as 1.
+    # The authors' bounds: a probability below exp(-100) counts as exp(-100), one above 1 (before convergence) as 1.
     cost = -log_assignment.clamp(-100.0, 0.0)
     dustbin = log_assignment.shape[2] - 1
     of_a = cost[:, :-1].gather(2, matches.indices.masked_fill(alone, dustbin)[..., None]).squeeze(-1)
@@ -56,29 +56,29 @@ def _total(cost: Annotated[Tensor, "B N"], mask: Annotated[Tensor, "B N"]) -> An
 class KeypointMatchLoss(nn.Module):
     r"""The loss of matching keypoints by their tokens (Yang et al., NeurIPS 2023, Eq. 2).
 
-    With the assignment P of a :class:`~kaf_layer.KeypointMatcher`, for the matches M and the keypoints I of a
-    and J of b without a partner, the mean over samples of
+    With the assignment P of a :class:`~kaf_layer.KeypointMatcher`, the matches M, and the keypoints I of a
+    and J of b that have no partner, it is the mean over samples of
 
     .. math:: -\frac{w_+}{|M|} \sum_{(i, j) \in M} \log P_{ij}
         - \frac{w_-}{|I| + |J|} \left(\sum_{i \in I} \log P_{i, N_b + 1} + \sum_{j \in J} \log P_{N_a + 1, j}\right)
 
-    where a sum or a mean over nothing is zero: so is the loss of an empty batch. It is computed in float32, or
+    where a sum or a mean over nothing is zero, and so is the loss of an empty batch. It is computed in float32, or
     float64 for float64 tokens.
 
     Args:
         embed_dim: E, the channels of a token.
-        positive_weight: of the matched pairs; the default is the authors'.
-        negative_weight: of the keypoints without a partner.
+        positive_weight: the weight of matched pairs; the default is the authors'.
+        negative_weight: the weight of keypoints without a partner.
         **matcher: further options of the :class:`~kaf_layer.KeypointMatcher`, such as ``depth``.
 
     Shape:
         - tokens_a: (B, N_a, E), one for each slot of keypoints_a.
         - tokens_b: (B, N_b, E), one for each slot of keypoints_b.
-        - matches: between these keypoints, as :func:`~kaf_layer.match_keypoints` gives.
+        - matches: the matches between these keypoints, as :func:`~kaf_layer.match_keypoints` gives.
         - result: a scalar.
 
     Raises:
-        TypeError: if an argument is of another type, or the matcher has no such option.
+        TypeError: if an argument has another type, or the matcher has no such option.
         ValueError: if a shape or type does not fit, or matches name slots that do not exist or are not valid.
 
     Example:
@@ -109,7 +109,18 @@ class KeypointMatchLoss(nn.Module):
         keypoints_b: Keypoints,
         matches: Matches,
     ) -> Annotated[Tensor, ""]:
-        """Returns the loss."""
+        """Computes the loss.
+
+        Args:
+            tokens_a: (B, N_a, E), one for each slot of keypoints_a.
+            keypoints_a: the keypoints of one image of each pair.
+            tokens_b: (B, N_b, E), one for each slot of keypoints_b.
+            keypoints_b: the keypoints of the other image.
+            matches: the matches between these keypoints.
+
+        Returns:
+            A scalar.
+        """
         return keypoint_match_loss(
             self.matcher(tokens_a, keypoints_a, tokens_b, keypoints_b),
             keypoints_a,

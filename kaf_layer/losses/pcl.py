@@ -1,4 +1,4 @@
-"""Positional contrastive learning: slices at similar positions of different volumes look alike."""
+"""Positional contrastive learning: slices at similar positions in different volumes look alike."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def pcl_loss(
         if unit.shape[0] * unit.shape[1] == 1:
             raise ValueError(f"embeddings must be two or more (B * V) for a contrast, got {embeddings.shape=}")
         similarity = unit.flatten(0, 1) @ unit.flatten(0, 1).T / temperature
-        # As floating point: the differences of unsigned integers are no differences.
+        # As floating point, because unsigned integers have no negative differences.
         position = positions.detach().to(torch.promote_types(positions.dtype, torch.float32))
         position = position.repeat_interleave(unit.shape[1])
         itself = torch.eye(len(position), dtype=torch.bool, device=position.device)
         positive = ((position[:, None] - position).abs() < threshold) & ~itself
-        # An anchor's mean over its positives of log(exp(s_ip) / sum of exp(s_ia) over a != i).
+        # For each anchor, the mean over its positives of log(exp(s_ip) / sum of exp(s_ia) over a != i).
         count = positive.sum(dim=1)
         mean_similarity = similarity.where(positive, 0.0).sum(dim=1) / count.clamp(min=1)
         log_likelihood = mean_similarity - similarity.masked_fill(itself, -torch.inf).logsumexp(dim=1)
@@ -50,8 +50,8 @@ def pcl_loss(
 class PCLLoss(nn.Module):
     r"""Positional contrastive loss (Yang et al., NeurIPS 2023, Eq. 1; Zeng et al., MICCAI 2021).
 
-    With the cosine similarities :math:`s_{ij}` over the temperature, over the anchors i that have
-    positives P(i), i.e. all other views and slices less than ``threshold`` away along the volume:
+    Here :math:`s_{ij}` is the cosine similarity of two embeddings, divided by the temperature. The positives P(i) of an
+    anchor i are all other views and slices less than ``threshold`` away along the volume:
 
     .. math:: -\frac{1}{|\{i: P(i) \ne \emptyset\}|} \sum_i \frac{1}{|P(i)|} \sum_{p \in P(i)}
         \log \frac{\exp(s_{ip})}{\sum_{a \ne i} \exp(s_{ia})}
@@ -63,21 +63,21 @@ class PCLLoss(nn.Module):
         temperature: divides the cosine similarities, > 0.
         threshold: the difference of relative positions below which slices are positives, > 0.
         gather_distributed: contrasts with the embeddings of all processes of the default group, if there is
-            one. Each process must bring the same batch size. The result is the loss of the whole batch, and
-            gradients are right once averaged over the processes, as DDP and FSDP do.
+            one. Each process must have the same batch size. The result is the loss of the whole batch, and
+            gradients are correct after averaging over the processes, as DDP and FSDP do.
 
     Shape:
-        - embeddings: (B, V, E), V views of each of B slices; one view will do.
-        - positions: (B,), the slices' relative positions in their volumes, from 0 to 1: neither their numbers nor
-          millimetres, with which no slice would have a positive, and nothing would be learned.
+        - embeddings: (B, V, E), V views of each of B slices; V may be 1.
+        - positions: (B,), the slices' relative positions in their volumes, from 0 to 1. With slice numbers or
+          millimetres no slice would have a positive, and nothing would be learned.
         - result: a scalar.
 
     Raises:
-        TypeError: if an argument is no tensor.
-        ValueError: if a shape or type does not fit, there is one embedding alone, an option is out of its range,
-            embeddings are not finite, positions are outside of [0, 1], or the processes' batch sizes differ. What is
-            wrong with values on CUDA is raised by the device, as an assertion with this message, and in compiled code
-            as a RuntimeError. Neither makes the GPU wait.
+        TypeError: if an argument is not a tensor.
+        ValueError: if a shape or type does not fit, there is only one embedding, an option is out of its range,
+            embeddings are not finite, positions are outside [0, 1], or the processes' batch sizes differ. For wrong
+            values, CUDA raises a device-side assertion with this message, and compiled code a RuntimeError. Neither
+            makes the GPU wait.
 
     Example:
         >>> loss = PCLLoss(temperature=0.1, threshold=0.35)
@@ -97,7 +97,15 @@ class PCLLoss(nn.Module):
     def forward(
         self, embeddings: Annotated[Tensor, "B V E"], positions: Annotated[Tensor, "B"]
     ) -> Annotated[Tensor, ""]:
-        """Returns the loss."""
+        """Computes the loss.
+
+        Args:
+            embeddings: (B, V, E), V views of each of B slices.
+            positions: (B,), the slices' relative positions in their volumes, from 0 to 1.
+
+        Returns:
+            A scalar.
+        """
         return pcl_loss(
             embeddings,
             positions,
@@ -138,7 +146,7 @@ def _check(embeddings: Tensor, positions: Tensor, temperature: float, threshold:
 def _gather(embeddings: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """The embeddings and positions of all processes, in the order of their ranks.
 
-    Gradients reach this process's own embeddings alone, times the number of processes, so that the
+    Gradients reach only this process's own embeddings, multiplied by the number of processes. So the
     average over the processes is the gradient of the loss, and the backward pass needs no communication.
     """
     world = dist.get_world_size()

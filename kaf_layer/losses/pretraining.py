@@ -1,4 +1,4 @@
-"""KAFPretrainingLoss: what the paper pretrains with, from an encoder's maps and tokens to one number."""
+"""KAFPretrainingLoss: the paper's pretraining loss, from an encoder's maps and tokens to a scalar."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["KAFPretrainingLoss", "PretrainingLosses"]
 
 
 class PretrainingLosses(NamedTuple):
-    """The weighted total, to train with, and its parts before weighting, for logs; zero for those left out."""
+    """The weighted total, to train with, and its parts before weighting, for logs. Parts left out are zero."""
 
     total: Annotated[Tensor, ""]
     bottleneck: Annotated[Tensor, ""]
@@ -30,22 +30,22 @@ class PretrainingLosses(NamedTuple):
 class KAFPretrainingLoss(nn.Module):
     """The pretraining loss (Yang et al., NeurIPS 2023, Eq. 3), with the heads that it needs.
 
-    The sum, by weight, of three parts:
+    It is the weighted sum of three parts:
 
     1. bottleneck: :class:`PCLLoss` of the encoder's last map, averaged over its pixels and projected.
-    2. keypoints: :class:`PCLLoss` of the tokens, those of all scales side by side, through an MLP, averaged over the
-       valid keypoints. An image without keypoints has a zero embedding, which is similar to nothing.
+    2. keypoints: :class:`PCLLoss` of the tokens. Those of all scales are concatenated, pass an MLP, and are averaged
+       over the valid keypoints. An image without keypoints has a zero embedding, which is similar to nothing.
     3. matching: :class:`KeypointMatchLoss` of the same tokens after the MLP, before they are averaged.
 
-    All are zero for an empty batch. The images come in pairs, image i of the first half of the batch with image i of
-    the second half: slices at similar positions, commonly neighbours in one volume, each augmented in its own way.
+    All are zero for an empty batch. The images come in pairs: image i of the first half of the batch and image i of
+    the second half are slices at similar positions, usually neighbours in one volume, each with its own augmentation.
 
     Args:
-        bottleneck_channels: C, of the encoder's last map.
+        bottleneck_channels: C, the channels of the encoder's last map.
         token_channels: the channels of the tokens of all scales together; 0 for an encoder without KAF layers.
         embed_dim: E, the channels of embeddings and of the matcher's tokens.
-        weights: of the three parts. A part of weight zero has no parameters, and is not computed.
-        temperature: of the contrasts, > 0.
+        weights: the weights of the three parts. A part of weight zero has no parameters and is not computed.
+        temperature: the temperature of the contrasts, > 0.
         threshold: the difference of positions below which slices are positives, > 0.
         gather_distributed: contrasts with the embeddings of all processes.
         batch_norm: whether the projection of the last map begins with a batch norm. False is the paper's projection.
@@ -54,21 +54,21 @@ class KAFPretrainingLoss(nn.Module):
             several processes use ``nn.SyncBatchNorm.convert_sync_batchnorm``.
         matcher_depth: the matcher's number of attention blocks.
         num_heads: the number of attention heads; divides ``embed_dim``.
-        iterations: of the matcher's Sinkhorn algorithm.
-        spatial_dims: the number of coordinates of a position of a keypoint.
+        iterations: the iterations of the matcher's Sinkhorn algorithm.
+        spatial_dims: the number of coordinates of a keypoint's position.
 
     Shape:
         - bottleneck: (2 B, C, *S).
         - positions: (2 B,), the slices' relative positions in their volumes, from 0 to 1.
-        - tokens: of each scale (2 B, N, E_i), as :class:`~kaf_layer.KAFEncoder` gives.
-        - keypoints: of all 2 B images.
+        - tokens: (2 B, N, E_i) for each scale, as :class:`~kaf_layer.KAFEncoder` gives.
+        - keypoints: the keypoints of all 2 B images.
         - matches: from the first half's keypoints to the second half's, B samples.
         - result: :class:`PretrainingLosses`.
 
     Raises:
-        TypeError: if an input that a part needs is of another type.
-        ValueError: if an input that a part needs is missing or does not fit, positions are outside of [0, 1], or
-            weights make no sense. Of positions on an accelerator see :class:`PCLLoss`.
+        TypeError: if an input that a part needs has another type.
+        ValueError: if an input that a part needs is missing or does not fit, positions are outside [0, 1], or
+            weights are negative or all zero. For positions on an accelerator see :class:`PCLLoss`.
 
     Example:
         >>> keypoints = Keypoints(torch.rand(4, 5, 2) * 8, torch.ones(4, 5, dtype=torch.bool), (8, 12))
@@ -126,13 +126,21 @@ class KAFPretrainingLoss(nn.Module):
         keypoints: Keypoints | None = None,
         matches: Matches | None = None,
     ) -> PretrainingLosses:
-        """Returns the total and its parts; what a part of weight zero would take may be left out."""
+        """Computes the total and its parts. Inputs that only a part of weight zero needs may be left out.
+
+        Args:
+            bottleneck: (2 B, C, *S), the encoder's last map.
+            positions: (2 B,), the slices' relative positions in their volumes, from 0 to 1.
+            tokens: (2 B, N, E_i) for each scale.
+            keypoints: the keypoints of all 2 B images.
+            matches: from the first half's keypoints to the second half's.
+        """
         check_floats(bottleneck=bottleneck)
         tokens = [tokens] if isinstance(tokens, Tensor) else tokens
         parts = [torch.zeros((), device=bottleneck.device)] * 3
         if self.projector is not None:
             pooled = _pooled(bottleneck, self.projector)
-            # Fewer than two images have no statistics; a contrast of one is refused.
+            # Fewer than two images have no statistics; the contrast refuses one.
             pooled = pooled if self.norm is None or len(pooled) < 2 else self.norm(pooled)
             embeddings = self.projector(pooled)
             parts[0] = self.contrast(embeddings[:, None], positions)
@@ -170,7 +178,7 @@ def _pooled(bottleneck: Annotated[Tensor, "2B C *S"], projector: nn.Sequential) 
 def _merged(
     tokens: Sequence[Annotated[Tensor, "2B N E_i"]], keypoints: Keypoints, token_mlp: nn.Sequential
 ) -> Annotated[Tensor, "2B N E"]:
-    """The tokens of all scales side by side, zero where not valid."""
+    """The tokens of all scales, concatenated, and zero in slots that are not valid."""
     check_keypoints(keypoints=keypoints)
     weight = next(token_mlp.parameters())
     for scale in tokens:

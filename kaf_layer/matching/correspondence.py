@@ -39,7 +39,7 @@ class Matches:
     inverse: Annotated[Tensor, "B N_b"]
 
     def __post_init__(self) -> None:
-        # Pytree transformations put other things than tensors into the fields.
+        # Pytree transformations put objects other than tensors into the fields.
         if isinstance(self.indices, Tensor) and isinstance(self.inverse, Tensor):
             if self.indices.ndim != 2 or self.inverse.ndim != 2 or len(self.indices) != len(self.inverse):
                 raise ValueError(
@@ -50,23 +50,28 @@ class Matches:
                 raise ValueError(f"indices and inverse must be long, got {self.indices.dtype} and {self.inverse.dtype}")
 
     def to(self, *args: Any, **kwargs: Any) -> Matches:
-        """As :meth:`torch.Tensor.to`; the indices stay long."""
+        """Moves the indices like :meth:`torch.Tensor.to`; they stay long."""
         return Matches(self.indices.to(*args, **kwargs).long(), self.inverse.to(*args, **kwargs).long())
 
     def pin_memory(self) -> Matches:
-        """The same matches in page-locked memory, as a ``DataLoader`` asks."""
+        """The same matches in page-locked memory; a ``DataLoader`` calls this."""
         return Matches(self.indices.pin_memory(), self.inverse.pin_memory())
 
     def among(self, a: Keypoints, b: Keypoints) -> Matches:
-        """The matches of which both keypoints are valid, as after an augmentation of either image."""
+        """Keeps the matches of which both keypoints are valid, for example after an augmentation of either image.
+
+        Args:
+            a: the keypoints of the first images.
+            b: the keypoints of the second images.
+        """
         return Matches(_among(self.indices, a.valid, b.valid), _among(self.inverse, b.valid, a.valid))
 
 
 def check_matches(matches: Matches) -> None:
-    """Checks that an argument is matches.
+    """Checks that an argument is :class:`Matches`.
 
     Raises:
-        TypeError: if it is no :class:`Matches`, or holds anything but tensors.
+        TypeError: if it is not, or does not hold tensors.
     """
     if not isinstance(matches, Matches):
         raise TypeError(f"matches must be Matches, got {type(matches).__name__}")
@@ -79,21 +84,21 @@ torch.export.register_dataclass(Matches, serialized_type_name="kaf_layer.Matches
 def match_keypoints(a: Keypoints, b: Keypoints, *, max_distance: float = 30.0, mutual: bool = True) -> Matches:
     """Matches each keypoint with the most similar one nearby (Section 3.2 of the paper).
 
-    Candidates are the keypoints of the other image within a Manhattan distance; of these the one with
-    the nearest descriptor (L2) is taken. For neighbouring slices of a volume, or unaligned images of one organ.
+    The candidates of a keypoint are the keypoints of the other image within a Manhattan distance. Its partner is the
+    candidate with the nearest descriptor (L2). Use it for neighbouring slices of a volume, or images of one organ.
 
     Args:
         a: keypoints with descriptors, of B images.
         b: keypoints with descriptors, of B images of the same size.
-        max_distance: in pixels, inclusive.
-        mutual: keep a pair only if each is the other's best. Otherwise each keypoint of either side has its best
-            candidate as its partner, and one keypoint may be the partner of several.
+        max_distance: the largest Manhattan distance, in pixels, inclusive.
+        mutual: whether to keep a pair only if each is the other's best. Otherwise every keypoint on either side gets
+            its best candidate, and a keypoint may be the partner of several.
 
     Returns:
         The partners of both sides, -1 where there is none and in slots that are not valid.
 
     Raises:
-        TypeError: if a or b are no :class:`~kaf_layer.Keypoints`.
+        TypeError: if a or b is not :class:`~kaf_layer.Keypoints`.
         ValueError: if descriptors are missing, or image sizes, batch sizes or descriptors do not fit.
 
     Example:
@@ -109,7 +114,7 @@ def match_keypoints(a: Keypoints, b: Keypoints, *, max_distance: float = 30.0, m
     positions_a, positions_b = a.positions_in(a.image_size), b.positions_in(b.image_size)
     manhattan = (positions_a[:, :, None] - positions_b[:, None]).abs().sum(dim=-1)
     candidate = (manhattan <= max_distance) & a.valid[:, :, None] & b.valid[:, None]
-    # Without the matrix product, which is inexact enough to confuse near duplicates.
+    # Without a matrix product, whose rounding could confuse near duplicates.
     difference = torch.cdist(left, right, compute_mode="donot_use_mm_for_euclid_dist")
     difference = difference.masked_fill(~candidate, torch.inf)
     indices = _nearest(difference)
@@ -150,7 +155,7 @@ def _at(values: Annotated[Tensor, "B N"], indices: Annotated[Tensor, "B M"], *, 
 
 
 def _descriptors(a: Keypoints, b: Keypoints) -> tuple[Tensor, Tensor]:
-    """The descriptors of both, without gradient, zero where not valid."""
+    """The descriptors of both, without gradient, and zero in slots that are not valid."""
     check_keypoints(a=a, b=b)
     if a.descriptors is None or b.descriptors is None:
         missing = [name for name, keypoints in (("a", a), ("b", b)) if keypoints.descriptors is None]

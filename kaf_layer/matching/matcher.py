@@ -20,14 +20,14 @@ __all__ = ["KeypointMatcher"]
 class KeypointMatcher(nn.Module):
     """SuperGlue's matching network (Sarlin et al., CVPR 2020, Sections 3.1 and 3.2).
 
-    Blocks of attention, in turn within each image and across to the other, then the scaled products of
-    all pairs, then optimal transport with a learned dustbin for keypoints without a partner.
+    Attention blocks alternate between attention within each image and to the other image. Then the products of all
+    pairs are scaled, and optimal transport assigns partners, with a learned dustbin for keypoints without one.
 
     Args:
         embed_dim: E, the channels of a token.
-        depth: the number of blocks; every other one attends across.
+        depth: the number of blocks; every second one attends to the other image.
         num_heads: the number of attention heads; divides ``embed_dim``.
-        iterations: of Sinkhorn's algorithm.
+        iterations: the iterations of Sinkhorn's algorithm.
         position: how attention knows where keypoints are, as in :class:`~kaf_layer.KeypointTransformer`. Queries and
             keys are rotated within an image only, since differences between positions in two images mean nothing.
         spatial_dims: the number of coordinates of a position.
@@ -35,11 +35,11 @@ class KeypointMatcher(nn.Module):
     Shape:
         - tokens_a: (B, N_a, E), one for each slot of keypoints_a.
         - tokens_b: (B, N_b, E), one for each slot of keypoints_b.
-        - result: (B, N_a + 1, N_b + 1) log-probabilities, see :func:`~kaf_layer.matching.log_sinkhorn`; the last
-          column and row are the dustbins, and slots that are not valid have -inf.
+        - result: (B, N_a + 1, N_b + 1) log-probabilities, see :func:`~kaf_layer.matching.log_sinkhorn`. The last
+          column and row are the dustbins. Slots that are not valid have -inf.
 
     Raises:
-        TypeError: if an argument is of another type.
+        TypeError: if an argument has another type.
         ValueError: if tokens do not fit their keypoints or the weights' type, or the batch sizes differ.
 
     Example:
@@ -86,7 +86,17 @@ class KeypointMatcher(nn.Module):
         tokens_b: Annotated[Tensor, "B N_b E"],
         keypoints_b: Keypoints,
     ) -> Annotated[Tensor, "B N_a+1 N_b+1"]:
-        """Log-probabilities of every pair, and of having no partner."""
+        """Computes the log-probabilities of every pair, and of having no partner.
+
+        Args:
+            tokens_a: (B, N_a, E), one for each slot of keypoints_a.
+            keypoints_a: the keypoints of one image of each pair.
+            tokens_b: (B, N_b, E), one for each slot of keypoints_b.
+            keypoints_b: the keypoints of the other image.
+
+        Returns:
+            (B, N_a + 1, N_b + 1).
+        """
         check_tokens(tokens_a, keypoints_a, channels=self.embed_dim, side="_a")
         check_tokens(tokens_b, keypoints_b, channels=self.embed_dim, side="_b")
         check_precision(self, tokens_a=tokens_a, tokens_b=tokens_b)

@@ -1,8 +1,8 @@
-"""Keypoints, matches, attention, self-similarity and labels, drawn on matplotlib axes (the extra ``plot``).
+"""Draws keypoints, matches, attention, self-similarity and labels on matplotlib axes (needs the extra ``plot``).
 
 Each function draws on axes that the caller owns, so that figures are laid out, titled and saved as usual. Its arguments
-are the axes, the image, and then what is drawn on the image. Images and maps are tensors of any device, without a batch
-axis. matplotlib is loaded when something is drawn, not when this module is imported.
+are the axes, the image, and then what is drawn on the image. Images and maps are tensors without a batch axis, on any
+device. matplotlib is loaded when something is drawn, not when this module is imported.
 """
 
 from kaf_layer.plotting.attention import draw_attention

@@ -1,4 +1,4 @@
-"""An image, and the outlines of its labels."""
+"""Draws an image, and the outlines of its labels."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ if TYPE_CHECKING:
 
 __all__ = ["COLORS", "draw_image", "draw_labels"]
 
-# Okabe and Ito's colours, which the colour-blind tell apart.
+# Okabe and Ito's colours, which colour-blind people can distinguish.
 COLORS = ("#e69f00", "#56b4e9", "#cc79a7", "#f0e442", "#009e73", "#d55e00", "#0072b2")
 
 
 def draw_image(axes: Axes, image: Annotated[Tensor, "H W"], **style: Any) -> AxesImage:
-    """Shows an image in grey, from its darkest to its 99.5th percentile, without an axis.
+    """Draws an image in grey, from its minimum to its 99.5th percentile, without axes.
 
     Args:
-        axes: matplotlib's.
+        axes: matplotlib axes.
         image: (H, W), of any range.
-        style: for ``Axes.imshow``.
+        style: options of ``Axes.imshow``.
 
     Raises:
         ValueError: if the image is not (H, W).
@@ -51,14 +51,14 @@ def draw_labels(
     fill: float = 0.0,
     **style: Any,
 ) -> list[int]:
-    """Shows an image and draws the outline of each label but 0 on it; returns the labels that there are.
+    """Draws an image and the outline of each label except 0; returns the labels that it found.
 
     Args:
-        axes: matplotlib's.
-        image: (H, W). None draws on what is on the axes already, in pixels of the image.
+        axes: matplotlib axes.
+        image: (H, W). None draws on what the axes already show, in pixels of the image.
         labels: (H, W), whole numbers.
-        fill: opacity of the inside, from 0 to 1.
-        style: for ``Axes.contour``.
+        fill: the opacity of the inside, from 0 to 1.
+        style: options of ``Axes.contour``.
 
     Example:
         >>> from matplotlib.figure import Figure

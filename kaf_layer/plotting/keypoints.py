@@ -1,4 +1,4 @@
-"""Keypoints, and lines between matched ones."""
+"""Draws keypoints, and lines between matched ones."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ __all__ = ["draw_keypoints", "draw_matches", "positions_of_one"]
 
 
 def draw_keypoints(axes: Axes, image: Annotated[Tensor, "H W"] | None, keypoints: Keypoints, **style: Any) -> int:
-    """Shows an image and marks the keypoints of one sample on it; returns how many there are.
+    """Draws an image and the keypoints of one sample; returns the number of keypoints.
 
     Args:
-        axes: matplotlib's.
-        image: (H, W). None draws on what is on the axes already, in pixels of the image.
-        keypoints: of one sample, 2-D.
-        style: for ``Axes.scatter``; by default yellow dots.
+        axes: matplotlib axes.
+        image: (H, W). None draws on what the axes already show, in pixels of the image.
+        keypoints: the keypoints of one sample, in 2-D.
+        style: options of ``Axes.scatter``; by default yellow dots.
 
     Raises:
         ValueError: if the keypoints are a batch, or not 2-D.
@@ -54,17 +54,17 @@ def draw_matches(
     gap: int = 4,
     **style: Any,
 ) -> int:
-    """Shows two images side by side, their keypoints, and a line between partners; returns the number of lines.
+    """Draws two images side by side, their keypoints, and a line between partners; returns the number of lines.
 
     Args:
-        axes: matplotlib's.
+        axes: matplotlib axes.
         image_a: (H, W), on the left.
-        keypoints_a: of one sample.
+        keypoints_a: the keypoints of one sample.
         image_b: (H, W), on the right, of the same height.
-        keypoints_b: of one sample.
-        matches: of one pair, in a batch of one.
-        gap: between the images, in pixels.
-        style: for the lines, ``Axes.plot``; by default each has a colour by its height in the left image.
+        keypoints_b: the keypoints of one sample.
+        matches: the matches of this pair, in a batch of one.
+        gap: the gap between the images, in pixels.
+        style: options of ``Axes.plot`` for the lines. By default a line's colour shows its height in the left image.
 
     Raises:
         ValueError: if the images' heights differ, or the matches are not of one pair of these keypoints.
@@ -99,7 +99,7 @@ def draw_matches(
 
 
 def positions_of_one(keypoints: Keypoints) -> Annotated[Tensor, "N 2"]:
-    """The positions of one sample on the CPU, without gradient.
+    """The positions of one sample, on the CPU and without gradient.
 
     Raises:
         ValueError: if the keypoints are a batch, or not 2-D.
