@@ -11,13 +11,12 @@ from torch import Tensor
 
 pretrain = pytest.importorskip("examples.protocol.pretrain", reason="the extra train is not here")
 from examples.protocol import augmentation, files  # noqa: E402  # after the skip
-from examples.protocol.methods import METHODS, caid, glcl, pirl, rotation  # noqa: E402
+from examples.protocol.methods import METHODS, caid, glcl, pirl, rotation, simclr, ssl  # noqa: E402
 from examples.protocol.methods.base import join  # noqa: E402
 from examples.protocol.networks import build_model, weights_of  # noqa: E402
 from examples.protocol.phantom import Volume  # noqa: E402
 from examples.protocol.stacks import Stack, prepare  # noqa: E402
 from kaf_layer import GridDetector, Keypoints  # noqa: E402
-from kaf_layer.losses import pcl_loss  # noqa: E402
 
 SMALL = ["--patch", "48", "36", "--levels", "3", "--width", "8", "--embed-dim", "16", "--depth", "1", "--folds", "2"]
 
@@ -52,7 +51,7 @@ def test_simclr_is_nt_xent() -> None:
     """Our PCLLoss, where only views of one slice are positives, is pytorch-metric-learning's NT-Xent."""
     losses = pytest.importorskip("pytorch_metric_learning.losses")
     z, numbers = embeddings(14), torch.tensor([0, 9, 3, 4, 100, 6, 8])
-    ours = pcl_loss(torch.stack(z.chunk(2), dim=1), numbers.float(), temperature=0.2, threshold=0.5)
+    ours = simclr.InstanceContrast(101, temperature=0.2)(*z.chunk(2), numbers)
     same(ours, losses.NTXentLoss(temperature=0.2)(z, numbers.repeat(2)), z)
 
 
@@ -135,6 +134,55 @@ def test_keypoints_turn_with_their_images() -> None:
     assert joined[3 + 2].positions.equal(turned[1][1][2].positions)
 
 
+def test_each_image_turns_by_itself_with_its_keypoints() -> None:
+    keypoints = on_pixels((9, 9))
+    images, turns = marked(keypoints), torch.tensor([3, 0, 1])
+    turned, moved = ssl.turn_each(images, keypoints, turns)
+    assert seen(turned, moved) == keypoints.valid.sum()
+    assert turned[0, 0].equal(images[0, 0].T.flip(1))  # three quarters against the clock are one with it
+    assert turned[2, 0].equal(images[2, 0].T.flip(0))
+
+
+def test_a_share_of_each_image_is_cut_out() -> None:
+    torch.manual_seed(0)
+    images = 1 + torch.rand(20, 2, 24, 36)
+    cut = ssl.cut_out(images)
+    hidden = (cut == 0).all(1)
+    assert cut.equal(images.where(~hidden[:, None], 0.0))  # the rest is as it was
+    shares = hidden.float().mean((1, 2))
+    assert shares.min() >= 0.3
+    assert shares.max() < 0.3 + 1 / 9  # the last rectangle is a third of each side at most
+    assert len({tuple(mask.flatten().tolist()) for mask in hidden}) == 20
+    # Whole rectangles: a hidden pixel has a hidden neighbour in each direction.
+    along = [hidden & (hidden.roll(1, axis) | hidden.roll(-1, axis)) for axis in (1, 2)]
+    assert all(mask.equal(hidden) for mask in along)
+
+
+def test_the_three_losses_of_swin_unetrs_pretraining(stacks: list[Stack]) -> None:
+    """Inpainting and rotation against loops, the contrast against pytorch-metric-learning's NT-Xent."""
+    losses = pytest.importorskip("pytorch_metric_learning.losses")
+    chosen = options("--model", "kaf-unet", "--method", "ssl", "--temperature", "0.2")
+    samples = METHODS["ssl"].samples(stacks, chosen)
+    method = METHODS["ssl"](build_model(chosen), samples, chosen)
+    samples = samples[::3]
+    inputs = method.draw(samples, augmentation.Augmentation(), torch.device("cpu"))
+    images, keypoints, originals, turns, _ = inputs
+    assert images.shape == originals.shape == (2 * len(samples), 1, 36, 36)
+    found = method(*inputs)
+    features = method.encoder(images, keypoints).features[-1]
+    painted, vectors = method.decoder(features), features.mean((2, 3))
+    differences = [abs(a - b) for a, b in zip(painted.flatten().tolist(), originals.flatten().tolist(), strict=True)]
+    assert found["inpainting"].item() == pytest.approx(sum(differences) / len(differences), rel=1e-4)
+    likelihoods = method.turn_head(vectors).softmax(1)
+    surprise = [-row[turn].log().item() for row, turn in zip(likelihoods, turns.tolist(), strict=True)]
+    assert found["rotation"].item() == pytest.approx(sum(surprise) / len(surprise), rel=1e-4)
+    pairs = torch.arange(len(samples)).repeat(2)
+    expected = losses.NTXentLoss(temperature=0.2)(method.projector(vectors), pairs)
+    assert found["contrast"].item() == pytest.approx(expected.item(), rel=1e-4)
+    parts = [found[name].item() for name in ("inpainting", "rotation", "contrast")]
+    assert found["loss"].item() == pytest.approx(sum(parts), rel=1e-5)
+
+
 @pytest.mark.parametrize("divisor", [1, 4])
 def test_pieces_of_a_jigsaw_have_their_keypoints(divisor: int) -> None:
     keypoints = on_pixels((26, 39))
@@ -208,7 +256,7 @@ def test_the_memory_moves_halfway() -> None:
         ("kaf-fcn", "48", ("rotation",)),
         ("unet-c2", "48", ("glcl",)),
         ("swin-unet", "32", ("simclr", "caid")),
-        ("swin-unetr", "32", ("pcl",)),
+        ("swin-unetr", "32", ("pcl", "ssl")),
     ],
 )
 def test_methods_train_all_of_an_encoder(stacks: list[Stack], model: str, edge: str, names: tuple[str, ...]) -> None:
@@ -236,6 +284,7 @@ CHANCE = {
     "glcl-global": 2.0,
     "glcl": 2.0,
     "caid": 20.0,
+    "ssl": 2.0 + 1.386 + 2.398,
 }
 
 
@@ -243,7 +292,7 @@ CHANCE = {
 def test_methods_learn(stacks: list[Stack], tmp_path: Path, name: str) -> None:
     recipe = ["--model", "unet", "--optimizer", "adam", "--lr", "0.01", "--epochs", "8", "--steps-per-epoch", "5"]
     recipe += ["--batch", "6", "--save-every", "8", "--method", name, "--output", str(tmp_path)]
-    longer = ["--epochs", "16", "--lr", "0.003"] if name == "pirl" else []  # its memory is random to begin with
+    longer = ["--epochs", "16", "--lr", "0.003"] if name in ("pirl", "ssl") else []  # whose heads begin far off
     pretrain.main([*SMALL, *recipe, *longer], stacks=stacks)
     losses = files.load(tmp_path / "checkpoint.pt")["losses"]
     assert sum(losses[-3:]) / 3 < 0.96 * CHANCE[name], losses

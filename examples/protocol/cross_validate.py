@@ -6,7 +6,7 @@
 
 A method is a network of finetune.py --model, trained from random weights; behind a "+" is what its encoder is
 pretrained by on all training subjects of the fold, a method of pretrain.py: "kaf", all of Eq. 3, "pcl", its positional
-contrast alone, "simclr", "rotation", "pirl", "glcl-global", "glcl" or "caid".
+contrast alone, "simclr", "rotation", "pirl", "glcl-global", "glcl", "caid" or "ssl".
 Options of its own may follow, for ablations: --methods kaf-unet "kaf-unet --fusion add --epochs 80", those that all
 scripts know if it is pretrained: "kaf-unet+kaf --depth 2". Other options go to pretrain.py and finetune.py, those in
 --pretrain "..." and --finetune "..." to one of them. What was killed goes on where it was, by the same command. Writes

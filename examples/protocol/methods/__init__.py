@@ -7,6 +7,7 @@ from examples.protocol.methods.kaf import KAF, PCL
 from examples.protocol.methods.pirl import PIRL
 from examples.protocol.methods.rotation import Rotation
 from examples.protocol.methods.simclr import SimCLR
+from examples.protocol.methods.ssl import SSL
 
 __all__ = ["METHODS", "Pretraining"]
 
@@ -19,4 +20,5 @@ METHODS: dict[str, type[Pretraining]] = {
     "glcl-global": GlobalGLCL,
     "glcl": GLCL,
     "caid": CAiD,
+    "ssl": SSL,
 }

@@ -1,6 +1,7 @@
 """SimCLR (Chen et al., "A simple framework for contrastive learning of visual representations", 2020).
 
-Its loss NT-Xent is our PCLLoss where only the views of one slice are positives: with the slices' numbers for positions.
+Its loss NT-Xent is our PCLLoss where only the views of one slice are positives: in place of positions it gets the
+slices' numbers, divided by how many there are.
 """
 
 import argparse
@@ -15,6 +16,18 @@ from examples.protocol.methods.base import Pretraining, Slice, head, numbers, vi
 from kaf_layer import Keypoints, PCLLoss
 
 
+class InstanceContrast(nn.Module):
+    """NT-Xent of two views (B, E) of slices with the numbers (B,), of so many slices; over all processes."""
+
+    def __init__(self, slices: int, *, temperature: float) -> None:
+        super().__init__()
+        self.slices = max(1, slices)
+        self.loss = PCLLoss(temperature=temperature, threshold=0.5 / self.slices, gather_distributed=True)
+
+    def forward(self, one: Tensor, other: Tensor, numbers: Tensor) -> Tensor:
+        return self.loss(torch.stack([one, other], dim=1), numbers / self.slices)
+
+
 class SimCLR(Pretraining):
     """Two views of each slice find each other among the views of the batch, those of other processes too."""
 
@@ -23,11 +36,11 @@ class SimCLR(Pretraining):
     def __init__(self, network: nn.Module, samples: Sequence[Slice], options: argparse.Namespace) -> None:
         super().__init__(network, samples, options)
         self.projector = head(self.channels, self.embed_dim, self.embed_dim)
-        self.contrast = PCLLoss(temperature=options.temperature, threshold=0.5, gather_distributed=True)
+        self.contrast = InstanceContrast(len(samples), temperature=options.temperature)
 
     def draw(self, samples: Sequence[Slice], augment: Augmentation, device: torch.device) -> tuple[Any, ...]:
         return *views(samples, augment, device, count=2), numbers(samples, device)
 
     def forward(self, images: Tensor, keypoints: Keypoints, numbers: Tensor) -> dict[str, Tensor]:
         one, other = self.projector(self.embed(images, keypoints)).chunk(2)
-        return {"loss": self.contrast(torch.stack([one, other], dim=1), numbers.float())}
+        return {"loss": self.contrast(one, other, numbers)}

@@ -1,0 +1,72 @@
+"""SwinUNETR's own pretraining: inpainting, rotation and contrastive coding, all at once.
+
+Tang et al., "Self-supervised pre-training of Swin transformers for 3D medical image analysis", 2022. As theirs are the
+three losses with equal weights, the L1 norm of what is painted, and the share that is cut out. Theirs learns from
+volumes, turned about their long axis; this one learns from slices.
+"""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from examples.protocol.augmentation import Augmentation
+from examples.protocol.methods.base import Pretraining, Slice, head, join, numbers, pooled, views
+from examples.protocol.methods.caid import decoder
+from examples.protocol.methods.rotation import middle, turn
+from examples.protocol.methods.simclr import InstanceContrast
+from kaf_layer import Keypoints
+
+SHARE = 0.3  # of each image that is cut out
+
+
+class SSL(Pretraining):
+    """From a slice that was turned and has holes: paints the holes, tells the turn, finds the slice's other view."""
+
+    title = "inpainting, rotation and contrast"
+
+    def __init__(self, network: nn.Module, samples: Sequence[Slice], options: argparse.Namespace) -> None:
+        super().__init__(network, samples, options)
+        self.decoder = decoder(self.channels, self.stride)
+        self.turn_head = head(self.channels, 4)
+        self.projector = head(self.channels, self.embed_dim)
+        self.contrast = InstanceContrast(len(samples), temperature=options.temperature)
+
+    def draw(self, samples: Sequence[Slice], augment: Augmentation, device: torch.device) -> tuple[Any, ...]:
+        images, keypoints = middle(*views(samples, augment, device, count=2))
+        turns = torch.randint(4, (len(images),)).to(device)
+        images, keypoints = turn_each(images, keypoints, turns)
+        return cut_out(images), keypoints, images, turns, numbers(samples, device)
+
+    def forward(
+        self, images: Tensor, keypoints: Keypoints, originals: Tensor, turns: Tensor, numbers: Tensor
+    ) -> dict[str, Tensor]:
+        features = self.encoder(images, keypoints).features[-1]
+        inpainting = F.l1_loss(self.decoder(features).float(), originals)
+        embeddings = pooled(features)
+        rotation = F.cross_entropy(self.turn_head(embeddings), turns)
+        contrast = self.contrast(*self.projector(embeddings).chunk(2), numbers)
+        parts = {"inpainting": inpainting, "rotation": rotation, "contrast": contrast}
+        return {"loss": inpainting + rotation + contrast} | {name: part.detach() for name, part in parts.items()}
+
+
+def turn_each(images: Tensor, keypoints: Keypoints, turns: Tensor) -> tuple[Tensor, Keypoints]:
+    """Square images, each turned by its own number of quarters, with their keypoints."""
+    ways = [turn(images, keypoints, times) for times in range(4)]
+    chosen = turns * len(images) + torch.arange(len(images), device=turns.device)
+    return torch.cat([turned for turned, _ in ways])[chosen], join([moved for _, moved in ways])[chosen]
+
+
+def cut_out(images: Tensor) -> Tensor:
+    """Images (B, C, H, W) with rectangles of zeros, the mean of a volume, which cover at least ``SHARE`` of each."""
+    size = images.shape[2:]
+    hidden = torch.zeros(len(images), 1, *size, dtype=torch.bool)
+    for mask in hidden[:, 0]:
+        while mask.float().mean() < SHARE:
+            edges = [int(torch.randint(max(1, side // 8), side // 3 + 1, ())) for side in size]
+            top, left = (int(torch.randint(side - edge + 1, ())) for side, edge in zip(size, edges, strict=True))
+            mask[top : top + edges[0], left : left + edges[1]] = True
+    return images.masked_fill(hidden.to(images.device), 0.0)
