@@ -103,11 +103,10 @@ def _gradients(
     gradient.
     """
     axis = (torch.arange(samples + 2, device=scale.device, dtype=scale.dtype) - (samples + 1) / 2) * step
-    cosine, sine = angle.cos() * scale, angle.sin() * scale
-    u, v = axis, axis[:, None]
-    x = centre[..., 0, None, None] + u * cosine[..., None, None] - v * sine[..., None, None]
-    y = centre[..., 1, None, None] + u * sine[..., None, None] + v * cosine[..., None, None]
-    patch, inside = _sample(space, extrema, x, y)
+    v, u = torch.meshgrid(axis, axis, indexing="ij")
+    cosine, sine = ((wave * scale)[..., None, None, None] for wave in (angle.cos(), angle.sin()))
+    points = centre[..., None, None] + torch.stack([u, v]) * cosine + torch.stack([-v, u]) * sine
+    patch, inside = _sample(space, extrema, points)
     du = patch[..., 1:-1, 2:] - patch[..., 1:-1, :-2]
     dv = patch[..., 2:, 1:-1] - patch[..., :-2, 1:-1]
     square = du**2 + dv**2
@@ -117,14 +116,16 @@ def _gradients(
     return magnitude.flatten(-2), torch.atan2(dv, torch.where(exists, du, 1.0)).flatten(-2)
 
 
-def _sample(space: ScaleSpace, extrema: Extrema, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Bilinear samples (B, N, S, S) of each extremum's own layer, and which of them lie inside it."""
-    height, width = (size[..., None, None] for size in extrema.size.unbind(-1))
-    inside = (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
-    left = x.detach().floor().long().clamp(min=0).minimum(width - 2)
-    top = y.detach().floor().long().clamp(min=0).minimum(height - 2)
+def _sample(
+    space: ScaleSpace, extrema: Extrema, points: Annotated[Tensor, "B N 2 S S"]
+) -> tuple[Annotated[Tensor, "B N S S"], Annotated[Tensor, "B N S S"]]:
+    """Bilinear samples of each extremum's own layer at ``(x, y)``, and which of them lie inside it."""
+    last = (extrema.size.flip(-1) - 1)[..., None, None]
+    inside = ((points >= 0) & (points <= last)).all(2)
+    corner = points.detach().floor().long().clamp(min=0).minimum(last - 1)
+    (left, top), (x, y) = corner.unbind(2), (points - corner).unbind(2)
     layer = extrema.pixel[..., 0] * extrema.size.prod(-1)
-    index = (extrema.start + layer)[..., None, None] + top * width + left
-    x, y = x - left, y - top
-    upper, lower = (torch.lerp(space.take(row), space.take(row + 1), x) for row in (index, index + width))
-    return torch.lerp(upper, lower, y), inside
+    width = extrema.size[..., 1, None, None]
+    upper = (extrema.start + layer)[..., None, None] + top * width + left
+    above, below = (torch.lerp(space.take(row), space.take(row + 1), x) for row in (upper, upper + width))
+    return torch.lerp(above, below, y), inside

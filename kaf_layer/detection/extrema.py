@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kaf_layer.detection.neighbours import is_extremum
+from kaf_layer.detection.neighbours import extremal_strength, is_extremum
 from kaf_layer.detection.quadratic import FAR, Fit, fit_quadratic, is_corner
 from kaf_layer.detection.scale_space import ScaleSpace
 
-__all__ = ["Extrema", "find_extrema", "locate", "refine", "select"]
+__all__ = ["Extrema", "Place", "find_extrema", "locate", "refine", "select"]
 
 STEPS = 5  # an extremum that has not settled by then is given up, as in OpenCV
 STRIP = 2**17  # pixels that a CPU searches at a time: memory that is small enough is reused, not asked for again
 THINNEST = 8  # the fewest rows, or slices, of a strip: their neighbours are searched along with them
-DENSITY = {2: 64, 3: 512}  # without a count, room for one extremum in so many: white noise has one in 1500 and 11000
+DENSITY = 64  # with a fixed number of slots, one at most for so many pixels: white noise has one extremum in 1500
 
 
 class Extrema(NamedTuple):
@@ -44,6 +45,16 @@ class Extrema(NamedTuple):
             index = index * size + pixel
         return self.start + index
 
+    def stencil(self) -> Annotated[Tensor, "... 4 *3"]:
+        """What is added to the position to reach the neighbours: one pixel to either side; four layers."""
+        steps = torch.arange(-1, 3, device=self.start.device)
+        offsets, stride = steps[:3], None
+        for axis, size in enumerate(reversed(self.size.unbind(-1)), start=1):
+            stride = size if stride is None else stride * size
+            along = steps if axis == self.size.shape[-1] else steps[:3]  # four Gaussians have three differences
+            offsets = offsets.unsqueeze(-axis - 1) + (stride[..., None] * along)[(..., *(None,) * axis)]
+        return offsets
+
     def take(self, index: Tensor) -> Extrema:
         """The pixels at ``index`` of the first axis, in its shape."""
         return Extrema(*(v.index_select(0, index.flatten()).view(*index.shape, *v.shape[1:]) for v in self))
@@ -55,42 +66,62 @@ class Extrema(NamedTuple):
         return Extrema(*(v.gather(1, column) for v, column in zip(self, columns, strict=True)))
 
 
-def find_extrema(space: ScaleSpace, *, threshold: float, static: bool) -> tuple[Extrema, Annotated[Tensor, "C"]]:
+def find_extrema(space: ScaleSpace, *, threshold: float, room: int | None) -> tuple[Extrema, Annotated[Tensor, "C"]]:
     """The pixels of all images that are extrema among their neighbours, and which of the slots hold one.
 
     Args:
         space: the scale space. A pixel of an image is compared with the 26 others of its neighbourhood, a voxel with
             its 6 neighbours and itself in the layers below and above.
         threshold: the least magnitude, in units of the image.
-        static: do not ask how many there are, which would wait for the device, but make room for
-            one in DENSITY pixels of each octave.
+        room: the most that are taken of each octave of an image, the strongest ones; smaller octaves have fewer slots.
+            None makes as many slots as there are extrema, which waits for the device.
     """
-    found, start, border = [], 0, space.border
+    search = _all if room is None else partial(_strongest, room=room)
+    found, rows, start = [], [], 0
     for grid, gaussians in zip(space.grids, space.octaves(), strict=True):
-        rows = grid.size[0] - 2 * border
-        strip = rows if static else max(THINNEST, STRIP // math.prod(grid.size[1:]))
-        strips = (gaussians[:, :, y : y + strip + 2 * border] for y in range(0, rows, strip))
-        mask = torch.cat([is_extremum(part, threshold, border) for part in strips], dim=2)
-        if static:
-            room = mask[0].numel() // DENSITY[len(grid.size)] + 1
-            mask = mask & (mask.flatten(1).cumsum(1, dtype=torch.int32) <= room).view_as(mask)
-            slots = torch.nonzero_static(mask, size=mask.shape[0] * room, fill_value=-1)
-        else:
-            slots = F.pad(mask.nonzero(), (0, 0, 0, 1), value=-1)
-        image, layer, *place = slots.unbind(1)
-        size, stride = (_constant(values, image) for values in (grid.size, grid.stride))
-        pitch = _constant(grid.pitch, image.to(space.values.dtype))
-        # Empty slots hold a pixel that exists.
-        pixel = torch.stack([layer.clamp(min=0) + 1, *(value.clamp(min=0) + border for value in place)], dim=1)
-        found.append((image, image.clamp(min=0) * space.values.shape[1] + start, size, stride, pitch, pixel))
+        found.append(search(gaussians, threshold, space.border))
+        rows.append((start, *grid.size, *grid.stride))
         start += gaussians[0].numel()
-    extrema = Extrema(*(torch.cat(values) for values in zip(*found, strict=True)))
-    return extrema, extrema.image >= 0
+    image, valid, index = (torch.cat(values) for values in zip(*found, strict=True))
+    counts, dims = [slots.shape[0] for slots, *_ in found], len(space.grids[0].size)
+    starts, size, stride = _repeat(rows, counts, image).split([1, dims, dims], dim=1)
+    pitch = _repeat([grid.pitch for grid in space.grids], counts, space.values)
+    place: list[Tensor] = []
+    for length in reversed((size - 2 * space.border).unbind(1)):
+        place.insert(0, index % length + space.border)
+        index = index // length
+    pixel = torch.stack([index + 1, *place], dim=1)
+    return Extrema(image, starts[:, 0] + image * space.values.shape[1], size, stride, pitch, pixel), valid
 
 
-def _constant(values: Sequence[float], like: Annotated[Tensor, "C"]) -> Annotated[Tensor, "C D"]:
-    # A tensor of the values would be a synchronising copy on CUDA.
-    return torch.stack([torch.full_like(like, value) for value in values], dim=1)
+Found = tuple[Annotated[Tensor, "C"], Annotated[Tensor, "C"], Annotated[Tensor, "C"]]
+
+
+def _all(gaussians: Annotated[Tensor, "B layers+3 *S"], threshold: float, border: int) -> Found:
+    """Slots for the extrema of an octave: image, whether there is one, and its index among the pixels searched."""
+    rows = gaussians.shape[2] - 2 * border
+    strip = max(THINNEST, STRIP // math.prod(gaussians.shape[3:]))
+    strips = (gaussians[:, :, y : y + strip + 2 * border] for y in range(0, rows, strip))
+    mask = torch.cat([is_extremum(part, threshold, border) for part in strips], dim=2)
+    # At least one slot; it holds a pixel that exists.
+    image, index = F.pad(mask.flatten(1).nonzero(), (0, 0, 0, 1), value=-1).unbind(1)
+    return image.clamp(min=0), image >= 0, index.clamp(min=0)
+
+
+def _strongest(gaussians: Annotated[Tensor, "B layers+3 *S"], threshold: float, border: int, *, room: int) -> Found:
+    """The same for those of the largest differences, of which every image has so many slots."""
+    strength = extremal_strength(gaussians, border).flatten(1)
+    strength, index = strength.topk(min(room, strength.shape[1] // DENSITY + 1), sorted=False)
+    image = torch.arange(strength.shape[0], device=strength.device)[:, None].expand_as(index)
+    return image.flatten(), strength.flatten() > threshold, index.flatten()
+
+
+def _repeat(rows: Sequence[Sequence[float]], counts: Sequence[int], like: Tensor) -> Annotated[Tensor, "C n"]:
+    """Numbers of each octave, once for each of its slots."""
+    # A tensor of all numbers would be a synchronising copy on CUDA.
+    numbers = {number: like.new_full((), number) for number in {number for row in rows for number in row}}
+    lines = (torch.stack([numbers[number] for number in row]) for row in rows)
+    return torch.cat([line.expand(count, -1) for line, count in zip(lines, counts, strict=True)])
 
 
 def refine(
@@ -116,9 +147,10 @@ def refine(
         the moved extrema, which of them are keypoints, and their response: the magnitude of the contrast.
     """
     planar = extrema.size.shape[-1] == 2
+    stencil = extrema.stencil()
     if planar:
-        extrema, valid = _follow(space, extrema, valid, static=static)
-    result = fit(space, extrema, valid)
+        extrema, valid = _follow(space, extrema, valid, stencil, static=static)
+    result = fit(space, extrema, valid, stencil)
     if planar:
         valid = valid & (result.offset.abs() < 0.5).all(-1)  # else it has not settled
     response = result.contrast().abs()
@@ -128,23 +160,30 @@ def refine(
     return extrema, valid & corner & (response * space.layers >= contrast_threshold), response
 
 
-def _follow(space: ScaleSpace, extrema: Extrema, valid: Tensor, *, static: bool) -> tuple[Extrema, Tensor]:
+def _follow(
+    space: ScaleSpace, extrema: Extrema, valid: Tensor, stencil: Tensor, *, static: bool
+) -> tuple[Extrema, Tensor]:
     """Moves extrema of images to the pixel that their quadratic peaks in.
 
     In volumes extrema stay where they are: half of them would not settle, and the others are found again less often.
     """
-    moving = torch.arange(valid.shape[0], device=valid.device)
+    last = F.pad(extrema.size - (space.border + 1), (1, 0), value=space.layers)
+    first = F.pad(torch.full_like(extrema.size, space.border), (1, 0), value=1)
+    moving = None if static else torch.arange(valid.shape[0], device=valid.device)
     for _ in range(STEPS - 1):
-        old, alive = extrema.take(moving), valid[moving]
-        move = fit(space, old, alive).offset.clamp(-FAR, FAR).nan_to_num(FAR).round().long()
+        old, alive, around = extrema, valid, stencil
+        if moving is not None:
+            old, alive, around = extrema.take(moving), valid[moving], stencil[moving]
+        move = fit(space, old, alive, around).offset.clamp(-FAR, FAR).nan_to_num(FAR).round().long()
         new = old.pixel + move
-        layer, pixel = new[..., 0], new[..., 1:]
-        alive = alive & (layer >= 1) & (layer <= space.layers)
-        alive = alive & ((pixel >= space.border) & (pixel < old.size - space.border)).all(-1)
+        low, high = (first, last) if moving is None else (first[moving], last[moving])
+        alive = alive & ((new >= low) & (new <= high)).all(-1)
         new = torch.where(alive[:, None], new, old.pixel)
-        extrema = extrema._replace(pixel=extrema.pixel.index_copy(0, moving, new))
-        valid = valid.index_copy(0, moving, alive)
-        if not static:
+        if moving is None:
+            extrema, valid = extrema._replace(pixel=new), alive
+        else:
+            extrema = extrema._replace(pixel=extrema.pixel.index_copy(0, moving, new))
+            valid = valid.index_copy(0, moving, alive)
             moving = moving[alive & (move != 0).any(-1)]
     return extrema, valid
 
@@ -178,31 +217,34 @@ def select(
     return extrema.take(order[position.clamp(max=order.shape[0] - 1)]), position < last
 
 
-def locate(
-    space: ScaleSpace, extrema: Extrema, valid: Tensor
-) -> tuple[Annotated[Tensor, "... D"], Annotated[Tensor, "..."], Annotated[Tensor, "..."]]:
-    """The centre of each keypoint, (x, y) or (x, y, z), and its scale, in pixels of its octave; and its contrast.
+class Place(NamedTuple):
+    """Centres, ``(x, y)`` or ``(x, y, z)``, and scales, in pixels of the octave (of the finest axis); and contrasts."""
 
-    Differentiable. Scales are in pixels of the finest axis.
-    """
-    peak = fit(space, extrema, valid)
+    centre: Annotated[Tensor, "... D"]
+    scale: Annotated[Tensor, "..."]
+    contrast: Annotated[Tensor, "..."]
+
+    def gather(self, index: Annotated[Tensor, "B M"]) -> Place:
+        """Of (B, N) keypoints those at ``index`` of each image."""
+        centre = self.centre.gather(1, index[..., None].expand(-1, -1, self.centre.shape[-1]))
+        return Place(centre, self.scale.gather(1, index), self.contrast.gather(1, index))
+
+
+def locate(space: ScaleSpace, extrema: Extrema, valid: Tensor) -> Place:
+    """Where the keypoints are, between pixels, and their contrast. Differentiable."""
+    peak = fit(space, extrema, valid, extrema.stencil())
     place = extrema.pixel + peak.step()
-    return place[..., 1:].flip(-1), space.sigma * 2 ** (place[..., 0] / space.layers), peak.contrast()
+    scale = space.sigma * 2 ** (place[..., 0] / space.layers)
+    return Place(place[..., 1:].flip(-1), scale, peak.contrast())
 
 
-def fit(space: ScaleSpace, extrema: Extrema, valid: Tensor) -> Fit:
+def fit(space: ScaleSpace, extrema: Extrema, valid: Tensor, stencil: Tensor) -> Fit:
     """The quadratic through the differences of Gaussians about each pixel, along (layer, y, x) or (layer, z, y, x).
 
     Differentiable, and finite where not valid.
     """
     axes = extrema.pixel.shape[-1]
-    index = extrema.position()
-    strides = [torch.ones_like(index)]
-    for size in reversed(extrema.size.unbind(-1)):
-        strides.insert(0, strides[0] * size)
-    for axis, stride in enumerate(strides):
-        # Four Gaussians have three differences.
-        steps = torch.arange(-1, 2 if axis else 3, device=index.device)
-        index = index[..., None] + steps * stride.view(*stride.shape, *(1,) * (axis + 1))
+    ones = (1,) * axes
+    index = extrema.position().view(*valid.shape, *ones) + stencil
     cube = space.take(index).diff(dim=-axes)
-    return fit_quadratic(cube.where(valid.view(*valid.shape, *(1,) * axes), 0.0), axes)
+    return fit_quadratic(cube.where(valid.view(*valid.shape, *ones), 0.0), axes)

@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-__all__ = ["is_extremum"]
+__all__ = ["extremal_strength", "is_extremum"]
 
 Reduce = Callable[[Tensor, Tensor], Tensor]
 
@@ -23,14 +23,25 @@ def is_extremum(
         threshold: the least magnitude, in units of the image.
         border: of pixels that are not looked at, at least 1.
     """
-    differences = gaussians[:, 1:] - gaussians[:, :-1]
-    neighbours = _box if gaussians.ndim == 4 else _cross
-    inner = _within(differences[:, 1:-1], border)
-    near = _within(differences, border - 1)
-    layers = near[:, :-2], near[:, 1:-1], near[:, 2:]
-    is_maximum = (inner > threshold) & (inner >= neighbours(torch.maximum, *layers))
-    is_minimum = (inner < -threshold) & (inner <= neighbours(torch.minimum, *layers))
+    inner, near = _differences(gaussians, border)
+    neighbours = _cross if inner.ndim == 5 else _box
+    is_maximum = (inner > threshold) & (inner >= neighbours(torch.maximum, near))
+    is_minimum = (inner < -threshold) & (inner <= neighbours(torch.minimum, near))
     return is_maximum | is_minimum
+
+
+def extremal_strength(gaussians: Annotated[Tensor, "B layers+3 *S"], border: int) -> Annotated[Tensor, "B layers *S"]:
+    """The magnitude of the difference where it is an extremum, else 0; in half the traffic, and slow on a CPU."""
+    inner, near = _differences(gaussians, border)
+    neighbours = _cross if inner.ndim == 5 else _box_at_once
+    largest, smallest = neighbours(torch.maximum, near), neighbours(torch.minimum, near)  # among them the pixel
+    return torch.where(inner == torch.where(inner > 0, largest, smallest), inner.abs(), 0.0)
+
+
+def _differences(gaussians: Annotated[Tensor, "B layers+3 *S"], border: int) -> tuple[Tensor, Tensor]:
+    """Those of the pixels that are looked at, and with all neighbours."""
+    differences = gaussians[:, 1:] - gaussians[:, :-1]
+    return _within(differences[:, 1:-1], border), _within(differences, border - 1)
 
 
 def _within(images: Annotated[Tensor, "B layers *S"], border: int) -> Tensor:
@@ -38,20 +49,28 @@ def _within(images: Annotated[Tensor, "B layers *S"], border: int) -> Tensor:
     return images[(every, every, *(slice(border, size - border) for size in images.shape[2:]))]
 
 
-def _box(reduce: Reduce, below: Tensor, centre: Tensor, above: Tensor) -> Tensor:
+def _box(reduce: Reduce, layers: Tensor) -> Tensor:
     """The largest or smallest value in the neighbourhood, 3 wide along every axis, of each pixel but the outermost."""
-    value = reduce(reduce(below, centre), above)
-    for axis in range(2, value.ndim):
+    value = layers
+    for axis in range(1, value.ndim):
         value = _three(reduce, value, axis)
     return value
 
 
-def _cross(reduce: Reduce, below: Tensor, centre: Tensor, above: Tensor) -> Tensor:
+def _box_at_once(reduce: Reduce, layers: Tensor) -> Tensor:
+    for axis in range(1, layers.ndim):
+        layers = layers.unfold(axis, 3, 1)
+    window = (-3, -2, -1)
+    return layers.amax(window) if reduce is torch.maximum else layers.amin(window)
+
+
+def _cross(reduce: Reduce, layers: Tensor) -> Tensor:
     """The same among a pixel, the two along every axis, and the same pixel of the layers below and above.
 
     Volumes have three times as many of these extrema as of the whole neighbourhood's, and more of them are found again
     once the volume is turned.
     """
+    below, centre, above = layers[:, :-2], layers[:, 1:-1], layers[:, 2:]
     value = reduce(_within(below, 1), _within(above, 1))
     for axis in range(2, centre.ndim):
         line = _three(reduce, centre, axis)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations, product
+from itertools import combinations
 from typing import Annotated, NamedTuple
 
 import torch
@@ -41,23 +41,17 @@ def fit_quadratic(cube: Tensor, axes: int) -> Fit:
         axes: A, the number of axes.
     """
 
-    def at(*steps: tuple[int, int]) -> Tensor:
-        place = [1] * axes
-        for axis, step in steps:
-            place[axis] += step
-        return cube.flatten(-axes)[..., sum(step * 3**axis for axis, step in enumerate(reversed(place)))]
+    def line(*varied: int) -> Tensor:
+        """The values at 3 places along these axes, and at the centre of the others."""
+        return cube[(..., *(slice(None) if axis in varied else 1 for axis in range(axes)))]
 
-    centre = at()
-    after, before = (torch.stack([at((axis, step)) for axis in range(axes)], dim=-1) for step in (1, -1))
+    before, centre, after = torch.stack([line(axis) for axis in range(axes)], dim=-2).unbind(-1)
     gradient = (after - before) * 0.5
     pairs = list(combinations(range(axes), 2))
-    corners = {
-        steps: torch.stack([at(*zip(pair, steps, strict=True)) for pair in pairs], dim=-1)
-        for steps in product((1, -1), repeat=2)
-    }
-    mixed = (corners[1, 1] - corners[1, -1] - corners[-1, 1] + corners[-1, -1]) / 4
+    squares = torch.stack([line(*pair) for pair in pairs], dim=-3)
+    mixed = (squares[..., 2, 2] - squares[..., 2, 0] - squares[..., 0, 2] + squares[..., 0, 0]) / 4
     entries = dict(zip(pairs, mixed.unbind(-1), strict=True))
-    entries |= {(axis, axis): x for axis, x in enumerate((after + before - 2 * centre[..., None]).unbind(-1))}
+    entries |= {(axis, axis): x for axis, x in enumerate(torch.sub(after + before, centre, alpha=2).unbind(-1))}
     rows = [entries[min(i, j), max(i, j)] for i in range(axes) for j in range(axes)]
     hessian = torch.stack(rows, dim=-1).unflatten(-1, (axes, axes))
     if axes == 3:
@@ -65,7 +59,7 @@ def fit_quadratic(cube: Tensor, axes: int) -> Fit:
     else:
         layer, space = _solve(hessian[..., :1, :1], gradient[..., :1]), _solve(hessian[..., 1:, 1:], gradient[..., 1:])
         offset = -torch.cat([layer, space], dim=-1)
-    return Fit(centre, gradient, hessian, offset)
+    return Fit(centre[..., 0], gradient, hessian, offset)
 
 
 def is_corner(hessian: Annotated[Tensor, "... D D"], edge_threshold: float) -> Annotated[Tensor, "..."]:
@@ -91,13 +85,12 @@ def is_corner(hessian: Annotated[Tensor, "... D D"], edge_threshold: float) -> A
 
 
 def _solve(matrix: Annotated[Tensor, "... n n"], vector: Annotated[Tensor, "... n"]) -> Annotated[Tensor, "... n"]:
-    """Cramer's rule for n = 1 or 3; torch's solver would wait for the device to check whether it is singular."""
+    """Cramer's rule for n = 1 or 3: fewer kernels than a factorisation, and what is singular is no error."""
     if matrix.shape[-1] == 1:
         cofactors, determinant = torch.ones_like(matrix), matrix[..., 0]
     else:
-        a, b, c = matrix.unbind(-2)
-        cofactors = torch.stack([torch.linalg.cross(b, c), torch.linalg.cross(c, a), torch.linalg.cross(a, b)], dim=-2)
-        determinant = (a * cofactors[..., 0, :]).sum(-1, keepdim=True)
+        cofactors = torch.linalg.cross(matrix.roll(-1, -2), matrix.roll(-2, -2))
+        determinant = (matrix[..., 0, :] * cofactors[..., 0, :]).sum(-1, keepdim=True)
     regular = determinant != 0
     solution = (cofactors * vector[..., None]).sum(-2) / torch.where(regular, determinant, 1.0)
     return torch.where(regular, solution, FAR)

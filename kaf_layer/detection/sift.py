@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from numbers import Integral
 from typing import Annotated, Any, Literal
 
@@ -15,18 +16,19 @@ from torch import Tensor, nn
 from kaf_layer.checks import check_counts, check_tensors
 from kaf_layer.detection.channels import ChannelRule, check_channels, one_channel, stretch
 from kaf_layer.detection.descriptors import describe, orient
-from kaf_layer.detection.extrema import Extrema, find_extrema, locate, refine, select
+from kaf_layer.detection.extrema import Extrema, Place, find_extrema, locate, refine, select
 from kaf_layer.detection.icosahedron import describe_in_space
 from kaf_layer.detection.scale_space import BORDER, ScaleSpace
 from kaf_layer.detection.voxels import Voxels
 from kaf_layer.keypoints import Keypoints
-from kaf_layer.precision import without_autocast
+from kaf_layer.precision import exact_products, without_autocast
 
 __all__ = ["SIFTDetector"]
 
 SMALLEST = BORDER + 1  # doubled, an image of that size has pixels within the border
 THINNEST = 3  # slices, rows or columns of a volume: an axis that is not doubled has a voxel with two neighbours
 BORDERS = {2: BORDER, 3: 1}  # slices are few; a voxel needs its neighbours, no more
+CANDIDATES = 4096  # of an octave of an image, where shapes are static
 PEAKS = 4  # the most orientations of a keypoint: more peaks of 80 % do not fit into 36 smoothed bins
 
 
@@ -44,10 +46,9 @@ class SIFTDetector(nn.Module):
     order, unless ``torch.use_deterministic_algorithms`` is on.
 
     There are two paths to one result. On a CPU images are searched one by one, for as many candidates as
-    there are. On other devices, and under ``torch.compile`` and ``torch.export``, all shapes are
-    static and nothing waits for the device; there is room for one extremum in 64 pixels of a layer
-    (white noise has one in 1500; only patterns such as stripes, all of whose pixels are extrema, have more), and
-    the last ones of an image that has more are lost.
+    there are. On other devices, and under ``torch.compile`` and ``torch.export``, all shapes are static and nothing
+    waits for the device: of each octave of an image the 4096 strongest extrema are candidates, or twice
+    ``max_keypoints`` if that is more, but not more than one for 64 pixels of a layer (white noise has one in 1500).
 
     With ``spatial_dims=3`` it looks for keypoints in volumes in the same way, after Rister et al. (2017): their
     orientation is a frame of three axes, and their descriptors count gradients towards the vertices of an
@@ -56,8 +57,9 @@ class SIFTDetector(nn.Module):
     6 neighbours and with themselves in the layers below and above, and moved by half a voxel at most. Of a volume of
     64x128x128 cubic voxels the doubled scale space takes 0.23 GB.
 
-    Blurring uses matrix products. Where ``torch.set_float32_matmul_precision`` is not at its default, "highest", a GPU
-    may round them to TF32: about one keypoint in fifteen is then another, the rest lie some 0.02 pixels off.
+    Blurring uses matrix products, in float32 also where ``torch.set_float32_matmul_precision`` allows less. Only if it
+    is compiled a GPU may then round them to TF32: about one keypoint in fifteen is another, the rest lie some 0.02
+    pixels off.
 
     Args:
         max_keypoints: how many slots the result has; an image with more keypoints keeps the strongest.
@@ -180,7 +182,9 @@ class SIFTDetector(nn.Module):
         if not torch.compiler.is_compiling() and hasattr(images, "as_tensor"):  # a MetaTensor of MONAI
             images = images.as_tensor()
         static = images.device.type != "cpu" or torch.compiler.is_compiling()
-        with without_autocast(images.device):
+        # Compiled code cannot change the settings of PyTorch.
+        exact = nullcontext() if torch.compiler.is_compiling() else exact_products()
+        with without_autocast(images.device), exact:
             grey = self._grey(images, static=static)
             # A CPU is faster on one image at a time, whose scale space may stay in its cache.
             batches = [grey] if static else grey.split(1)
@@ -213,9 +217,10 @@ class SIFTDetector(nn.Module):
         )
         with torch.no_grad():
             extrema, valid = self._search(space, static=static)
-            if self.spatial_dims == 2:
-                extrema, valid, angles = self._orient(space, extrema, valid)
-        centre, scale, contrast = locate(space, extrema, valid)
+        place = locate(space, extrema, valid)
+        if self.spatial_dims == 2:
+            extrema, valid, place, angles = self._orient(space, extrema, valid, place)
+        centre, scale, contrast = place
         strides = zip(extrema.stride.unbind(-1), self._voxels.factors, strict=True)
         pixel = torch.stack([stride / factor for stride, factor in strides], dim=-1)
         values = {
@@ -236,7 +241,8 @@ class SIFTDetector(nn.Module):
     def _search(self, space: ScaleSpace, *, static: bool) -> tuple[Extrema, Annotated[Tensor, "B N"]]:
         # OpenCV rounds this threshold down to whole grey levels.
         threshold = math.floor(0.5 * self.contrast_threshold / self.octave_layers * 255) / 255
-        extrema, valid = find_extrema(space, threshold=threshold, static=static)
+        room = max(CANDIDATES, 2 * self.max_keypoints) if static else None
+        extrema, valid = find_extrema(space, threshold=threshold, room=room)
         extrema, valid, response = refine(
             space,
             extrema,
@@ -247,17 +253,23 @@ class SIFTDetector(nn.Module):
         )
         return select(extrema, valid, response, batch=space.values.shape[0], slots=self.max_keypoints, static=static)
 
-    def _orient(self, space: ScaleSpace, extrema: Extrema, valid: Tensor) -> tuple[Extrema, Tensor, Tensor]:
-        centre, scale, _ = locate(space, extrema, valid)
-        angles, strength = orient(space, extrema, centre, scale)
-        strength, peaks = strength.topk(PEAKS if self.orientations == "all" else 1)
+    def _orient(
+        self, space: ScaleSpace, extrema: Extrema, valid: Tensor, place: Place
+    ) -> tuple[Extrema, Tensor, Place, Annotated[Tensor, "B N"]]:
+        """The keypoints, repeated for each of their orientations if all are asked for, and these."""
+        with torch.no_grad():
+            angles, strength = orient(space, extrema, place.centre, place.scale)
+        if self.orientations == "strongest":
+            return extrema, valid, place, angles.gather(-1, strength.argmax(-1, keepdim=True))[..., 0] % math.tau
+        strength, peaks = strength.topk(PEAKS)
         angles = angles.gather(-1, peaks) % math.tau
         is_peak = strength > 0
         is_peak[..., 0] = True  # every keypoint keeps its strongest
         kept = (valid[..., None] & is_peak).flatten(1)
         order = kept.byte().argsort(dim=1, descending=True, stable=True)[:, : self.max_keypoints]
-        owner = order // peaks.shape[-1]
-        return extrema.gather(owner), kept.gather(1, order), angles.flatten(1).gather(1, order)
+        owner = order // PEAKS
+        extrema, place = extrema.gather(owner), place.gather(owner)
+        return extrema, kept.gather(1, order), place, angles.flatten(1).gather(1, order)
 
     def _pad(self, value: Tensor) -> Tensor:
         return F.pad(value, (0, 0) * (value.ndim - 2) + (0, self.max_keypoints - value.shape[1]))

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from kaf_layer.detection.extrema import find_extrema
 from kaf_layer.detection.scale_space import blur, double, gaussian_kernels, scale_space
 
 
@@ -55,3 +56,44 @@ def test_layers_have_their_blur():
     for i, layer in enumerate(scale_space(impulse, layers=3, sigma=1.6, blurred=1.0).octaves()[0][0]):
         variance = (layer.sum(0) * offset**2).sum()
         assert variance.item() == pytest.approx((1.6 * 2 ** (i / 3)) ** 2 - 1, rel=2e-3)
+
+
+@pytest.mark.parametrize("room", [None, 300])
+def test_extrema_are_those_of_scipys_filters(room):
+    """Of 27 pixels in three layers; where slots are fixed, those of the largest differences."""
+    ndimage = pytest.importorskip("scipy.ndimage")
+    images = torch.rand(2, 90, 77, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    space = scale_space(images, layers=3, sigma=0.8, blurred=0.5)
+    expected = []
+    for i, octave in enumerate(space.octaves()):
+        for image, gaussians in enumerate(octave.numpy()):
+            d = np.diff(gaussians, axis=0)
+            mask = (d == ndimage.maximum_filter(d, 3)) & (d > 0.004)
+            mask |= (d == ndimage.minimum_filter(d, 3)) & (d < -0.004)
+            inside = mask[1:-1, 5:-5, 5:-5]
+            expected += [(image, i, x + 1, y + 5, z + 5) for x, y, z in np.argwhere(inside)]
+    assert len(expected) > 20
+    extrema, valid = find_extrema(space, threshold=0.004, room=room)
+    octaves = extrema.stride[:, 0].log2().long()
+    found = torch.cat([extrema.image[:, None], octaves[:, None], extrema.pixel], dim=1)[valid].tolist()
+    assert sorted(map(tuple, found)) == sorted(expected)
+    values = space.take(extrema.position())[valid]
+    assert values.tolist() == [space.octaves()[o][b, x, y, z].item() for b, o, x, y, z in found]
+
+
+def test_the_weakest_are_lost_where_there_is_no_room():
+    images = torch.rand(2, 90, 77, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    images[1] *= 0.1  # one image takes no room of another
+    space = scale_space(images, layers=3, sigma=0.8, blurred=0.5)
+
+    def strengths(room):
+        extrema, valid = find_extrema(space, threshold=0.0, room=room)
+        index = extrema.position()
+        following = index + extrema.size.prod(-1)
+        values = (space.take(following) - space.take(index)).abs()
+        first = valid & (extrema.stride[:, 0] == 1)
+        return [values[first & (extrema.image == image)].sort(descending=True).values for image in range(2)]
+
+    for few, all_of_them in zip(strengths(5), strengths(None), strict=True):
+        assert len(all_of_them) > 5
+        assert few.equal(all_of_them[:5])

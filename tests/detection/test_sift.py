@@ -252,7 +252,7 @@ def test_descriptor_gradient_with_fixed_frames(root):
     space = space_of(image)
     extrema, valid = detector._search(space, static=False)
     assert valid.all()
-    _, _, angles = detector._orient(space, extrema, valid)
+    _, _, _, angles = detector._orient(space, extrema, valid, locate(space, extrema, valid))
 
     def descriptors(image: Tensor) -> Tensor:
         space = space_of(image)

@@ -99,12 +99,13 @@ def test_blur_along_each_axis():
         np.testing.assert_allclose(blurred.numpy(), expected, rtol=0, atol=1e-12)
 
 
-def test_extrema_are_those_of_scipys_differences():
+@pytest.mark.parametrize("room", [None, 500])
+def test_extrema_are_those_of_scipys_differences(room):
     ndimage = pytest.importorskip("scipy.ndimage")
     volume = torch.rand(18, 24, 21, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     doubled = double(volume[None], "precise")
     space = scale_space(doubled, layers=3, sigma=1.6, blurred=1.0, border=1)
-    extrema, valid = find_extrema(space, threshold=0.005, static=False)
+    extrema, valid = find_extrema(space, threshold=0.005, room=room)
     first = valid & (extrema.stride[:, 0] == 1)
     ours = {tuple(pixel) for pixel in extrema.pixel[first].tolist()}
 
@@ -147,7 +148,7 @@ def test_descriptor_is_its_definition():
     volume = texture((24, 26, 28), seed=4, dtype=torch.float64)
     spacing = (1.5, 1.0, 1.0)
     space = Voxels.spaced(spacing, 3).scale_space(volume[None], "precise", layers=3, sigma=1.6, border=1)
-    found, valid = find_extrema(space, threshold=0.05, static=False)
+    found, valid = find_extrema(space, threshold=0.05, room=None)
     index = torch.arange(len(valid))[valid & (found.stride[:, 1] == 2)][3:5]
     extrema = found.take(index[None])
     centre, scale, _ = locate(space, extrema, torch.ones(1, 2, dtype=torch.bool))
