@@ -1,4 +1,4 @@
-"""Attend: Transformers over the tokens of the keypoints, masked where slots are padded (Section 3.1 of the paper)."""
+"""Attention: Transformers over the keypoints' tokens, with padded slots masked (Section 3.1 of the paper)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Positions = Annotated[Tensor, "B N D"]
 
 
 class KeypointTransformer(nn.Module):
-    """Self-attention over keypoints, which knows where they are: every keypoint attends to every other.
+    """Self-attention between keypoints, with their positions: every keypoint attends to every other.
 
     Args:
         embed_dim: E, the channels of a token.
@@ -38,16 +38,16 @@ class KeypointTransformer(nn.Module):
         num_heads: the number of attention heads; divides ``embed_dim``.
         block: "transformer", a pre-norm block (Vaswani et al., 2017; Xiong et al., 2020), or
             "propagation", the block of the authors' code, after SuperGlue (Sarlin et al., 2020, Eq. 3).
-        position: how attention knows where keypoints are. "absolute": an MLP of the position in the image is added to
-            the tokens (Sarlin et al., 2020, Eq. 2). "rotary": each block rotates queries and keys by angles linear
-            in the position (Su et al., 2021), so that only differences of positions count. "both", or "none".
-            None means "absolute", which is all that "propagation" blocks know.
+        position: how attention knows where keypoints are. "absolute" adds an MLP of the position in the image to
+            the tokens (Sarlin et al., 2020, Eq. 2). "rotary" rotates queries and keys in each block by angles linear
+            in the position (Su et al., 2021), so that only differences of positions count. "both" and "none" are
+            possible too. None means "absolute", the only encoding for "propagation" blocks.
         spatial_dims: the number of coordinates of a position.
-        recompute: compute each block again in the backward pass instead of saving its activations.
+        recompute: whether to compute each block again in the backward pass instead of saving its activations.
 
     Raises:
-        ValueError: if ``embed_dim`` is no multiple of ``num_heads``, an option is unknown, "rotary" or "both" meet
-            "propagation" or heads with an odd number of channels, or the tokens do not fit the keypoints.
+        ValueError: if ``embed_dim`` is not a multiple of ``num_heads``, an option is unknown, "rotary" or "both" is
+            given with "propagation" or an odd number of channels in a head, or tokens do not fit the keypoints.
 
     Example:
         >>> keypoints = Keypoints(torch.rand(2, 5, 2) * 8, torch.ones(2, 5, dtype=torch.bool), (8, 12))
@@ -100,7 +100,15 @@ class KeypointTransformer(nn.Module):
         self.register_load_state_dict_pre_hook(tell_of_other_positions)
 
     def forward(self, tokens: Tokens, keypoints: Keypoints) -> Tokens:
-        """Tokens (B, N, E) after all blocks; zero in slots that are not valid."""
+        """Lets the tokens attend to each other.
+
+        Args:
+            tokens: (B, N, E), one for each slot.
+            keypoints: the positions of the tokens.
+
+        Returns:
+            (B, N, E), zero in slots that are not valid.
+        """
         check_tokens(tokens, keypoints, channels=self.embed_dim)
         check_precision(self, tokens=tokens)
         positions = relative_positions(keypoints, spatial_dims=self.spatial_dims)
@@ -119,23 +127,23 @@ class KeypointTransformer(nn.Module):
 
 
 def key_mask(keypoints: Keypoints, dtype: torch.dtype) -> Mask | None:
-    """What is added to the scores of slots, (B, 1, 1, N): 0 where they may be attended to, else -inf.
+    """The mask (B, 1, 1, N) that is added to attention scores: 0 for slots that may be attended to, else -inf.
 
-    None if all may, and this is known without looking.
+    None if the keypoints promise that all slots are valid.
     """
     if not keypoints.padded:
         return None
-    # A softmax over nothing is NaN: a sample without keypoints attends to its (finite) padding.
+    # A softmax over nothing is NaN, so a sample without keypoints attends to its (finite) padding.
     allowed = keypoints.valid == keypoints.valid.any(-1, keepdim=True)
-    return allowed.to(dtype).log()[:, None, None]  # once, as each block would turn a boolean mask into this
+    return allowed.to(dtype).log()[:, None, None]  # once, since each block would convert a boolean mask to this
 
 
 class PositionEncoder(nn.Module):
-    """An MLP from positions to tokens, as SuperGlue's (Sarlin et al., 2020, Eq. 2) without the score.
+    """An MLP from positions to tokens, like SuperGlue's (Sarlin et al., 2020, Eq. 2) without the score.
 
-    For "propagation" blocks it computes what the authors' code computes; for "transformer" blocks
+    For "propagation" blocks it computes the same as the authors' code. For "transformer" blocks
     positions are relative to the image's centre and half its longest edge, and layer norms
-    take the place of batch norms.
+    replace the batch norms.
 
     Example:
         >>> keypoints = Keypoints(torch.rand(2, 5, 2) * 8, torch.ones(2, 5, dtype=torch.bool), (8, 12))
@@ -174,7 +182,7 @@ class PositionEncoder(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention with one fused projection to queries, keys and values.
 
-    With ``rotary_dims``, the coordinates of a position, queries and keys are rotated by where the tokens are.
+    With ``rotary_dims``, the number of coordinates, queries and keys are rotated by the positions of the tokens.
     """
 
     def __init__(self, embed_dim: int, *, num_heads: int, rotary_dims: int = 0) -> None:
@@ -190,7 +198,7 @@ class Attention(nn.Module):
     def forward(
         self, tokens: Tokens, mask: Mask | None, source: Tokens | None = None, positions: Positions | None = None
     ) -> Tokens:
-        """Tokens attend to ``source`` (themselves if None) where the mask is 0."""
+        """Lets tokens attend to ``source`` (themselves if None) where the mask is 0."""
         query, key, value = self._heads(tokens, source, positions)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.out(attended.transpose(1, 2).flatten(2))
@@ -198,7 +206,7 @@ class Attention(nn.Module):
     def weights(
         self, tokens: Tokens, mask: Mask | None, source: Tokens | None = None, positions: Positions | None = None
     ) -> Annotated[Tensor, "B H N M"]:
-        """How much each token takes from each of the source: the softmax, which :meth:`forward` never holds."""
+        """How much each token takes from each token of the source: the softmax, which :meth:`forward` never holds."""
         query, key, _ = self._heads(tokens, source, positions)
         scores = query * query.shape[-1] ** -0.5 @ key.mT
         return (scores if mask is None else scores + mask).softmax(dim=-1)
@@ -240,7 +248,7 @@ class TransformerBlock(nn.Module):
         mask: Mask | None,
         positions: Positions | None = None,
     ) -> Tokens:
-        """Tokens (B, N, E) to tokens; the layer norms need not know which slots are valid."""
+        """Maps tokens (B, N, E) to tokens; layer norms do not depend on which slots are valid."""
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self._forward, tokens, mask, positions, use_reentrant=False, preserve_rng_state=False)
         return self._forward(tokens, mask, positions)
@@ -251,9 +259,9 @@ class TransformerBlock(nn.Module):
 
 
 class PropagationBlock(nn.Module):
-    """The block of the authors' code: adds an MLP of the tokens beside their attention (SuperGlue, Eq. 3).
+    """The block of the authors' code: it adds an MLP of the tokens and their attention (SuperGlue, Eq. 3).
 
-    With a ``source`` the tokens attend to other tokens (cross-attention), else to themselves.
+    With a ``source`` the tokens attend to other tokens (cross-attention), otherwise to themselves.
     """
 
     def __init__(
@@ -280,7 +288,7 @@ class PropagationBlock(nn.Module):
         source: Tokens | None = None,
         positions: Positions | None = None,
     ) -> Tokens:
-        """Tokens (B, N, E) to tokens; ``mask`` is that of the source's slots."""
+        """Maps tokens (B, N, E) to tokens; ``mask`` belongs to the slots of the source."""
         if self.recompute and torch.is_grad_enabled():
             arguments = tokens, valid, mask, source, positions
             tokens, moments = checkpoint(self._forward, *arguments, use_reentrant=False, preserve_rng_state=False)

@@ -1,4 +1,4 @@
-"""KAFEncoder: a backbone's stages with a KAFLayer after each (Section 3.1 of the paper)."""
+"""KAFEncoder: a backbone's stages, each followed by a KAFLayer (Section 3.1 of the paper)."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class KAFEncoderOutput(NamedTuple):
 
 
 class KAFEncoder(nn.Module):
-    """Runs stages one after the other, each on the fused features of the one before.
+    """Runs stages in sequence, each on the fused features of the one before.
 
     Args:
         stages: modules from map to map. A stage that follows a layer takes its ``fused_channels``.
-        layers: what follows each stage: a :class:`~kaf_layer.KAFLayer`, or None for nothing.
+        layers: the layer that follows each stage, a :class:`~kaf_layer.KAFLayer` or None.
 
     Raises:
         ValueError: if there are not as many layers as stages, or keypoints are missing.
@@ -49,7 +49,12 @@ class KAFEncoder(nn.Module):
         self.layers = nn.ModuleDict({str(i): layer for i, layer in enumerate(layers) if layer is not None})
 
     def forward(self, images: Annotated[Tensor, "B C *S"], keypoints: Keypoints | None = None) -> KAFEncoderOutput:
-        """Maps of all stages and tokens of all layers; an encoder without layers needs no keypoints."""
+        """Computes the maps of all stages and the tokens of all layers.
+
+        Args:
+            images: (B, C, *S).
+            keypoints: the keypoints of the images. An encoder without layers needs none.
+        """
         if self.layers and keypoints is None:
             raise ValueError("an encoder with KAF layers needs keypoints, got keypoints=None")
         features, tokens, x = [], [], images

@@ -30,8 +30,8 @@ class KAFOutput(NamedTuple):
 class KAFLayer(nn.Module):
     """The keypoint-augmented fusion layer: long-range attention between keypoints, fused into a feature map.
 
-    Features at the keypoints become tokens, attend to each other, are put back at the keypoints'
-    cells and diffused around them by two 3x3 convolutions, and join the feature map.
+    The features at the keypoints become tokens, which attend to each other. The tokens are put back at the keypoints'
+    cells, two 3x3 convolutions diffuse them around, and the result is fused with the feature map.
 
     Args:
         in_channels: C, the channels of the feature map.
@@ -41,22 +41,22 @@ class KAFLayer(nn.Module):
         num_heads: the number of attention heads; divides ``embed_dim``.
         hidden_channels: the channels between the two convolutions.
         sampling: "bilinear", or "nearest" as in the authors' code.
-        reduce: what happens to keypoints in one cell: "mean", "sum" or "amax".
+        reduce: how tokens in one cell are combined: "mean", "sum" or "amax".
         block: "transformer", or "propagation" as in the authors' code.
-        position: how attention knows where keypoints are: "absolute", "rotary", "both" or "none"; None is the
+        position: how attention knows where keypoints are: "absolute", "rotary", "both" or "none". None is the
             block's default, see :class:`~kaf_layer.KeypointTransformer`.
-        fusion: "concat" puts the diffused map behind the features, as in the paper. "add" adds it, times a
-            learned gain for each channel that starts at zero: the layer starts as the exact identity.
+        fusion: "concat" concatenates the features and the diffused map, as in the paper. "add" adds the map, times a
+            learned gain for each channel that starts at zero, so that the layer starts as the exact identity.
         spatial_dims: 2 or 3.
-        recompute: compute each attention block again in the backward pass instead of saving its activations.
+        recompute: whether to compute each attention block again in the backward pass instead of saving its activations.
 
     Attributes:
         fused_channels: the channels of the result.
 
     Raises:
-        TypeError: if the features are no tensor or the keypoints no :class:`~kaf_layer.Keypoints`.
-        ValueError: if an option is unknown, or the features do not have ``in_channels`` channels, are no map of the
-            keypoints' image, or have neither the weights' type nor autocast to make it so.
+        TypeError: if ``features`` is not a tensor or ``keypoints`` is not :class:`~kaf_layer.Keypoints`.
+        ValueError: if an option is unknown, or the features do not have ``in_channels`` channels, are not a map of the
+            keypoints' image, or do not have the weights' type and autocast does not convert them to it.
 
     Example:
         >>> layer = KAFLayer(16, embed_dim=32, depth=2)
@@ -108,12 +108,20 @@ class KAFLayer(nn.Module):
             embed_dim, out_channels, hidden_channels=hidden_channels, reduce=reduce, spatial_dims=spatial_dims
         )
         if fusion == "add":
-            # LayerScale (Touvron et al., 2021) from zero, as in ReZero. Were the last convolution zero instead, one
+            # LayerScale (Touvron et al., 2021) from zero, as in ReZero. If the last convolution were zero instead, one
             # step of Adam would make its map, a sum over hundreds of inputs, larger than the features.
             self.gain = nn.Parameter(torch.zeros(out_channels))
 
     def forward(self, features: Annotated[Tensor, "B C *S"], keypoints: Keypoints) -> KAFOutput:
-        """Fuses ``features`` (B, C, *S) with attention between ``keypoints``."""
+        """Fuses a feature map with attention between keypoints.
+
+        Args:
+            features: (B, C, *S), a map of the keypoints' image.
+            keypoints: N slots per sample.
+
+        Returns:
+            The fused map (B, fused_channels, *S) and the tokens (B, N, E).
+        """
         check_features(features, keypoints)
         check_precision(self, features=features)
         if features.shape[1] != self.in_channels:

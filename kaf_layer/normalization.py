@@ -1,4 +1,4 @@
-"""Batch normalisation (Ioffe and Szegedy, 2015) of what is not held in full: padded tokens, or sparse maps."""
+"""Batch normalisation (Ioffe and Szegedy, 2015) of padded tokens and sparse maps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["MaskedBatchNorm", "Moments", "is_synchronised", "normalise_rows", "n
 
 
 class Moments(NamedTuple):
-    """The statistics of a batch: mean and biased variance (C,) over that number of elements."""
+    """The statistics of a batch: mean and biased variance (C,), and the number of elements."""
 
     mean: Annotated[Tensor, "C"]
     variance: Annotated[Tensor, "C"]
@@ -23,12 +23,12 @@ class Moments(NamedTuple):
 class MaskedBatchNorm(nn.BatchNorm1d):
     """Batch normalisation of tokens (B, N, C) over their valid slots.
 
-    It is torch's module to whatever looks for batch norms: to what freezes them, to
-    :func:`torch.optim.swa_utils.update_bn`, to ``SyncBatchNorm.convert_sync_batchnorm``. The last replaces it; call
-    it by :func:`normalise_tokens`, which takes the replacement too.
+    Code that looks for batch norms finds it: code that freezes them, :func:`torch.optim.swa_utils.update_bn`, and
+    ``SyncBatchNorm.convert_sync_batchnorm``. The last replaces it. Call it through :func:`normalise_tokens`, which
+    accepts the replacement too.
 
-    The running statistics are moved by :func:`track`, apart from :meth:`forward`, so that a forward pass that is
-    repeated for the backward pass moves them once.
+    :func:`track` updates the running statistics, separately from :meth:`forward`, so that a forward pass that is
+    repeated for the backward pass updates them once.
     """
 
     def forward(  # type: ignore[override]
@@ -41,14 +41,14 @@ class MaskedBatchNorm(nn.BatchNorm1d):
 def normalise_tokens(
     norm: nn.Module, tokens: Annotated[Tensor, "B N C"], valid: Annotated[Tensor, "B N"]
 ) -> tuple[Annotated[Tensor, "B N C"], Moments | None]:
-    """The normalised tokens and, in training mode, the moments to :func:`track`.
+    """Returns the normalised tokens and, in training mode, the moments for :func:`track`.
 
     Args:
         norm: a :class:`MaskedBatchNorm`, or the ``SyncBatchNorm`` that it was converted to.
-        tokens: slots that are not valid must hold finite values.
-        valid: which slots count.
+        tokens: (B, N, C). Slots that are not valid must hold finite values.
+        valid: (B, N) bool, which slots count.
     """
-    if isinstance(norm, nn.SyncBatchNorm):  # its own forward pass knows no mask
+    if isinstance(norm, nn.SyncBatchNorm):  # its own forward pass takes no mask
         return _normalise_tokens(norm, tokens, valid)
     result: tuple[Tensor, Moments | None] = norm(tokens, valid)
     return result
@@ -61,7 +61,7 @@ def _normalise_tokens(norm: Any, tokens: Tensor, valid: Tensor) -> tuple[Tensor,
     values, mask = tokens.to(_wide(norm.weight)), valid[..., None]
     total, count = _sum_over_processes(norm, (values * mask).sum((0, 1)), valid.sum())
     mean = total / count.clamp(min=1)
-    # Zero where not valid: if a single slot is valid the variance is zero, and 1 / std large.
+    # Zero where not valid, because with a single valid slot the variance is zero and 1 / std is large.
     centred = (values - mean) * mask
     squares, _ = _sum_over_processes(norm, centred.square().sum((0, 1)), count)
     variance = squares / count.clamp(min=1)
@@ -72,18 +72,18 @@ def _normalise_tokens(norm: Any, tokens: Tensor, valid: Tensor) -> tuple[Tensor,
 def normalise_rows(
     norm: Any, rows: Annotated[Tensor, "R C"], bias: Annotated[Tensor, "C"] | None, *, pixels: int
 ) -> tuple[Annotated[Tensor, "R C"], Annotated[Tensor, "C"]]:
-    """Batch normalisation of a sparse map: of the pixels that have a row, and of the others, which are zero.
+    """Batch normalisation of a sparse map: pixels that have a row, and all others, which are zero.
 
-    Moves the running statistics in training mode.
+    It updates the running statistics in training mode.
 
     Args:
         norm: ``BatchNorm2d``, ``BatchNorm3d`` or ``SyncBatchNorm``, with weights and running statistics.
         rows: the pixels, without the bias; there may be empty rows.
-        bias: what is added to all pixels before.
-        pixels: their number, with those that have no row.
+        bias: is added to all pixels before normalisation.
+        pixels: the number of all pixels, including those without a row.
 
     Returns:
-        The normalised rows, and what every pixel without a row becomes.
+        The normalised rows, and the value of every pixel without a row.
     """
     bias = torch.zeros_like(norm.running_mean) if bias is None else bias
     dtype = _wide(norm.weight)
@@ -105,11 +105,11 @@ def normalise_rows(
 
 @torch.no_grad()
 def track(norm: Any, moments: Moments | None) -> None:
-    """Moves a module's running statistics towards ``moments``; a batch of nothing leaves them.
+    """Moves a module's running statistics towards ``moments``; an empty batch does not move them.
 
     Args:
         norm: a batch norm with running statistics, and a momentum or None for the average of all batches.
-        moments: of a batch; None moves nothing.
+        moments: the moments of a batch; None moves nothing.
     """
     if moments is None:
         return
@@ -122,7 +122,7 @@ def track(norm: Any, moments: Moments | None) -> None:
 
 
 def is_synchronised(norm: nn.Module) -> bool:
-    """Whether a batch norm in training takes its statistics from several processes."""
+    """Whether a batch norm in training mode takes its statistics from several processes."""
     if not (isinstance(norm, nn.SyncBatchNorm) and norm.training and dist.is_available() and dist.is_initialized()):
         return False
     return dist.get_world_size(norm.process_group) > 1
@@ -134,7 +134,7 @@ def _sum_over_processes(norm: nn.Module, values: Tensor, count: Tensor) -> tuple
     import torch.distributed.nn.functional  # not in every build of torch
 
     everything = torch.cat([values, count[None].to(values.dtype)])
-    # Differentiable: each process's loss depends on the values of all.
+    # Differentiable, since each process's loss depends on the values of all.
     summed = torch.distributed.nn.functional.all_reduce(everything, group=norm.process_group or dist.group.WORLD)
     return summed[:-1], summed[-1]
 

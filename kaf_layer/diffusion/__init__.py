@@ -1,4 +1,4 @@
-"""Diffuse: tokens to a dense feature map, for the price of its keypoints (Section 3.1 of the paper)."""
+"""Diffusion: tokens to a dense feature map, at a cost set by the keypoints (Section 3.1 of the paper)."""
 
 from kaf_layer.diffusion.network import KeypointDiffusion, cheapest_method
 

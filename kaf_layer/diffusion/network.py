@@ -1,4 +1,4 @@
-"""Tokens to a dense feature map: the diffusion network, for the price of its keypoints."""
+"""The diffusion network: tokens to a dense feature map, at a cost set by the number of keypoints."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ Method = Literal["rows", "hybrid", "dense"]
 
 
 def cheapest_method(slots: int, size: Sequence[int]) -> Method:
-    """How the diffusion network is computed: by a rule on shapes only. The results are the same.
+    """Chooses how to compute the diffusion network, by a rule on shapes only. The results are the same.
 
-    - ``"rows"``: both convolutions where the keypoints are, while their 3x3 neighbourhoods
+    - ``"rows"`` computes both convolutions around the keypoints only, if their 3x3 neighbourhoods
       could cover no more than a third of the map.
-    - ``"hybrid"``: only the first one, while there are at most half as many slots as pixels.
-    - ``"dense"``: neither.
+    - ``"hybrid"`` does so for the first convolution, if there are at most half as many slots as pixels.
+    - ``"dense"`` computes both on the whole map.
 
-    A graph for ``torch.export`` always holds ``"rows"``, which fits all shapes; one for ONNX ``"dense"``, which
-    any runtime can do.
+    A graph for ``torch.export`` always holds ``"rows"``, which fits all shapes. A graph for ONNX holds ``"dense"``,
+    which every runtime supports.
 
     Args:
-        slots: of each sample, N.
-        size: the map's size.
+        slots: N, the number of slots of each sample.
+        size: the map's size in tensor order.
 
     Example:
         >>> [cheapest_method(512, (edge, edge)) for edge in (512, 64, 16)]
@@ -60,8 +60,8 @@ class KeypointDiffusion(nn.Module):
     """Spreads tokens over a feature map: convolution, batch normalisation, ReLU, convolution (Section 3.1).
 
     Its input is a map that is zero except at the keypoints' cells. Away from them the result is
-    constant, and nothing is computed. :func:`cheapest_method` chooses how; set the attribute
-    ``method`` to choose yourself.
+    constant, and nothing is computed. :func:`cheapest_method` chooses the method. Set the attribute
+    ``method`` to choose it yourself.
 
     A step is computed around the keypoints only if its result is known to be that of the module: ``conv1`` and
     ``conv2`` are torch's convolutions as they were made here (parametrizations, such as
@@ -69,14 +69,14 @@ class KeypointDiffusion(nn.Module):
     weights and running statistics, and none of them has hooks. Otherwise the module is called on the whole map.
 
     Args:
-        in_channels: of a token.
-        out_channels: of the map.
-        hidden_channels: between the two convolutions.
-        reduce: what becomes of keypoints in one cell, ``"mean"``, ``"sum"`` or ``"amax"``.
+        in_channels: the channels of a token.
+        out_channels: the channels of the map.
+        hidden_channels: the channels between the two convolutions.
+        reduce: how tokens in one cell are combined: ``"mean"``, ``"sum"`` or ``"amax"``.
         spatial_dims: 2 or 3.
 
     Raises:
-        ValueError: if ``reduce`` or ``spatial_dims`` is none of these.
+        ValueError: if ``reduce`` or ``spatial_dims`` has another value.
 
     Example:
         >>> kp = Keypoints(torch.rand(2, 5, 2) * 32, torch.ones(2, 5).bool(), (32, 48))
@@ -122,18 +122,21 @@ class KeypointDiffusion(nn.Module):
         features: Annotated[Tensor, "B F *S"] | None = None,
         gain: Annotated[Tensor, "out"] | None = None,
     ) -> Annotated[Tensor, "B F+out *S"]:
-        """Tokens to a map of the given size.
+        """Spreads tokens over a map of the given size.
 
         Args:
-            tokens: one per slot. Slots that are not valid may hold anything.
-            keypoints: where the tokens belong.
+            tokens: (B, N, C), one per slot. Slots that are not valid may hold anything.
+            keypoints: the positions of the tokens.
             size: the map's size in tensor order.
-            features: a map of that size. The result follows its channels, as in fusion by concatenation.
-            gain: a factor for each channel. With it the result is added to the features instead.
+            features: a map (B, F, *size). The result is concatenated behind its channels.
+            gain: (out_channels,), a factor for each channel. With it the result is added to the features instead.
+
+        Returns:
+            (B, out_channels, *size), or F channels more after concatenation.
 
         Raises:
-            TypeError: if an argument is of another type.
-            ValueError: if the shapes do not fit, the tokens have not the weights' type, or a gain has no features.
+            TypeError: if an argument has another type.
+            ValueError: if shapes do not fit, tokens do not have the weights' type, or a gain comes without features.
         """
         check_tokens(tokens, keypoints, channels=self.in_channels)
         check_precision(self, tokens=tokens)
@@ -174,9 +177,9 @@ class KeypointDiffusion(nn.Module):
         return self._rows(weighted, cells, size, gain)
 
     def _method(self, tokens: Tensor, size: Sequence[int]) -> Method:
-        """What is cheapest, or has been chosen, among what gives the modules' results."""
+        """The cheapest method, or the chosen one, if it gives the result of the modules."""
         method = self.method or cheapest_method(tokens.shape[1], size)
-        # An empty batch has no statistics, which torch's own modules know.
+        # An empty batch has no statistics; torch's own modules handle it.
         if tokens.shape[0] == 0 or not _is_plain_convolution(self.conv1):
             return "dense"
         if method == "rows" and not (_is_plain_convolution(self.conv2) and _is_plain_batch_norm(self.norm)):
@@ -184,32 +187,32 @@ class KeypointDiffusion(nn.Module):
         return method
 
     def _first(self, tokens: Tensor, cells: Tensor, size: Sequence[int]) -> Annotated[Tensor, "B hidden *S"]:
-        """The first convolution, into a map with one more pixel at each end of each axis, where none is outside."""
+        """The first convolution, into a map with one more pixel at each end of each axis, so that none is outside."""
         weight, bias, padded = self.conv1.weight, self.conv1.bias, [length + 2 for length in size]
         if bias is None:
             bias = weight.new_zeros(weight.shape[0])
         elif self.norm.training and isinstance(self.norm, nn.modules.batchnorm._BatchNorm):
-            # The mean takes away what it adds: a gradient of zero, where autograd would add up rounding errors.
+            # The mean removes it again. Its gradient is zero; autograd would accumulate rounding errors instead.
             bias = bias.detach() + 0 * bias
         samples = torch.arange(cells.shape[0], device=cells.device)[:, None, None]
         places = torch.add(padded_neighbours(cells, size), samples, alpha=prod(padded))
         start = bias.to(_wide(weight)).expand(cells.shape[0] * prod(padded), -1)
         pixels = convolve_tokens(tokens, weight, places, start).view(-1, *padded, weight.shape[0])
         inside = (slice(None), *[slice(1, -1)] * len(size))
-        # Channels first: with channels last, torch loses precision in a CPU's batch statistics.
+        # Channels first, because with channels last torch's batch statistics lose precision on a CPU.
         return pixels[inside].movedim(-1, 1).to(tokens.dtype).contiguous()
 
     def _second(self, hidden: Annotated[Tensor, "B hidden *S"], gain: Tensor | None) -> Annotated[Tensor, "B out *S"]:
         return _scale(self.conv2(F.relu(hidden)), gain)
 
     def _rows(self, tokens: Tensor, cells: Tensor, size: Sequence[int], gain: Tensor | None) -> Tensor:
-        """Both convolutions around the keypoints: the surroundings of each, added to the map of no keypoints."""
+        """Both convolutions around the keypoints: each keypoint's patch is added to the map without keypoints."""
         rows = find_rows(*find_neighbours(cells, size, radius=1), size)
         start = tokens.new_zeros(rows.numel() + 1, self.conv1.out_channels, dtype=_wide(self.conv1.weight))
         hidden = convolve_tokens(tokens, self.conv1.weight, rows, start)[:-1]  # without what fell outside
         hidden, constant = normalise_rows(self.norm, hidden, self.conv1.bias, pixels=cells.shape[0] * prod(size))
 
-        # As F.relu, but what it keeps for the backward pass is a mask, a quarter of the size.
+        # Like F.relu, but it keeps only a mask for the backward pass, a quarter of the size.
         deviations = hidden.masked_fill(hidden <= 0, 0.0) - F.relu(constant)
         weight = _scale(self.conv2.weight.transpose(0, 1), gain)
         deviations = deviations.to(weight.dtype).view(*rows.shape, weight.shape[0])
@@ -238,7 +241,7 @@ def _wide(weight: Tensor) -> torch.dtype:
 
 
 def _is_plain_convolution(module: Any) -> bool:
-    """Whether it is a 3x3 or 3x3x3 convolution that does what its weight and bias say, and nothing else."""
+    """Whether it is a 3x3 or 3x3x3 convolution that does nothing but what its weight and bias determine."""
     if not _is_called_plainly(module, nn.Conv2d, nn.Conv3d):
         return False
     ones = (1,) * len(module.kernel_size)

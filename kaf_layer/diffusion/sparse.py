@@ -1,8 +1,8 @@
-"""Two 3x3 convolutions of maps that are constant away from the keypoints, computed around the keypoints alone.
+"""Two 3x3 convolutions of maps that are constant away from the keypoints, computed around the keypoints only.
 
-Through the first convolution a token changes K = 3^D pixels, through both 5^D, where D is the number of spatial axes.
-Everywhere else the result is constant, except along the map's border. The neighbours of a keypoint lie in the order of
-the kernel's positions that reach them: from the last pixel to the first. Sizes are in tensor order, cells are row-major
+The first convolution of a token changes K = 3^D pixels, both together 5^D, where D is the number of spatial axes.
+Everywhere else the result is constant, except along the map's border. The neighbours of a keypoint are in the order of
+the kernel's positions that reach them, from the last pixel to the first. Sizes are in tensor order, cells are row-major
 indices, and all shapes follow from the inputs' shapes.
 """
 
@@ -31,7 +31,7 @@ def find_neighbours(
 ) -> tuple[Annotated[Tensor, "B N K"], Annotated[Tensor, "B N K"]]:
     """The cells up to ``radius`` away along each axis, and which of them are in the map.
 
-    Where a neighbour is outside, its index is that of some other cell.
+    The index of a neighbour that is outside is that of some other cell.
 
     Example:
         >>> cells, inside = find_neighbours(torch.tensor([[4]]), (3, 4), radius=1)
@@ -51,7 +51,7 @@ def find_neighbours(
 
 
 def padded_neighbours(cells: Annotated[Tensor, "B N"], size: Sequence[int]) -> Annotated[Tensor, "B N K"]:
-    """The cells at most one away, in a map with one more pixel at each end of each axis: none is outside.
+    """The cells at most one away, in a map with one more pixel at each end of each axis, so that none is outside.
 
     Example:
         >>> padded_neighbours(torch.tensor([[0]]), (3, 4)).flatten().tolist()  # rows of six pixels
@@ -70,10 +70,10 @@ def padded_neighbours(cells: Annotated[Tensor, "B N"], size: Sequence[int]) -> A
 def find_rows(
     index: Annotated[Tensor, "B N K"], inside: Annotated[Tensor, "B N K"], size: Sequence[int]
 ) -> Annotated[Tensor, "B N K"]:
-    """The row that stands for each pixel that the first convolution reaches, from neighbours one away.
+    """The row that represents each pixel that the first convolution reaches, from neighbours one away.
 
-    Every neighbour of every keypoint has a row. Where several keypoints reach one pixel, the last of their rows stands
-    for it, and the others stay empty. One more row, the last, collects what falls outside of the map.
+    Every neighbour of every keypoint has a row. Where several keypoints reach a pixel, the last of their rows
+    represents it, and the others stay empty. One more row, the last, collects what falls outside the map.
 
     Example:
         >>> neighbours = find_neighbours(torch.tensor([[0, 1]]), (1, 4), radius=1)
@@ -83,7 +83,7 @@ def find_rows(
     samples = torch.arange(index.shape[0], device=index.device)[:, None, None]
     pixels = torch.add(index, samples, alpha=prod(size))
     own = torch.arange(pixels.numel(), device=index.device, dtype=torch.int32).view_as(pixels)
-    # Only what is written is read, so the table of all pixels need not be initialised.
+    # Only entries that were written are read, so the table of all pixels needs no initialisation.
     table = own.new_empty(index.shape[0] * prod(size))
     table.scatter_reduce_(0, pixels.flatten(), own.where(inside, -1).flatten(), "amax", include_self=False)
     return table[pixels].long().where(inside, pixels.numel())
@@ -104,9 +104,9 @@ def convolve_tokens(
 def convolve_deviations(
     deviations: Annotated[Tensor, "B N K C"], weight: Annotated[Tensor, "C O *K"]
 ) -> Annotated[Tensor, "B N O 5^D"]:
-    """The second convolution, without bias, of what surrounds each keypoint.
+    """The second convolution, without bias, of the neighbourhood of each keypoint.
 
-    In the order in which neighbours lie, it is a product of polynomials: a transposed convolution.
+    In the order of the neighbours, it is a product of polynomials, that is a transposed convolution.
     """
     convolve = F.conv_transpose2d if weight.ndim == 4 else F.conv_transpose3d
     patches = convolve(deviations.flatten(0, 1).mT.unflatten(2, weight.shape[2:]), weight)
@@ -116,13 +116,13 @@ def convolve_deviations(
 def convolve_constant(
     values: Annotated[Tensor, "C"], convolve: Callable[[Tensor], Tensor], size: Sequence[int]
 ) -> tuple[Annotated[Tensor, "O"], Annotated[Tensor, "L"], Annotated[Tensor, "O L"]]:
-    """The second convolution of a map that holds the same values in each of its pixels.
+    """The second convolution of a map that holds the same values in all pixels.
 
-    Three pixels along each axis show all that there is: the first, what lies between, the last.
+    Three pixels along each axis show all cases: the first pixel, those in between, and the last.
 
     Returns:
-        The result away from the borders; the cells along the borders, those in corners once for each axis; and what
-        to add to the result there.
+        The result away from the borders; the cells along the borders, where those in corners occur once for each axis;
+        and what to add to the result there.
 
     Example:
         >>> convolve = torch.nn.Conv2d(1, 1, 3, padding=1, bias=False)
