@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from math import prod
 from typing import Annotated, Any, Literal
 
@@ -19,7 +18,6 @@ from kaf_layer.diffusion.sparse import (
     convolve_tokens,
     find_neighbours,
     find_rows,
-    padded_neighbours,
 )
 from kaf_layer.keypoints import Keypoints, check_size
 from kaf_layer.normalization import is_synchronised, normalise_rows
@@ -168,12 +166,12 @@ class KeypointDiffusion(nn.Module):
         method = self._method(tokens, size)
         if method == "dense":
             sparse = scatter_keypoints(tokens, keypoints, size, reduce=self.reduce)
-            return self._second(self.norm(self.conv1(sparse)), gain)
+            return _scale(self.conv2(F.relu(self.norm(self.conv1(sparse)))), gain)
         cells = keypoints.cells(size)
         shares = cell_shares(tokens, keypoints, cells, size, reduce=self.reduce)
         weighted = tokens.where(keypoints.valid[..., None], 0.0) * shares.to(tokens.dtype)
         if method == "hybrid":
-            return self._second(self.norm(self._first(weighted, cells, size)), gain)
+            return _scale(self.conv2(F.relu(self.norm(self._first(weighted, cells, size)))), gain)
         return self._rows(weighted, cells, size, gain)
 
     def _method(self, tokens: Tensor, size: Sequence[int]) -> Method:
@@ -187,40 +185,38 @@ class KeypointDiffusion(nn.Module):
         return method
 
     def _first(self, tokens: Tensor, cells: Tensor, size: Sequence[int]) -> Annotated[Tensor, "B hidden *S"]:
-        """The first convolution, into a map with one more pixel at each end of each axis, so that none is outside."""
-        weight, bias, padded = self.conv1.weight, self.conv1.bias, [length + 2 for length in size]
+        """The first convolution, into a map of all pixels and one more pixel, which collects what falls outside."""
+        weight, bias, pixels = self.conv1.weight, self.conv1.bias, cells.shape[0] * prod(size)
         if bias is None:
             bias = weight.new_zeros(weight.shape[0])
         elif self.norm.training and isinstance(self.norm, nn.modules.batchnorm._BatchNorm):
             # The mean removes it again. Its gradient is zero; autograd would accumulate rounding errors instead.
             bias = bias.detach() + 0 * bias
+        index, inside = find_neighbours(cells, size, radius=1)
         samples = torch.arange(cells.shape[0], device=cells.device)[:, None, None]
-        places = torch.add(padded_neighbours(cells, size), samples, alpha=prod(padded))
-        start = bias.to(_wide(weight)).expand(cells.shape[0] * prod(padded), -1)
-        pixels = convolve_tokens(tokens, weight, places, start).view(-1, *padded, weight.shape[0])
-        inside = (slice(None), *[slice(1, -1)] * len(size))
+        places = torch.add(index, samples, alpha=prod(size)).where(inside, pixels)
+        hidden = convolve_tokens(tokens, weight, places, bias.to(_wide(weight)).expand(pixels + 1, -1))[:-1]
         # Channels first, because with channels last torch's batch statistics lose precision on a CPU.
-        return pixels[inside].movedim(-1, 1).to(tokens.dtype).contiguous()
-
-    def _second(self, hidden: Annotated[Tensor, "B hidden *S"], gain: Tensor | None) -> Annotated[Tensor, "B out *S"]:
-        return _scale(self.conv2(F.relu(hidden)), gain)
+        return hidden.view(-1, *size, weight.shape[0]).movedim(-1, 1).to(tokens.dtype).contiguous()
 
     def _rows(self, tokens: Tensor, cells: Tensor, size: Sequence[int], gain: Tensor | None) -> Tensor:
         """Both convolutions around the keypoints: each keypoint's patch is added to the map without keypoints."""
+        # Each weight is read once, because a parametrization may change when it is read.
+        first, weight, bias = self.conv1.weight, self.conv2.weight, self.conv2.bias
+        if gain is not None:  # scales the weights, so that no map needs to be scaled
+            weight, bias = _scale(weight.transpose(0, 1), gain).transpose(0, 1), None if bias is None else bias * gain
         rows = find_rows(*find_neighbours(cells, size, radius=1), size)
-        start = tokens.new_zeros(rows.numel() + 1, self.conv1.out_channels, dtype=_wide(self.conv1.weight))
-        hidden = convolve_tokens(tokens, self.conv1.weight, rows, start)[:-1]  # without what fell outside
+        start = tokens.new_zeros(rows.numel() + 1, first.shape[0], dtype=_wide(first))
+        hidden = convolve_tokens(tokens, first, rows, start)[:-1]  # without what fell outside
         hidden, constant = normalise_rows(self.norm, hidden, self.conv1.bias, pixels=cells.shape[0] * prod(size))
 
         # Like F.relu, but it keeps only a mask for the backward pass, a quarter of the size.
-        deviations = hidden.masked_fill(hidden <= 0, 0.0) - F.relu(constant)
-        weight = _scale(self.conv2.weight.transpose(0, 1), gain)
-        deviations = deviations.to(weight.dtype).view(*rows.shape, weight.shape[0])
+        hidden, constant = hidden.masked_fill(hidden <= 0, 0.0), F.relu(constant)
+        deviations = (hidden - constant).to(weight.dtype).view(*rows.shape, first.shape[0])
         near, inside = find_neighbours(cells, size, radius=2)
         patches = convolve_deviations(deviations, weight).mul_(inside[:, :, None])
 
-        second = partial(self._second, gain=gain)
-        background, border, differences = convolve_constant(constant.to(weight.dtype), second, size)
+        background, border, differences = convolve_constant(constant.to(weight.dtype), weight, bias, size)
         batch, channels = cells.shape[0], background.shape[0]
         result = background[:, None].expand(batch, -1, prod(size))
         patches, index = patches.transpose(1, 2).flatten(2), near.flatten(1)[:, None].expand(-1, channels, -1)
@@ -247,7 +243,8 @@ def _is_plain_convolution(module: Any) -> bool:
     ones = (1,) * len(module.kernel_size)
     shape = module.kernel_size, module.padding, module.stride, module.dilation
     plain = shape == ((3,) * len(ones), ones, ones, ones) and module.groups == 1 and module.padding_mode == "zeros"
-    return plain and not hasattr(module.weight, "__tensor_flatten__")  # a quantized or distributed tensor
+    # Quantized and distributed tensors are for the module itself.
+    return plain and not any(hasattr(parameter, "__tensor_flatten__") for parameter in module.parameters())
 
 
 def _is_plain_batch_norm(module: Any) -> bool:

@@ -8,7 +8,7 @@ indices, and all shapes follow from the inputs' shapes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import prod
 from typing import Annotated
 
@@ -22,7 +22,6 @@ __all__ = [
     "convolve_tokens",
     "find_neighbours",
     "find_rows",
-    "padded_neighbours",
 ]
 
 
@@ -48,23 +47,6 @@ def find_neighbours(
         index, inside = torch.add(index, clamped, alpha=stride), inside & (near == clamped)
         rest, stride = rest // length, stride * length
     return index, inside
-
-
-def padded_neighbours(cells: Annotated[Tensor, "B N"], size: Sequence[int]) -> Annotated[Tensor, "B N K"]:
-    """The cells at most one away, in a map with one more pixel at each end of each axis, so that none is outside.
-
-    Example:
-        >>> padded_neighbours(torch.tensor([[0]]), (3, 4)).flatten().tolist()  # rows of six pixels
-        [14, 13, 12, 8, 7, 6, 2, 1, 0]
-    """
-    steps = torch.arange(2, -1, -1, device=cells.device)
-    ways = torch.cartesian_prod(*[steps] * len(size)).unbind(1)
-    rest, stride = cells[..., None], 1
-    index = torch.zeros_like(rest)
-    for length, way in zip(reversed(size), reversed(ways), strict=True):
-        index = torch.add(index, rest % length + way, alpha=stride)
-        rest, stride = rest // length, stride * (length + 2)
-    return index
 
 
 def find_rows(
@@ -102,19 +84,22 @@ def convolve_tokens(
 
 
 def convolve_deviations(
-    deviations: Annotated[Tensor, "B N K C"], weight: Annotated[Tensor, "C O *K"]
+    deviations: Annotated[Tensor, "B N K C"], weight: Annotated[Tensor, "O C *K"]
 ) -> Annotated[Tensor, "B N O 5^D"]:
     """The second convolution, without bias, of the neighbourhood of each keypoint.
 
     In the order of the neighbours, it is a product of polynomials, that is a transposed convolution.
     """
     convolve = F.conv_transpose2d if weight.ndim == 4 else F.conv_transpose3d
-    patches = convolve(deviations.flatten(0, 1).mT.unflatten(2, weight.shape[2:]), weight)
+    patches = convolve(deviations.flatten(0, 1).mT.unflatten(2, weight.shape[2:]), weight.transpose(0, 1))
     return patches.flatten(2).unflatten(0, deviations.shape[:2])
 
 
 def convolve_constant(
-    values: Annotated[Tensor, "C"], convolve: Callable[[Tensor], Tensor], size: Sequence[int]
+    values: Annotated[Tensor, "C"],
+    weight: Annotated[Tensor, "O C *K"],
+    bias: Annotated[Tensor, "O"] | None,
+    size: Sequence[int],
 ) -> tuple[Annotated[Tensor, "O"], Annotated[Tensor, "L"], Annotated[Tensor, "O L"]]:
     """The second convolution of a map that holds the same values in all pixels.
 
@@ -125,16 +110,15 @@ def convolve_constant(
         and what to add to the result there.
 
     Example:
-        >>> convolve = torch.nn.Conv2d(1, 1, 3, padding=1, bias=False)
-        >>> _ = torch.nn.init.ones_(convolve.weight)
-        >>> constant, border, differences = convolve_constant(torch.ones(1), convolve, (3, 4))
-        >>> constant.detach().expand(12).scatter_add(0, border, differences.detach()[0]).view(3, 4)
+        >>> constant, border, differences = convolve_constant(torch.ones(1), torch.ones(1, 1, 3, 3), None, (3, 4))
+        >>> constant.expand(12).scatter_add(0, border, differences[0]).view(3, 4)
         tensor([[4., 6., 6., 4.],
                 [6., 9., 9., 6.],
                 [4., 6., 6., 4.]])
     """
     shown = [1 if length == 1 else 3 for length in size]
-    kinds = convolve(values.view(1, -1, *[1] * len(size)).expand(-1, -1, *shown))[0].flatten(1)
+    convolve = F.conv2d if weight.ndim == 4 else F.conv3d
+    kinds = convolve(values.view(1, -1, *[1] * len(size)).expand(-1, -1, *shown), weight, bias, padding=1)[0].flatten(1)
     constant = kinds[:, kinds.shape[1] // 2]
     pixels = torch.arange(prod(size), device=values.device).view(*size)
     sides = [pixels.narrow(a, i, 1) for a, length in enumerate(size) if length != 1 for i in (0, length - 1)]

@@ -11,7 +11,6 @@ from kaf_layer.diffusion.sparse import (
     convolve_deviations,
     find_neighbours,
     find_rows,
-    padded_neighbours,
 )
 
 
@@ -26,17 +25,6 @@ def test_neighbours(size: tuple[int, ...], radius: int) -> None:
         near = tuple(x + d for x, d in zip(pixels[cells[b, n]], step, strict=True))
         assert inside[b, n, k] == (near in pixels)
         assert near not in pixels or pixels[index[b, n, k]] == near
-
-
-@pytest.mark.parametrize("size", [(4, 7), (1, 3), (2, 1, 5)])
-def test_neighbours_in_padded_maps(size: tuple[int, ...]) -> None:
-    pixels = list(product(*map(range, size)))
-    padded = list(product(*(range(-1, length + 1) for length in size)))
-    cells = torch.randint(len(pixels), (3, 6))
-    index = padded_neighbours(cells, size)
-    for (k, step), b, n in product(enumerate(product((1, 0, -1), repeat=len(size))), range(3), range(6)):
-        near = tuple(x + d for x, d in zip(pixels[cells[b, n]], step, strict=True))
-        assert padded[index[b, n, k]] == near
 
 
 @pytest.mark.parametrize("slots", [2, 7])
@@ -62,7 +50,7 @@ def test_the_constant_map_is_torchs_convolution(size: tuple[int, ...]) -> None:
     dims = len(size)
     convolution = (torch.nn.Conv2d if dims == 2 else torch.nn.Conv3d)(4, 3, 3, padding=1).double()
     values = torch.randn(4, dtype=torch.float64)
-    constant, border, differences = convolve_constant(values, convolution, size)
+    constant, border, differences = convolve_constant(values, convolution.weight, convolution.bias, size)
     actual = constant[:, None].repeat(1, torch.Size(size).numel())
     actual = actual.scatter_add(1, border.expand(3, -1), differences).view(3, *size)
     expected = convolution(values.view(1, -1, *[1] * dims).expand(1, -1, *size))[0]
@@ -73,7 +61,7 @@ def test_the_constant_map_is_torchs_convolution(size: tuple[int, ...]) -> None:
 def test_patches_are_torchs_convolution_of_the_surroundings(dims: int) -> None:
     deviations = torch.randn(2, 3, 3**dims, 4, dtype=torch.float64)
     weight = torch.randn(5, 4, *[3] * dims, dtype=torch.float64)  # as of a convolution
-    actual = convolve_deviations(deviations, weight.transpose(0, 1)).unflatten(3, [5] * dims)
+    actual = convolve_deviations(deviations, weight).unflatten(3, [5] * dims)
     maps = deviations.flatten(0, 1).mT.unflatten(2, [3] * dims).flip(*range(2, 2 + dims))  # from the first pixel on
     expected = (F.conv2d if dims == 2 else F.conv3d)(maps, weight, padding=2).flip(*range(2, 2 + dims))
     torch.testing.assert_close(actual.flatten(0, 1), expected, rtol=0, atol=1e-12)
