@@ -17,14 +17,14 @@ from kaf_layer.detection.scale_space import ScaleSpace
 
 __all__ = ["Extrema", "Place", "find_extrema", "locate", "refine", "select"]
 
-STEPS = 5  # an extremum that has not settled by then is given up, as in OpenCV
-STRIP = 2**17  # pixels that a CPU searches at a time: memory that is small enough is reused, not asked for again
+STEPS = 5  # an extremum that has not settled by then is rejected, as in OpenCV
+STRIP = 2**17  # pixels that a CPU searches at a time; small blocks of memory are reused, not allocated again
 THINNEST = 8  # the fewest rows, or slices, of a strip: their neighbours are searched along with them
 DENSITY = 64  # with a fixed number of slots, one at most for so many pixels: white noise has one extremum in 1500
 
 
 class Extrema(NamedTuple):
-    """Where pixels of a :class:`ScaleSpace` are, all of one shape.
+    """Places of pixels in a :class:`ScaleSpace`; all fields have one shape.
 
     ``start`` is the index of the octave's first value in the flattened scale space; ``size``, ``stride`` and
     ``pitch`` (..., D) describe that octave, as in :class:`Octave`; ``pixel`` (..., 1 + D) is the layer and the pixel
@@ -67,13 +67,13 @@ class Extrema(NamedTuple):
 
 
 def find_extrema(space: ScaleSpace, *, threshold: float, room: int | None) -> tuple[Extrema, Annotated[Tensor, "C"]]:
-    """The pixels of all images that are extrema among their neighbours, and which of the slots hold one.
+    """Finds the pixels of all images that are extrema among their neighbours, and which slots hold one.
 
     Args:
         space: the scale space. A pixel of an image is compared with the 26 others of its neighbourhood, a voxel with
             its 6 neighbours and itself in the layers below and above.
         threshold: the least magnitude, in units of the image.
-        room: the most that are taken of each octave of an image, the strongest ones; smaller octaves have fewer slots.
+        room: the largest number for each octave of an image; the strongest are kept. Smaller octaves have fewer slots.
             None makes as many slots as there are extrema, which waits for the device.
     """
     search = _all if room is None else partial(_strongest, room=room)
@@ -103,13 +103,13 @@ def _all(gaussians: Annotated[Tensor, "B layers+3 *S"], threshold: float, border
     strip = max(THINNEST, STRIP // math.prod(gaussians.shape[3:]))
     strips = (gaussians[:, :, y : y + strip + 2 * border] for y in range(0, rows, strip))
     mask = torch.cat([is_extremum(part, threshold, border) for part in strips], dim=2)
-    # At least one slot; it holds a pixel that exists.
+    # There is at least one slot, which holds an existing pixel.
     image, index = F.pad(mask.flatten(1).nonzero(), (0, 0, 0, 1), value=-1).unbind(1)
     return image.clamp(min=0), image >= 0, index.clamp(min=0)
 
 
 def _strongest(gaussians: Annotated[Tensor, "B layers+3 *S"], threshold: float, border: int, *, room: int) -> Found:
-    """The same for those of the largest differences, of which every image has so many slots."""
+    """The same for the extrema of the largest differences; every image has the given number of slots."""
     strength = extremal_strength(gaussians, border).flatten(1)
     strength, index = strength.topk(min(room, strength.shape[1] // DENSITY + 1), sorted=False)
     image = torch.arange(strength.shape[0], device=strength.device)[:, None].expand_as(index)
@@ -117,7 +117,7 @@ def _strongest(gaussians: Annotated[Tensor, "B layers+3 *S"], threshold: float, 
 
 
 def _repeat(rows: Sequence[Sequence[float]], counts: Sequence[int], like: Tensor) -> Annotated[Tensor, "C n"]:
-    """Numbers of each octave, once for each of its slots."""
+    """Numbers that belong to octaves, repeated for each slot of the octave."""
     # A tensor of all numbers would be a synchronising copy on CUDA.
     numbers = {number: like.new_full((), number) for number in {number for row in rows for number in row}}
     lines = (torch.stack([numbers[number] for number in row]) for row in rows)
@@ -133,7 +133,7 @@ def refine(
     edge_threshold: float,
     static: bool,
 ) -> tuple[Extrema, Tensor, Tensor]:
-    """Moves extrema to the pixel that their quadratic peaks in, if in an image, and rejects weak ones and edges.
+    """Moves extrema of images to the pixel in which their quadratic peaks, and rejects weak ones and edges.
 
     Args:
         space: the scale space.
@@ -141,10 +141,10 @@ def refine(
         valid: which of them are extrema.
         contrast_threshold: the least contrast, times the number of layers, in units of the image.
         edge_threshold: the largest ratio of the principal curvatures.
-        static: fit all candidates in every step, not those alone that still move.
+        static: whether to fit all candidates in every step, instead of only those that still move.
 
     Returns:
-        the moved extrema, which of them are keypoints, and their response: the magnitude of the contrast.
+        The moved extrema, which of them are keypoints, and their response, the magnitude of the contrast.
     """
     planar = extrema.size.shape[-1] == 2
     stencil = extrema.stencil()
@@ -163,9 +163,9 @@ def refine(
 def _follow(
     space: ScaleSpace, extrema: Extrema, valid: Tensor, stencil: Tensor, *, static: bool
 ) -> tuple[Extrema, Tensor]:
-    """Moves extrema of images to the pixel that their quadratic peaks in.
+    """Moves extrema of images to the pixel in which their quadratic peaks.
 
-    In volumes extrema stay where they are: half of them would not settle, and the others are found again less often.
+    In volumes extrema stay where they are: half of them would not settle, and the others are repeated less often.
     """
     last = F.pad(extrema.size - (space.border + 1), (1, 0), value=space.layers)
     first = F.pad(torch.full_like(extrema.size, space.border), (1, 0), value=1)
@@ -191,17 +191,17 @@ def _follow(
 def select(
     extrema: Extrema, valid: Tensor, response: Tensor, *, batch: int, slots: int, static: bool
 ) -> tuple[Extrema, Annotated[Tensor, "B N"]]:
-    """The strongest keypoints of each image, by descending response, each pixel once.
+    """Selects the strongest keypoints of each image, by descending response, each pixel once.
 
     Args:
         extrema: the candidates of all images.
         valid: which of them are keypoints.
-        response: what they are ordered by.
+        response: the value by which they are sorted.
         batch: the number of images.
-        slots: the most keypoints that an image keeps.
-        static: return that many slots, however many are used.
+        slots: the largest number of keypoints of an image.
+        static: whether to return this number of slots, however many are used.
     """
-    # Two candidates may have moved to one pixel. Sorting also makes the order independent of the search's.
+    # Two candidates may have moved to one pixel. Sorting also makes the order independent of the search order.
     location, order = torch.where(valid, extrema.position(), -1).sort(stable=True)
     is_first = torch.cat([location[:1] >= 0, location[1:] != location[:-1]])
     extrema, response, valid = extrema.take(order), response[order], valid[order] & is_first
@@ -231,7 +231,7 @@ class Place(NamedTuple):
 
 
 def locate(space: ScaleSpace, extrema: Extrema, valid: Tensor) -> Place:
-    """Where the keypoints are, between pixels, and their contrast. Differentiable."""
+    """The positions of the keypoints between pixels, and their contrast. Differentiable."""
     peak = fit(space, extrema, valid, extrema.stencil())
     place = extrema.pixel + peak.step()
     scale = space.sigma * 2 ** (place[..., 0] / space.layers)
@@ -239,9 +239,9 @@ def locate(space: ScaleSpace, extrema: Extrema, valid: Tensor) -> Place:
 
 
 def fit(space: ScaleSpace, extrema: Extrema, valid: Tensor, stencil: Tensor) -> Fit:
-    """The quadratic through the differences of Gaussians about each pixel, along (layer, y, x) or (layer, z, y, x).
+    """The quadratic through the differences of Gaussians around each pixel, along (layer, y, x) or (layer, z, y, x).
 
-    Differentiable, and finite where not valid.
+    It is differentiable, and finite in slots that are not valid.
     """
     axes = extrema.pixel.shape[-1]
     ones = (1,) * axes

@@ -27,7 +27,7 @@ def describe_in_space(
     """Histograms of gradients, 12 directions in 4x4x4 cells along the frame of each keypoint.
 
     The directions are the vertices of an icosahedron. A gradient counts towards each of them by how much smaller the
-    angle between them is than that of two vertices, instead of by its place in a triangle of vertices.
+    angle between them is than that of two vertices, and not by its place in a triangle of vertices as in the paper.
 
     Args:
         space: the scale space.
@@ -38,7 +38,7 @@ def describe_in_space(
     """
     with torch.no_grad():
         frame = orient_in_space(space, extrema, centre, scale)
-    # Samples lie up to half a cell outside of the cells, where their weight ends.
+    # Samples lie up to half a cell outside the cells, where their weight ends.
     side = CELLS + 1
     gradients = sample_gradients(space, extrema, centre, scale, frame, SAMPLES, CELL * side / SAMPLES)
     axis = (torch.arange(SAMPLES, device=scale.device, dtype=scale.dtype) + 0.5) * (side / SAMPLES) - side / 2
@@ -58,7 +58,7 @@ def describe_in_space(
 
 def _vertices(like: Tensor) -> Annotated[Tensor, "12 3"]:
     """The directions from an icosahedron's centre to its vertices: (0, 1, golden ratio) with all signs, in a cycle."""
-    index = torch.arange(12, device=like.device)  # computed there: a copy of constants would be waited for
+    index = torch.arange(12, device=like.device)  # computed on the device, because copying constants would make it wait
     first, second = 1.0 - 2 * (index % 2), GOLDEN * (1.0 - 2 * (index // 2 % 2))
     points = torch.stack([torch.zeros_like(first), first, second], dim=-1).to(like.dtype)
     turned = (torch.arange(3, device=like.device) - index[:, None] // 4) % 3

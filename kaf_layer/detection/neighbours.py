@@ -16,12 +16,12 @@ Reduce = Callable[[Tensor, Tensor], Tensor]
 def is_extremum(
     gaussians: Annotated[Tensor, "B layers+3 *S"], threshold: float, border: int
 ) -> Annotated[Tensor, "B layers *S"]:
-    """For each layer of an octave between two others, and each pixel within the border.
+    """Whether each pixel within the border is an extremum, for each layer that lies between two others.
 
     Args:
         gaussians: the blurred images of the octave: three more than layers that are searched.
         threshold: the least magnitude, in units of the image.
-        border: of pixels that are not looked at, at least 1.
+        border: the number of pixels along each edge that are not searched, at least 1.
     """
     inner, near = _differences(gaussians, border)
     neighbours = _cross if inner.ndim == 5 else _box
@@ -31,7 +31,7 @@ def is_extremum(
 
 
 def extremal_strength(gaussians: Annotated[Tensor, "B layers+3 *S"], border: int) -> Annotated[Tensor, "B layers *S"]:
-    """The magnitude of the difference where it is an extremum, else 0; in half the traffic, and slow on a CPU."""
+    """The magnitude of the difference where it is an extremum, else 0. It halves the traffic, but is slow on a CPU."""
     inner, near = _differences(gaussians, border)
     neighbours = _cross if inner.ndim == 5 else _box_at_once
     largest, smallest = neighbours(torch.maximum, near), neighbours(torch.minimum, near)  # among them the pixel
@@ -39,7 +39,7 @@ def extremal_strength(gaussians: Annotated[Tensor, "B layers+3 *S"], border: int
 
 
 def _differences(gaussians: Annotated[Tensor, "B layers+3 *S"], border: int) -> tuple[Tensor, Tensor]:
-    """Those of the pixels that are looked at, and with all neighbours."""
+    """The differences of the searched pixels, and those with all neighbours."""
     differences = gaussians[:, 1:] - gaussians[:, :-1]
     return _within(differences[:, 1:-1], border), _within(differences, border - 1)
 
@@ -67,8 +67,8 @@ def _box_at_once(reduce: Reduce, layers: Tensor) -> Tensor:
 def _cross(reduce: Reduce, layers: Tensor) -> Tensor:
     """The same among a pixel, the two along every axis, and the same pixel of the layers below and above.
 
-    Volumes have three times as many of these extrema as of the whole neighbourhood's, and more of them are found again
-    once the volume is turned.
+    Volumes have three times as many of these extrema as of extrema in the whole neighbourhood, and more of them are
+    found again after a rotation.
     """
     below, centre, above = layers[:, :-2], layers[:, 1:-1], layers[:, 2:]
     value = reduce(_within(below, 1), _within(above, 1))

@@ -1,7 +1,7 @@
-"""The Gaussian scale space of SIFT (Lowe 2004, section 3), with a blur that is a product of matrices.
+"""The Gaussian scale space of SIFT (Lowe 2004, section 3), with blurring by matrix products.
 
-For images and volumes. Voxels need not be cubes: every axis is blurred in proportion, and one that is coarser than the
-others is halved only when these have caught up with it.
+It serves images and volumes. Voxels need not be cubes: every axis is blurred in proportion, and an axis that is coarser
+than the others is halved only when they have become as coarse.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from torch import Tensor
 
 __all__ = ["BORDER", "Kernels", "Octave", "ScaleSpace", "blur", "double", "gaussian_kernels", "scale_space"]
 
-BORDER = 5  # pixels of every octave along its edge in which OpenCV accepts no keypoint
+BORDER = 5  # pixels along the edge of every octave in which OpenCV accepts no keypoint
 BLOCK = 32  # output pixels per matrix product; fewer waste the window's margin, more multiply with zeros
-FINE = math.sqrt(2)  # an axis whose pixels are less than so many times the finest is doubled and halved with it
+FINE = math.sqrt(2)  # an axis whose pixels are less than this factor coarser than the finest is doubled with it
 
 
 class Octave(NamedTuple):
     """The pixels of an octave, in tensor order.
 
     Args:
-        size: of its images.
+        size: the size of its images.
         stride: pixels of the first octave between its pixels.
         pitch: the distance between its pixels, relative to the finest axis.
     """
@@ -66,11 +66,11 @@ class Kernels:
 
 @dataclass
 class ScaleSpace:
-    """All layers of all octaves of a batch, in one row per image so that one index reaches them all.
+    """All layers of all octaves of a batch, in one row per image, so that one index reaches them all.
 
     Args:
         values: (B, T), octave after octave, ``layers + 3`` blurred images each, row-major.
-        grids: the pixels of every octave; of cubic pixels, the size is halved each time.
+        grids: the pixels of every octave; for cubic pixels the size is halved each time.
         layers: how many layers of each octave are searched for keypoints.
         sigma: the blur of the first layer of each octave, in that octave's pixels (the finest axis').
         border: how many pixels along the edge of every octave hold no keypoint.
@@ -157,7 +157,7 @@ def _planes(
 
 
 def _halve(images: Annotated[Tensor, "B *S"], halved: Sequence[bool]) -> Annotated[Tensor, "B *S"]:
-    """Every second pixel of these axes, without the last of an odd number."""
+    """Every second pixel along these axes, without the last of an odd number."""
     sizes = zip(images.shape[1:], halved, strict=True)
     return images[(slice(None), *(slice(0, size // 2 * 2, 2) if half else slice(None) for size, half in sizes))]
 
@@ -181,7 +181,7 @@ def double(
     Args:
         images: (B, *S).
         upscale: ``"precise"`` puts pixel i at 2 i. ``"opencv"`` is the default of OpenCV's SIFT: it puts it at
-            2 i + 0.5 and forgets the half, so that keypoints lie 0.25 pixels too far right and down.
+            2 i + 0.5 and ignores the half, so that keypoints lie 0.25 pixels too far right and down.
         axes: which of the spatial axes; all if None.
     """
     axes = (True,) * (images.ndim - 1) if axes is None else axes
@@ -202,7 +202,7 @@ def gaussian_kernels(sigmas: Sequence[float], like: Tensor) -> Kernels:
 
     Args:
         sigmas: in pixels.
-        like: a tensor of the type and on the device that the kernels are to have.
+        like: a tensor with the type and the device of the kernels.
     """
     radii = tuple((round(8 * sigma + 1) | 1) // 2 for sigma in sigmas)
     taps = torch.arange(-max(radii), max(radii) + 1, device=like.device)

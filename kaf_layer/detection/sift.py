@@ -1,4 +1,4 @@
-"""SIFTDetector: OpenCV's SIFT, batched, differentiable, on the device; and its like for volumes."""
+"""SIFTDetector: OpenCV's SIFT, batched, differentiable and on the images' device; and its counterpart for volumes."""
 
 from __future__ import annotations
 
@@ -33,50 +33,50 @@ PEAKS = 4  # the most orientations of a keypoint: more peaks of 80 % do not fit 
 
 
 class SIFTDetector(nn.Module):
-    """The scale-invariant feature transform (Lowe 2004), with OpenCV's meanings and defaults.
+    """The scale-invariant feature transform (Lowe 2004), with OpenCV's options and defaults.
 
-    Finds the keypoints of ``cv2.SIFT_create`` for whole batches where the images are, and describes them. The
-    result always has ``max_keypoints`` slots, by descending score; those that an image does not
+    It finds the keypoints of ``cv2.SIFT_create`` in whole batches, on the device of the images, and describes them. The
+    result always has ``max_keypoints`` slots, by descending score. Slots that an image does not
     fill are not ``valid`` and hold zeros. Images do not influence each other.
 
-    Which pixels are keypoints, and in which order, is piecewise constant in the image. The rest is differentiable:
-    positions, scores and scales have the gradient of the quadratic that is fitted to the differences of
-    Gaussians (for ``normalize``, through the minimum and maximum as well), descriptors that of the samples, where
-    keypoints lie and how large they are included; angles carry none. On CUDA gradients are summed in any
-    order, unless ``torch.use_deterministic_algorithms`` is on.
+    Which pixels are keypoints, and in which order, is piecewise constant in the image. The rest is differentiable.
+    Positions, scores and scales have the gradient of the quadratic that is fitted to the differences of
+    Gaussians (with ``normalize`` also through the minimum and maximum). Descriptors have the gradient of their samples,
+    including the positions and scales of the keypoints. Angles have none. On CUDA the order in which gradients are
+    summed is not fixed, unless ``torch.use_deterministic_algorithms`` is on.
 
-    There are two paths to one result. On a CPU images are searched one by one, for as many candidates as
-    there are. On other devices, and under ``torch.compile`` and ``torch.export``, all shapes are static and nothing
-    waits for the device: of each octave of an image the 4096 strongest extrema are candidates, or twice
-    ``max_keypoints`` if that is more, but not more than one for 64 pixels of a layer (white noise has one in 1500).
+    There are two paths to the same result. On a CPU, images are searched one by one, and all extrema are candidates.
+    On other devices, and under ``torch.compile`` and ``torch.export``, all shapes are static and nothing
+    waits for the device. There the candidates are the 4096 strongest extrema of each octave of an image, or twice
+    ``max_keypoints`` if that is more, but at most one for 64 pixels of a layer (white noise has one in 1500).
 
-    With ``spatial_dims=3`` it looks for keypoints in volumes in the same way, after Rister et al. (2017): their
+    With ``spatial_dims=3`` it finds keypoints in volumes in the same way, after Rister et al. (2017). Their
     orientation is a frame of three axes, and their descriptors count gradients towards the vertices of an
-    icosahedron. Distances are physical: with the ``spacing`` of the voxels, axes of coarser ones are blurred less,
-    neither doubled nor halved until the others are as coarse, and sampled accordingly. Voxels are compared with their
-    6 neighbours and with themselves in the layers below and above, and moved by half a voxel at most. Of a volume of
-    64x128x128 cubic voxels the doubled scale space takes 0.23 GB.
+    icosahedron. Distances are physical: with a ``spacing``, axes with coarser voxels are blurred less, and are
+    neither doubled nor halved until the others are as coarse. Voxels are compared with their
+    6 neighbours and with themselves in the layers below and above, and moved by at most half a voxel. The doubled scale
+    space of a volume of 64x128x128 cubic voxels takes 0.23 GB.
 
-    Blurring uses matrix products, in float32 also where ``torch.set_float32_matmul_precision`` allows less. Only if it
-    is compiled a GPU may then round them to TF32: about one keypoint in fifteen is another, the rest lie some 0.02
-    pixels off.
+    Blurring uses matrix products in float32, even where ``torch.set_float32_matmul_precision`` allows less. Only
+    compiled code on a GPU may then round them to TF32: about one keypoint in fifteen differs, and the others are off by
+    about 0.02 pixels.
 
     Args:
-        max_keypoints: how many slots the result has; an image with more keypoints keeps the strongest.
+        max_keypoints: the number of slots of the result. An image with more keypoints keeps the strongest.
         contrast_threshold: the least contrast, times ``octave_layers``, for intensities between 0 and 1.
-        edge_threshold: the largest ratio of the principal curvatures; in volumes that of r, 1 and 1, or as far from
-            equality by ``trace^3 / determinant``.
+        edge_threshold: the largest ratio r of the principal curvatures. In volumes, curvatures are at most as unequal as
+            r, 1 and 1, measured by ``trace^3 / determinant``.
         sigma: the blur of the first layer, in pixels of the doubled image (of the finest axis).
-        octave_layers: in how many scales of each octave keypoints are searched.
+        octave_layers: the number of scales in each octave in which keypoints are searched.
         upscale: how the image is doubled first. ``"precise"`` is OpenCV's ``enable_precise_upscale``. ``"opencv"``
-            is OpenCV's default, whose keypoints all lie a quarter of a pixel too far right and down; for images alone.
-        normalize: stretch each image from its minimum and maximum to 0 and 1, as the paper does. Otherwise
-            images are taken as they are, uint8 as 0 to 255 and others as 0 to 1.
-        channel: the number of the channel to look in; or ``"mean"``, the mean of all, with ``normalize`` each
-            stretched to 0 and 1 first, so that constant ones change nothing; or ``"rgb"``, grey by OpenCV's weights.
+            is OpenCV's default, whose keypoints all lie a quarter of a pixel too far right and down; for images only.
+        normalize: whether to stretch each image from its minimum and maximum to 0 and 1, as the paper does. Otherwise
+            uint8 images range from 0 to 255 and others from 0 to 1.
+        channel: the number of the channel to search. ``"mean"`` is the mean of all channels; with ``normalize`` each
+            is stretched to 0 and 1 first, so that constant ones change nothing. ``"rgb"`` is grey by OpenCV's weights.
             None means RGB for three channels, and the mean for any other number.
         orientations: ``"strongest"`` gives one keypoint per position. ``"all"`` repeats it for every
-            direction of at least 80 % of the strongest, as OpenCV does; for images alone.
+            direction of at least 80 % of the strongest, as OpenCV does; for images only.
         descriptors: whether to describe the keypoints.
         root: RootSIFT (Arandjelovic and Zisserman 2012) instead of SIFT; both have length 1 and, in two dimensions,
             OpenCV's order.
@@ -129,7 +129,7 @@ class SIFTDetector(nn.Module):
             raise ValueError(f'orientations must be "strongest" or "all", got {orientations=}')
         if channel not in (None, "rgb", "mean") and not (isinstance(channel, Integral) and channel >= 0):
             raise ValueError(f'channel must be a number from 0, "rgb", "mean" or None, got {channel=}')
-        self.max_keypoints = int(max_keypoints)  # NumPy's numbers become Python's, which compilers take for constants
+        self.max_keypoints = int(max_keypoints)  # NumPy's numbers become Python's, which compilers treat as constants
         self.contrast_threshold = float(contrast_threshold)
         self.edge_threshold = float(edge_threshold)
         self.sigma = float(sigma)
@@ -152,14 +152,15 @@ class SIFTDetector(nn.Module):
                 ``normalize``) and any number of channels (see ``channel``).
 
         Returns:
-            keypoints with ``scores`` (the magnitude of the contrast), ``scales`` (the blur, in pixels, of the finest
-            axis; half of OpenCV's size), in two dimensions ``angles`` and, if asked for, ``descriptors`` of 128
-            values, 768 in three; float64 for float64 images and float32 for all others, whatever autocast says.
+            Keypoints with ``scores`` (the magnitude of the contrast), ``scales`` (the blur in pixels of the finest
+            axis; half of OpenCV's size), in two dimensions ``angles``, and ``descriptors`` of 128 values, or 768 in
+            three dimensions, unless they are turned off. They are float64 for float64 images and float32 for all
+            others, also under autocast.
 
         Raises:
-            TypeError: if images are no tensor.
+            TypeError: if ``images`` is not a tensor.
             ValueError: if images are not (B, C, *S), lack the channels that ``channel`` needs, are smaller than 6
-                pixels or 3 voxels, or are not finite. Only on a CPU are values looked at: elsewhere an image that is
+                pixels or 3 voxels, or are not finite. Values are checked on a CPU only; elsewhere an image that is
                 not finite has no keypoints.
         """
         check_tensors(images=images)
@@ -186,14 +187,14 @@ class SIFTDetector(nn.Module):
         exact = nullcontext() if torch.compiler.is_compiling() else exact_products()
         with without_autocast(images.device), exact:
             grey = self._grey(images, static=static)
-            # A CPU is faster on one image at a time, whose scale space may stay in its cache.
+            # A CPU is faster with one image at a time, whose scale space may stay in its cache.
             batches = [grey] if static else grey.split(1)
             parts = [self._detect(batch, static=static) for batch in batches]
         values: dict[str, Any] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         return Keypoints(**values, image_size=tuple(images.shape[2:]))
 
     def extra_repr(self) -> str:
-        """The options that are not the defaults, and how many keypoints there are at most."""
+        """The maximal number of keypoints, and all options that differ from their defaults."""
         defaults = {name: option.default for name, option in inspect.signature(SIFTDetector).parameters.items()}
         values = {name: getattr(self, name) for name in defaults}
         shown = [name for name in defaults if name == "max_keypoints" or values[name] != defaults[name]]
@@ -256,7 +257,7 @@ class SIFTDetector(nn.Module):
     def _orient(
         self, space: ScaleSpace, extrema: Extrema, valid: Tensor, place: Place
     ) -> tuple[Extrema, Tensor, Place, Annotated[Tensor, "B N"]]:
-        """The keypoints, repeated for each of their orientations if all are asked for, and these."""
+        """The keypoints, repeated for each of their orientations if all are wanted, and the orientations."""
         with torch.no_grad():
             angles, strength = orient(space, extrema, place.centre, place.scale)
         if self.orientations == "strongest":
