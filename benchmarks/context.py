@@ -2,11 +2,13 @@
 
     python benchmarks/context.py synthetic                                    # about half an hour on two cores
     python benchmarks/context.py sunnybrook --data ../shared/data/sunnybrook  # hours; each run in minutes
+    python benchmarks/context.py lumbar --data ../shared/data/lumbar          # a day of a core
 
 synthetic: the task of context_task.py, accuracy against the distance between target and marker. sunnybrook: Dice of
 unseen subjects on the whole field of view, for UNets of 3, 4 and 5 levels, whose receptive fields are smaller and
-larger than the image; of added layers also with a loss on their tokens. Both go on where they were killed; both draw
-context.png beside the tables, from what is there.
+larger than the image; of added layers also with a loss on their tokens. lumbar: the same for five vertebrae, which
+look alike, for UNets of 4 and 5 levels and layers with each encoding of positions. All go on where they were killed;
+all draw context.png beside the tables, from what is there.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 import harness
 import torch
@@ -42,6 +44,21 @@ METHODS = {
     "kaf-unet --fusion add": "KAF-UNet, added",
     "kaf-unet --fusion add --token-loss 0.5": "KAF-UNet, added, loss on tokens",
 }
+POSITIONS = {
+    "kaf-unet --position rotary": "KAF-UNet, rotary positions",
+    "kaf-unet --position both": "KAF-UNet, rotary and absolute positions",
+    "kaf-unet --fusion add --position rotary": "KAF-UNet, added, rotary positions",
+}
+
+
+class DataSet(NamedTuple):
+    """Of which Dice is measured by receptive field: the levels of the UNets, and the methods beside them."""
+
+    levels: Sequence[int]
+    methods: dict[str, str]
+
+
+DATA_SETS = {"sunnybrook": DataSet((3, 4, 5), METHODS), "lumbar": DataSet((4, 5), METHODS | POSITIONS)}
 
 
 def swin() -> nn.Module:
@@ -148,26 +165,27 @@ def row_of(name: str, results: Sequence[dict[str, list[Any]]]) -> dict[str, obje
     return row
 
 
-def sunnybrook(options: argparse.Namespace) -> None:
+def by_field(options: argparse.Namespace) -> None:
     """Cross-validates every method with every number of levels, unless given runs, and reports Dice by their field."""
     from examples.protocol import cross_validate
     from examples.protocol.comparison import difference, runs_ahead
 
     rows, given = [], [run for file in options.results for run in read_json(file)]
-    for levels in options.levels:
-        arguments = ["--preset", "sunnybrook", "--data", str(options.data), "--levels", str(levels)]
-        arguments += ["--labelled", "2", "--methods", *METHODS, "--output", str(options.output / f"levels{levels}")]
+    count, output, methods = options.labelled, options.output / options.part, DATA_SETS[options.part].methods
+    for levels in options.levels or DATA_SETS[options.part].levels:
+        arguments = ["--preset", options.part, "--data", str(options.data), "--levels", str(levels)]
+        arguments += ["--labelled", str(count), "--methods", *methods, "--output", str(output / f"levels{levels}")]
         arguments += ["--test-folds", *map(str, options.folds), "--seeds", *map(str, options.seeds)]
         if given:
-            chosen = {(levels, 2, fold, seed) for fold in options.folds for seed in options.seeds}
+            chosen = {(levels, count, fold, seed) for fold in options.folds for seed in options.seeds}
             results = [r for r in given if (r["settings"]["levels"], r["M"], r["fold"], r["seed"]) in chosen]
         else:
             results = cross_validate.main([*arguments, "--jobs", str(options.jobs)])
-        of = {name: [result for result in results if result["method"] == name] for name in METHODS}
+        of = {name: [result for result in results if result["method"] == name] for name in methods}
         edge = results[0]["settings"]["patch"][0]
         field = 9 * 2 ** (levels - 1) - 4  # two convolutions 3x3 on each level, and halvings between
-        for name, title in METHODS.items():
-            row = {"network": title, "levels": levels, "receptive field / edge": field / edge}
+        for name in filter(of.get, methods):  # files of runs may lack some
+            row = {"network": methods[name], "levels": levels, "receptive field / edge": field / edge}
             row["Dice"] = mean(cross_validate.over_folds(of[name], None))
             d = difference(of[name], of["unet"]) if name != "unet" else None
             row["ahead of UNet"] = f"{d.dice:+.3f}, p = {d.p:.2g}" if d else ""
@@ -176,10 +194,11 @@ def sunnybrook(options: argparse.Namespace) -> None:
             row["by fold"] = " ".join(f"{gain:+.3f}" for gain in gains(of[name], of["unet"])) if d else ""
             rows.append(row)
     notes = (
-        f"Sunnybrook, M = 2, folds {options.folds}, seeds {options.seeds}; the field is that of the deepest block. "
-        "Differences and p of a Wilcoxon signed-rank test are over subjects, each the mean of its volumes."
+        f"{options.part.capitalize()}, M = {count}, folds {options.folds}, seeds {options.seeds}; "
+        "the field is that of the deepest block. Differences and p of a Wilcoxon signed-rank test are over subjects, each "
+        "the mean of its volumes."
     )
-    harness.report("context-sunnybrook", rows, notes=notes, packages=["monai"])
+    harness.report(f"context-{options.part}", rows, notes=notes, packages=["monai"])
 
 
 def gains(results: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> list[float]:
@@ -191,21 +210,22 @@ def gains(results: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = harness.parser(__doc__)
-    parser.add_argument("part", choices=("synthetic", "sunnybrook"))
+    parser.add_argument("part", choices=("synthetic", *DATA_SETS))
     parser.add_argument("--output", type=Path, default=Path("outputs/context"), help="a folder for single runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="synthetic")
     parser.add_argument("--steps", type=int, default=400, help="synthetic: of training")
     parser.add_argument("--images", type=int, default=3000, help="synthetic: to train on")
-    parser.add_argument("--data", type=Path, help="sunnybrook: its folder")
-    parser.add_argument("--results", type=Path, nargs="+", default=[], help="sunnybrook: files of runs, not to train")
-    parser.add_argument("--levels", type=int, nargs="+", default=[3, 4, 5], help="sunnybrook: of the UNets")
-    parser.add_argument("--folds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="sunnybrook: to test")
-    parser.add_argument("--jobs", type=int, default=1, help="sunnybrook: folds at a time")
+    parser.add_argument("--data", type=Path, help="sunnybrook, lumbar: the folder")
+    parser.add_argument("--results", type=Path, nargs="+", default=[], help="of runs that are there, not to train")
+    parser.add_argument("--levels", type=int, nargs="+", help="sunnybrook, lumbar: of the UNets")
+    parser.add_argument("--labelled", type=int, default=2, metavar="M", help="sunnybrook, lumbar: subjects to train on")
+    parser.add_argument("--folds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="sunnybrook, lumbar: to test")
+    parser.add_argument("--jobs", type=int, default=1, help="sunnybrook, lumbar: folds at a time")
     options = parser.parse_args(arguments)
-    if options.part == "sunnybrook" and options.data is None and not options.results:
-        parser.error("sunnybrook needs --data, the folder of its volumes")
-    {"synthetic": synthetic, "sunnybrook": sunnybrook}[options.part](options)
+    if options.part in DATA_SETS and options.data is None and not options.results:
+        parser.error(f"{options.part} needs --data, the folder of its volumes")
+    (by_field if options.part in DATA_SETS else synthetic)(options)
     draw()
 
 

@@ -16,12 +16,16 @@ STYLES = {
     "KAF-UNet": ("#c2185b", "o"),
     "KAF-UNet, added": ("#f08fb4", "s"),
     "KAF-UNet, added, loss on tokens": ("#8e5bb5", "D"),
+    "KAF-UNet, rotary positions": ("#1f77b4", "o"),
+    "KAF-UNet, rotary and absolute positions": ("#0b5345", "o"),
+    "KAF-UNet, added, rotary positions": ("#73c6b6", "s"),
 }
 
 
 def draw() -> None:
     """A panel for each part whose results are there, one below the other."""
-    panels = {"context-synthetic-cpu": draw_synthetic, "context-sunnybrook-cpu": draw_sunnybrook}
+    panels = {"context-synthetic-cpu": draw_synthetic}
+    panels |= {"context-sunnybrook-cpu": draw_gains, "context-lumbar-cpu": draw_gains}
     found = {name: path for name in panels if (path := harness.RESULTS / f"{name}.json").is_file()}
     with rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(6.6, 3.3 * len(found)), layout="constrained", facecolor="white")
@@ -47,16 +51,17 @@ def draw_synthetic(axes: Axes, content: dict) -> None:
     axes.set_title("Synthetic: the class depends on a distant marker", loc="left", fontsize=10.5)
 
 
-def draw_sunnybrook(axes: Axes, content: dict) -> None:
+def draw_gains(axes: Axes, content: dict) -> None:
     """Gains over the UNet with as many levels: means over folds, with standard errors."""
     rows = content["rows"]
     levels = list(dict.fromkeys(row["levels"] for row in rows))
     axes.axhline(0, color="#6b6b6b", lw=0.8)
-    for i, (network, (colour, marker)) in enumerate(STYLES.items()):
+    shown = {name: style for name, style in STYLES.items() if any(row["network"] == name for row in rows)}
+    for i, (network, (colour, marker)) in enumerate(shown.items()):
         own = [row for row in rows if row["network"] == network]
         gains = [[float(gain) for gain in row["by fold"].split()] for row in own]
         errors = [stdev(gain) / len(gain) ** 0.5 if len(gain) > 1 else 0.0 for gain in gains]
-        places = [levels.index(row["levels"]) + 0.14 * (i - 1.5) for row in own]
+        places = [levels.index(row["levels"]) + 0.56 * ((i + 0.5) / len(shown) - 0.5) for row in own]
         style = {"fmt": marker, "color": colour, "ms": 6, "capsize": 3, "lw": 1.4, "label": network}
         axes.errorbar(places, [mean(gain) for gain in gains], errors, **style)
     unets = {row["levels"]: row for row in rows if row["network"] == "UNet"}
@@ -66,5 +71,6 @@ def draw_sunnybrook(axes: Axes, content: dict) -> None:
     ]
     axes.set_xticks(range(len(levels)), names, fontsize=8.5)
     axes.set(xlim=(-0.5, len(levels) - 0.5), ylabel="Dice ahead of the UNet")
-    axes.set_title("Sunnybrook, two labelled subjects: gain by receptive field", loc="left", fontsize=10.5)
+    data, labelled = re.match(r"(\w+), M = (\d+)", content["notes"]).groups()
+    axes.set_title(f"{data}, {labelled} labelled subjects: gain by receptive field", loc="left", fontsize=10.5)
     axes.legend(frameon=False, fontsize=9)

@@ -98,14 +98,15 @@ def test_synthetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert "seed" not in capsys.readouterr().out.split("|")[0]  # nothing is done twice
 
 
-def test_sunnybrook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("data", ["sunnybrook", "lumbar"])
+def test_by_field(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each method with each number of levels, beside the UNet with as many."""
     commands = []
 
     def cross_validated(arguments: list[str]) -> list[dict]:
         commands.append(arguments)
         levels = int(arguments[arguments.index("--levels") + 1])
-        gains = dict.fromkeys(context.METHODS, 0.0) | {"kaf-unet": 0.1 / levels}
+        gains = dict.fromkeys(context.DATA_SETS[data].methods, 0.0) | {"kaf-unet": 0.1 / levels}
         return [
             {"method": name, "fold": fold, "M": 2, "seed": 0, "settings": {"patch": [96, 96], "levels": levels}}
             | {"dice": 0.55 + gain, "scores": [["a", 0.5 + gain], ["a", 0.6 + gain]]}
@@ -115,10 +116,10 @@ def test_sunnybrook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     monkeypatch.setattr(cross_validate, "main", cross_validated)
-    context.main(["sunnybrook", "--data", "d", "--levels", "3", "5", "--folds", "0", "1", "--output", str(tmp_path)])
+    context.main([data, "--data", "d", "--levels", "3", "5", "--folds", "0", "1", "--output", str(tmp_path)])
     assert len(commands) == 2
-    assert {str(tmp_path / "levels3"), "0", "1"} <= set(commands[0])
-    rows = json.loads((tmp_path / "context-sunnybrook-cpu.json").read_text())["rows"]
+    assert {str(tmp_path / data / "levels3"), data, "0", "1"} <= set(commands[0])
+    rows = json.loads((tmp_path / f"context-{data}-cpu.json").read_text())["rows"]
     kaf = [row for row in rows if row["network"] == "KAF-UNet"]
     assert [row["Dice"] for row in kaf] == pytest.approx([0.55 + 0.1 / 3, 0.55 + 0.1 / 5])
     assert [row["receptive field / edge"] for row in kaf] == pytest.approx([32 / 96, 140 / 96])
@@ -131,9 +132,9 @@ def test_sunnybrook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for file in files:
         file.write_text(json.dumps(cross_validated(["--levels", file.stem])))
     commands.clear()
-    context.main(["sunnybrook", "--levels", "3", "5", "--folds", "0", "1", "--results", *map(str, files)])
+    context.main([data, "--levels", "3", "5", "--folds", "0", "1", "--results", *map(str, files)])
     assert not commands
-    assert json.loads((tmp_path / "context-sunnybrook-cpu.json").read_text())["rows"] == rows
+    assert json.loads((tmp_path / f"context-{data}-cpu.json").read_text())["rows"] == rows
 
 
 def test_layers_attached_to_a_trained_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,10 +160,11 @@ def test_layers_attached_to_a_trained_network(tmp_path: Path, monkeypatch: pytes
     assert [file.stat().st_mtime_ns for file in files] == kept  # nothing is done twice
 
 
-def test_sunnybrook_needs_data(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("data", ["sunnybrook", "lumbar"])
+def test_what_needs_data(data: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        context.main(["sunnybrook"])
-    assert "needs --data" in capsys.readouterr().err
+        context.main([data])
+    assert f"{data} needs --data" in capsys.readouterr().err
 
 
 def test_an_added_map_grows_slowly_behind_a_gain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
