@@ -22,7 +22,7 @@ NAMES = {
         PretrainingLosses KeypointAugmentation Augmented attach
     """,
     "kaf_layer.detection": "GridDetector KeypointDetector SIFTDetector",
-    "kaf_layer.interop": "AuthorsKeys KAFBackbone attach load_authors_state_dict",
+    "kaf_layer.interop": "AuthorsKeys KAFBackbone attach keypoints_from_lafs load_authors_state_dict to_lafs",
     "kaf_layer.losses": """
         KAFPretrainingLoss KeypointMatchLoss PCLLoss PretrainingLosses keypoint_match_loss pcl_loss
     """,

@@ -2,5 +2,6 @@
 
 from kaf_layer.interop.attach import KAFBackbone, attach
 from kaf_layer.interop.authors import AuthorsKeys, load_authors_state_dict
+from kaf_layer.interop.kornia import keypoints_from_lafs, to_lafs
 
-__all__ = ["AuthorsKeys", "KAFBackbone", "attach", "load_authors_state_dict"]
+__all__ = ["AuthorsKeys", "KAFBackbone", "attach", "keypoints_from_lafs", "load_authors_state_dict", "to_lafs"]
