@@ -13,11 +13,11 @@ __all__ = ["MaskedBatchNorm", "Moments", "is_synchronised", "normalise_rows", "n
 
 
 class Moments(NamedTuple):
-    """The statistics of a batch: mean and biased variance (C,), and the number of elements."""
+    """The statistics of a batch: mean and unbiased variance (C,), and whether it held anything (1) or was empty (0)."""
 
     mean: Annotated[Tensor, "C"]
     variance: Annotated[Tensor, "C"]
-    number: Annotated[Tensor, ""]
+    filled: Annotated[Tensor, ""] | float = 1.0
 
 
 class MaskedBatchNorm(nn.BatchNorm1d):
@@ -64,9 +64,9 @@ def _normalise_tokens(norm: Any, tokens: Tensor, valid: Tensor) -> tuple[Tensor,
     # Zero where not valid, because with a single valid slot the variance is zero and 1 / std is large.
     centred = (values - mean) * mask
     squares, _ = _sum_over_processes(norm, centred.square().sum((0, 1)), count)
-    variance = squares / count.clamp(min=1)
-    normalised = centred * ((variance + norm.eps).rsqrt() * norm.weight) + norm.bias
-    return normalised.to(tokens.dtype), Moments(mean, variance, count)
+    normalised = centred * ((squares / count.clamp(min=1) + norm.eps).rsqrt() * norm.weight) + norm.bias
+    filled = (count > 0).to(mean.dtype)
+    return normalised.to(tokens.dtype), Moments(mean, squares / (count - 1).clamp(min=1), filled)
 
 
 def normalise_rows(
@@ -91,14 +91,14 @@ def normalise_rows(
         centre = (norm.running_mean - bias).to(dtype)
         centred, variance = rows - centre, norm.running_var.to(dtype)
     else:
-        total, count = _sum_over_processes(norm, rows.sum(0), rows.new_full((), pixels))
+        total, count = _sum_over_processes(norm, rows.sum(0), pixels)
         mean = total / count + bias
         centre = mean - bias  # of the rows; the bias stays in the graph, with a gradient of zero
         centred = rows - centre
-        others = (pixels - rows.shape[0]) * centre.square()
-        squares, _ = _sum_over_processes(norm, centred.square().sum(0) + others, count)
+        squares = torch.addcmul(centred.square().sum(0), centre, centre, value=pixels - rows.shape[0])
+        squares, _ = _sum_over_processes(norm, squares, pixels)
         variance = squares / count
-        track(norm, Moments(mean, variance, count))
+        track(norm, Moments(mean, squares / (count - 1)))
     scale = norm.weight * (variance + norm.eps).rsqrt()
     return torch.addcmul(norm.bias, centred, scale), torch.addcmul(norm.bias, centre, scale, value=-1)
 
@@ -114,11 +114,11 @@ def track(norm: Any, moments: Moments | None) -> None:
     if moments is None:
         return
     norm.num_batches_tracked.add_(1)
-    some = (moments.number > 0).to(moments.mean.dtype)
-    momentum = some / norm.num_batches_tracked if norm.momentum is None else some * norm.momentum
-    unbiased = moments.variance * (moments.number / (moments.number - 1).clamp(min=1))
-    norm.running_mean.add_((moments.mean - norm.running_mean) * momentum)
-    norm.running_var.add_((unbiased - norm.running_var) * momentum)
+    running = norm.running_mean.dtype
+    momentum = 1 / norm.num_batches_tracked.to(running) if norm.momentum is None else norm.momentum
+    momentum = momentum * moments.filled
+    norm.running_mean.lerp_(moments.mean.to(running), momentum)
+    norm.running_var.lerp_(moments.variance.to(running), momentum)
 
 
 def is_synchronised(norm: nn.Module) -> bool:
@@ -128,13 +128,14 @@ def is_synchronised(norm: nn.Module) -> bool:
     return dist.get_world_size(norm.process_group) > 1
 
 
-def _sum_over_processes(norm: nn.Module, values: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+def _sum_over_processes(norm: nn.Module, values: Tensor, count: Any) -> tuple[Tensor, Any]:
+    """The sums of values (C,) and of counts over the processes of a synchronised batch norm, else the arguments."""
     if not is_synchronised(norm):
         return values, count
     import torch.distributed.nn.functional  # not in every build of torch
 
-    everything = torch.cat([values, count[None].to(values.dtype)])
-    # Differentiable, since each process's loss depends on the values of all.
+    everything = torch.cat([values, torch.as_tensor(count, dtype=values.dtype, device=values.device).view(1)])
+    # Differentiable, because each process's loss depends on the values of all.
     summed = torch.distributed.nn.functional.all_reduce(everything, group=norm.process_group or dist.group.WORLD)
     return summed[:-1], summed[-1]
 

@@ -13,6 +13,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from kaf_layer.checks import check_counts, check_floats, check_precision, check_tokens
 from kaf_layer.diffusion.sparse import (
+    closest,
     convolve_constant,
     convolve_deviations,
     convolve_tokens,
@@ -149,7 +150,8 @@ class KeypointDiffusion(nn.Module):
             if (channels, *gain.shape) != (needed, needed):
                 got = f"got {gain.shape=} and features of {channels} channels"
                 raise ValueError(f"with a gain, features must have {needed} channels, and gain as many numbers, {got}")
-        needs_pixels = self.norm.training and isinstance(self.norm, (nn.BatchNorm2d, nn.BatchNorm3d))
+        needs_pixels = isinstance(self.norm, nn.modules.batchnorm._BatchNorm) and self.norm.training
+        needs_pixels = needs_pixels and not is_synchronised(self.norm)
         if needs_pixels and tokens.shape[0] * prod(size) == 1:
             raise ValueError(
                 f"batch statistics need more than one pixel, got {tokens.shape=} and {size=}; call .eval()"
@@ -205,7 +207,8 @@ class KeypointDiffusion(nn.Module):
         first, weight, bias = self.conv1.weight, self.conv2.weight, self.conv2.bias
         if gain is not None:  # scales the weights, so that no map needs to be scaled
             weight, bias = _scale(weight.transpose(0, 1), gain).transpose(0, 1), None if bias is None else bias * gain
-        rows = find_rows(*find_neighbours(cells, size, radius=1), size)
+        near, inside = find_neighbours(cells, size, radius=2)
+        rows = find_rows(closest(near, len(size)), closest(inside, len(size)), size)
         start = tokens.new_zeros(rows.numel() + 1, first.shape[0], dtype=_wide(first))
         hidden = convolve_tokens(tokens, first, rows, start)[:-1]  # without what fell outside
         hidden, constant = normalise_rows(self.norm, hidden, self.conv1.bias, pixels=cells.shape[0] * prod(size))
@@ -213,7 +216,6 @@ class KeypointDiffusion(nn.Module):
         # Like F.relu, but it keeps only a mask for the backward pass, a quarter of the size.
         hidden, constant = torch.where(hidden <= 0, 0.0, hidden), F.relu(constant)
         deviations = (hidden - constant).to(weight.dtype).view(*rows.shape, first.shape[0])
-        near, inside = find_neighbours(cells, size, radius=2)
         patches = convolve_deviations(deviations, weight).mul_(inside[:, :, None])
 
         background, border, differences = convolve_constant(constant.to(weight.dtype), weight, bias, size)

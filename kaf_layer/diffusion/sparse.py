@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "closest",
     "convolve_constant",
     "convolve_deviations",
     "convolve_tokens",
@@ -39,14 +40,22 @@ def find_neighbours(
     """
     steps = torch.arange(radius, -radius - 1, -1, device=cells.device)
     ways = torch.cartesian_prod(*[steps] * len(size)).unbind(1)
-    rest, stride = cells[..., None], 1
-    index, inside = torch.zeros_like(rest), torch.ones_like(rest, dtype=torch.bool)
-    for length, way in zip(reversed(size), reversed(ways), strict=True):
-        near = rest % length + way
-        clamped = near.clamp(0, length - 1)
-        index, inside = torch.add(index, clamped, alpha=stride), inside & (near == clamped)
-        rest, stride = rest // length, stride * length
+    rest, coordinates = cells[..., None], []
+    for length in reversed(size[1:]):
+        coordinates.append(rest % length)
+        rest = rest // length
+    near = [c + way for c, way in zip((rest, *reversed(coordinates)), ways, strict=True)]
+    clamped = [x.clamp(0, length - 1) for x, length in zip(near, size, strict=True)]
+    index, inside = clamped[0], near[0] == clamped[0]
+    for x, in_map, length in zip(near[1:], clamped[1:], size[1:], strict=True):
+        index, inside = torch.add(in_map, index, alpha=length), inside & (x == in_map)
     return index, inside
+
+
+def closest(neighbours: Annotated[Tensor, "B N 5^D"], spatial_dims: int) -> Annotated[Tensor, "B N 3^D"]:
+    """Of what :func:`find_neighbours` gives for radius 2, what it gives for radius 1."""
+    middle = (..., *[slice(1, 4)] * spatial_dims)
+    return neighbours.unflatten(2, [5] * spatial_dims)[middle].flatten(2)
 
 
 def find_rows(
@@ -127,7 +136,8 @@ def convolve_constant(
     rest, stride, kind, times = border, 1, torch.zeros_like(border), torch.zeros_like(border)
     for length, three in zip(reversed(size), reversed(shown), strict=True):
         if length != 1:
-            own = (rest % length > 0).long() + (rest % length == length - 1)
-            kind, times = torch.add(kind, own, alpha=stride), times + (own != 1)
+            along = rest % length
+            own = torch.where(along == length - 1, 2, (along > 0).long())
+            kind, times = torch.add(kind, own, alpha=stride), (own != 1) + times
         rest, stride = rest // length, stride * three
     return constant, border, (kinds[:, kind] - constant[:, None]) / times
