@@ -95,6 +95,7 @@ def test_distances_say_what_was_missed() -> None:
 
     results = [result(0, 0, 4.0, nan), result(0, 1, inf, nan), result(1, 0, 6.0, 8.0)]
     assert cross_validate.distances(results)[-1] == f"| UNet | {mean([4, 7]):.1f} ± 2.1, 2 missed |"
+    assert cross_validate.distances([result(0, 0, inf, inf)])[-1] == "| UNet | none found, 4 missed |"
     assert cross_validate.distances([{"fold": 0}]) == []
 
 

@@ -157,6 +157,33 @@ def test_what_does_not_fit_is_refused(weights: Path, volumes: Path, tmp_path: Pa
         predict.main(["--weights", str(weights), "--output", str(tmp_path / "phantoms")])
 
 
+def test_volumes_in_one_piece(weights: Path, volumes: Path, tmp_path: Path) -> None:
+    """A network for volumes; what it says of them counts elsewhere."""
+    whole = [
+        "--spatial-dims",
+        "3",
+        "--patch",
+        "4",
+        "32",
+        "24",
+        "--epochs",
+        "1",
+        "--steps-per-epoch",
+        "1",
+        "--batch",
+        "1",
+    ]
+    run_of = ["--data", str(weights.parents[1] / "data"), "--output", str(tmp_path / "run")]
+    finetune.main([*SMALL, *whole, *run_of])
+    assert len(run(tmp_path / "run" / "weights.pt", volumes)["volumes"]) == 4
+    for codes in ORIENTATIONS:
+        image, prediction = (
+            nibabel.load(folder / f"new-{codes}.nii.gz") for folder in (volumes / "images", tmp_path / "predicted")
+        )
+        assert prediction.shape == image.shape
+        assert (prediction.affine == image.affine).all()
+
+
 def test_slices_of_another_plane(weights: Path, tmp_path: Path) -> None:
     image, label = body(0)
     write_pair(tmp_path / "data", "sagittal", stored(image, "PIL"), stored(label, "PIL"))

@@ -207,7 +207,8 @@ def distances(results: Sequence[Result]) -> list[str]:
         for count in counts:
             own = [result for result in results if (result["method"], result["M"]) == (name, count)]
             lost = sum(missed([row[1:] for row in result["hd95"]]) for result in own)
-            cells.append(spread(over_folds(own, None, "hd95"), digits=1) + (f", {lost} missed" if lost else ""))
+            found = spread(over_folds(own, None, "hd95"), digits=1).replace("nan", "none found")
+            cells.append(found + (f", {lost} missed" if lost else ""))
         lines.append(f"| {title(name)} | {' | '.join(cells)} |")
     return lines
 
