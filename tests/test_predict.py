@@ -141,6 +141,8 @@ def test_what_does_not_fit_is_refused(weights: Path, volumes: Path, tmp_path: Pa
         run(weights, volumes, "--output", str(volumes / "predicted"))
     with pytest.raises(ValueError, match="--limit must be at least one volume, got 0"):
         run(weights, volumes, "--limit", "0")
+    with pytest.raises(ValueError, match="--window-level must be LOW HIGH, the lower end first, got 2 0"):
+        run(weights, volumes, "--window-level", "2", "0")
     assert before == {path: path.read_bytes() for path in (tmp_path / "predicted").iterdir()}
     (other / "weights.pt").write_bytes(weights.read_bytes())
     with pytest.raises(ValueError, match=r"other.weights\.pt are not the weights of the network of .*result\.json"):

@@ -79,6 +79,7 @@ def load_volumes(
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least one subject, got {limit=}")
+    check_window(window)
     if path is None:
         subjects = tqdm(range(limit or PHANTOMS), desc="phantoms", leave=False)
         volumes = [phantom(subject) for subject in subjects]
@@ -234,6 +235,12 @@ def check_planes(first: Volume, other: Volume) -> None:
 def axes_of(volume: Volume) -> str | None:
     """Where a volume's axes (x, y, z) point, such as "RAS"; None where nothing is known."""
     return None if volume.affine is None else codes_of(volume.affine)
+
+
+def check_window(window: Sequence[float] | None) -> None:
+    """Refuses a window of intensities whose ends are swapped."""
+    if window is not None and not window[0] < window[1]:
+        raise ValueError(f"--window-level must be LOW HIGH, the lower end first, got {window[0]:g} {window[1]:g}")
 
 
 def scaled(volume: Volume, window: Sequence[float] | None) -> Tensor:

@@ -23,7 +23,16 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from examples.protocol.data import PHANTOMS, add_reading_options, axes_of, list_files, load_volume, scaled, stem
+from examples.protocol.data import (
+    PHANTOMS,
+    add_reading_options,
+    axes_of,
+    check_window,
+    list_files,
+    load_volume,
+    scaled,
+    stem,
+)
 from examples.protocol.detectors import LEARNT, build_detector
 from examples.protocol.files import claimed, read_json, write, write_json
 from examples.protocol.finetune import digest, predict
@@ -96,6 +105,7 @@ def complete(options: argparse.Namespace, run: Run) -> argparse.Namespace:
     """The options of the training, with what was given anew."""
     given = {name: value for name, value in vars(options).items() if value is not None and value is not False}
     chosen = argparse.Namespace(**(vars(run.options) | {"data": None, "limit": None} | given))
+    check_window(chosen.window_level)
     if chosen.detector in LEARNT and chosen.detector_weights is None:
         raise ValueError(f"--weights {options.weights} needs --detector-weights, those of --detector {chosen.detector}")
     return chosen

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import get_args
 
-from examples.protocol.data import add_reading_options, load_volumes
+from examples.protocol.data import add_reading_options, check_window, load_volumes
 from examples.protocol.detectors import DETECTORS, LEARNT, build_detector
 from examples.protocol.files import write
 from examples.protocol.networks import MODELS, VOLUMETRIC
@@ -162,9 +162,7 @@ def check(options: argparse.Namespace) -> None:
     """Completes and refuses what does not fit together, by the options' names."""
     if not options.resize > 0:
         raise ValueError(f"--resize must be a factor above 0, got {options.resize}")
-    if options.window_level and not options.window_level[0] < options.window_level[1]:
-        low, high = options.window_level
-        raise ValueError(f"--window-level must be LOW HIGH, the lower end first, got {low:g} {high:g}")
+    check_window(options.window_level)
     if not 0 <= options.drop_keypoints <= 1:
         raise ValueError(f"--drop-keypoints must be a share from 0 to 1, got {options.drop_keypoints}")
     if options.window < 1:
