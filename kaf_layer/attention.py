@@ -165,9 +165,10 @@ class PositionEncoder(nn.Module):
     def forward(self, keypoints: Keypoints) -> Tokens:
         """The encoded positions (B, N, E)."""
         positions = relative_positions(keypoints, spatial_dims=self.spatial_dims)
-        x = (positions if self.block == "transformer" else authors_positions(keypoints)).to(
-            next(self.parameters()).dtype
-        )
+        x = positions if self.block == "transformer" else authors_positions(keypoints)
+        weight = next(self.parameters(), None)
+        if weight is not None:  # else a replica of nn.DataParallel, whose weights are no parameters
+            x = x.to(weight.dtype)
         for projection, norm in zip(self.linears, self.norms, strict=True):
             x = projection(x)
             if self.block == "propagation":

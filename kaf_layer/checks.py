@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ __all__ = [
     "check_precision",
     "check_tensors",
     "check_tokens",
+    "refuse_torchscript",
 ]
 
 
@@ -28,6 +29,7 @@ def check_tensors(**tensors: Tensor) -> None:
     Raises:
         TypeError: if one is not a tensor.
         ValueError: if one is complex.
+        RuntimeError: under ``torch.jit.trace``, which would freeze sizes and positions.
 
     Example:
         >>> check_tensors(features=None)
@@ -35,11 +37,25 @@ def check_tensors(**tensors: Tensor) -> None:
             ...
         TypeError: features must be a tensor, got NoneType
     """
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        refuse_torchscript()
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
         if value.is_complex():
             raise ValueError(f"{name} must be real, got {value.dtype}")
+
+
+def refuse_torchscript() -> NoReturn:
+    """Says what to call instead.
+
+    Raises:
+        RuntimeError: always.
+    """
+    raise RuntimeError(
+        "torch.jit can neither trace nor script keypoints, nor can torch.onnx.export(dynamo=False): use "
+        "torch.export.export, or torch.onnx.export(dynamo=True)"
+    )
 
 
 def check_floats(**tensors: Tensor) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, NamedTuple, get_args
+from typing import Annotated, Literal, NamedTuple, NoReturn, get_args
 
 import torch
 from torch import Tensor, nn
 
 from kaf_layer.attention import BlockType, KeypointTransformer
-from kaf_layer.checks import check_counts, check_features, check_precision
+from kaf_layer.checks import check_counts, check_features, check_precision, refuse_torchscript
 from kaf_layer.diffusion import KeypointDiffusion
 from kaf_layer.keypoints import Keypoints
 from kaf_layer.positions import PositionType
@@ -128,10 +128,15 @@ class KAFLayer(nn.Module):
             raise ValueError(f"features must have in_channels={self.in_channels} channels, got {features.shape=}")
         size = features.shape[2:]
         keypoints = keypoints.resize(size, snap=self.sampler.mode == "nearest")
-        tokens = self.transformer(self.embed(self.sampler(features, keypoints)), keypoints)
+        # Tokens are no image: the metadata of a MetaTensor of MONAI stay with the features.
+        plain = features.as_tensor() if hasattr(features, "as_tensor") else features
+        tokens = self.transformer(self.embed(self.sampler(plain, keypoints)), keypoints)
         gain = self.gain if self.fusion == "add" else None
         return KAFOutput(self.diffusion(tokens, keypoints, size, features=features, gain=gain), tokens)
 
     def extra_repr(self) -> str:
         """The options that its parts do not show."""
         return f"in_channels={self.in_channels}, fused_channels={self.fused_channels}, fusion={self.fusion!r}"
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_torchscript()

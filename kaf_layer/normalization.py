@@ -59,7 +59,7 @@ def _normalise_tokens(norm: Any, tokens: Tensor, valid: Tensor) -> tuple[Tensor,
         statistics = norm.running_mean, norm.running_var, norm.weight, norm.bias
         return F.batch_norm(tokens.flatten(0, 1), *statistics, eps=norm.eps).unflatten(0, tokens.shape[:2]), None
     values, mask = tokens.to(_wide(norm.weight)), valid[..., None]
-    total, count = _sum_over_processes(norm, (values * mask).sum((0, 1)), valid.sum(dtype=values.dtype))
+    total, count = _sum_over_processes(norm, (values * mask).sum((0, 1)), valid.sum())
     mean = total / count.clamp(min=1)
     # Zero where not valid, because with a single valid slot the variance is zero and 1 / std is large.
     centred = (values - mean) * mask

@@ -375,12 +375,12 @@ def _split(rank: int, folder: str, run: Callable[..., object]) -> None:
 
 
 def _synchronised(rank: int, folder: str) -> None:
-    module = nn.SyncBatchNorm.convert_sync_batchnorm(layer(block="propagation")).double()
+    module = nn.SyncBatchNorm.convert_sync_batchnorm(layer(block="propagation"))
     assert not any(isinstance(m, MaskedBatchNorm) for m in module.modules())
     module.diffusion.method = "rows"  # torch's own module is for GPUs only
     own = slice(0, 1) if rank == 0 else slice(1, 3)
-    x = features().double()[own].requires_grad_()
-    result = module(x, KEYPOINTS[own])
+    x = features()[own].requires_grad_()
+    result = module(x, LAYER_KEYPOINTS[own])
     (result.features.sin().sum() + result.tokens.sin().sum()).backward()
     for parameter in module.parameters():
         dist.all_reduce(parameter.grad)
@@ -395,18 +395,18 @@ def _synchronised(rank: int, folder: str) -> None:
 def test_synchronised_batch_norm_in_two_processes_is_that_of_one(tmp_path: Path) -> None:
     """With different numbers of samples, and of keypoints, in the processes."""
     mp.spawn(_split, (str(tmp_path), _synchronised), nprocs=2)
-    module, x = layer(block="propagation").double(), features().double().requires_grad_()
+    module, x = layer(block="propagation"), features().requires_grad_()
     module.diffusion.method = "rows"
-    result = module(x, KEYPOINTS)
+    result = module(x, LAYER_KEYPOINTS)
     (result.features.sin().sum() + result.tokens.sin().sum()).backward()
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     whole = {name: torch.cat([first.pop(name), second.pop(name)]) for name in ("features", "gradient")}
-    torch.testing.assert_close(whole["features"], result.features, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(whole["gradient"], x.grad, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(whole["features"], result.features, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(whole["gradient"], x.grad, rtol=1e-3, atol=1e-5)
     expected = {f"gradient of {n}": p.grad for n, p in module.named_parameters()} | dict(module.named_buffers())
     for name, value in expected.items():
         for actual in (first[name], second[name]):
-            torch.testing.assert_close(actual, value, rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(actual, value, rtol=1e-3, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def _sharded(_rank: int, _folder: str) -> None:

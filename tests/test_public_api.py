@@ -19,10 +19,10 @@ NAMES = {
         Keypoints KeypointDetector SIFTDetector GridDetector KeypointSampler sample_keypoints KeypointTransformer
         KeypointScatter scatter_keypoints KeypointDiffusion KAFLayer KAFOutput KAFEncoder KAFEncoderOutput
         record_attention Matches match_keypoints KeypointMatcher PCLLoss KeypointMatchLoss KAFPretrainingLoss
-        PretrainingLosses KeypointAugmentation Augmented attach
+        PretrainingLosses KeypointAugmentation Augmented attach TokenGrid
     """,
     "kaf_layer.detection": "GridDetector KeypointDetector SIFTDetector",
-    "kaf_layer.interop": "AuthorsKeys KAFBackbone attach keypoints_from_lafs load_authors_state_dict to_lafs",
+    "kaf_layer.interop": "AuthorsKeys KAFBackbone TokenGrid attach keypoints_from_lafs load_authors_state_dict to_lafs",
     "kaf_layer.losses": """
         KAFPretrainingLoss KeypointMatchLoss PCLLoss PretrainingLosses keypoint_match_loss pcl_loss
     """,

@@ -64,8 +64,8 @@ class SIFTDetector(nn.Module):
     Args:
         max_keypoints: the number of slots of the result. An image with more keypoints keeps the strongest.
         contrast_threshold: the least contrast, times ``octave_layers``, for intensities between 0 and 1.
-        edge_threshold: the largest ratio r of the principal curvatures. In volumes, curvatures are at most as unequal
-            as r, 1 and 1, measured by ``trace^3 / determinant``.
+        edge_threshold: the largest ratio r of the principal curvatures. In volumes, curvatures are at most as unequal as
+            r, 1 and 1, measured by ``trace^3 / determinant``.
         sigma: the blur of the first layer, in pixels of the doubled image (of the finest axis).
         octave_layers: the number of scales in each octave in which keypoints are searched.
         upscale: how the image is doubled first. ``"precise"`` is OpenCV's ``enable_precise_upscale``. ``"opencv"``
@@ -159,11 +159,16 @@ class SIFTDetector(nn.Module):
 
         Raises:
             TypeError: if ``images`` is not a tensor.
+            RuntimeError: under ``torch.onnx.export``.
             ValueError: if images are not (B, C, *S), lack the channels that ``channel`` needs, are smaller than 6
                 pixels or 3 voxels, or are not finite. Values are checked on a CPU only; elsewhere an image that is
                 not finite has no keypoints.
         """
         check_tensors(images=images)
+        if torch.onnx.is_in_onnx_export():
+            raise RuntimeError(
+                "SIFTDetector has no ONNX operators: detect outside of the graph, whose input keypoints are"
+            )
         if images.ndim != 2 + self.spatial_dims:
             axes = "(B, C, H, W)" if self.spatial_dims == 2 else "(B, C, D, H, W)"
             raise ValueError(f"images must be {axes}, got {images.shape=}")

@@ -214,7 +214,7 @@ class KeypointDiffusion(nn.Module):
         hidden, constant = normalise_rows(self.norm, hidden, self.conv1.bias, pixels=cells.shape[0] * prod(size))
 
         # Like F.relu, but it keeps only a mask for the backward pass, a quarter of the size.
-        hidden, constant = torch.where(hidden <= 0, 0.0, hidden), F.relu(constant)
+        hidden, constant = hidden.masked_fill(hidden <= 0, 0.0), F.relu(constant)
         deviations = (hidden - constant).to(weight.dtype).view(*rows.shape, first.shape[0])
         patches = convolve_deviations(deviations, weight).mul_(inside[:, :, None])
 

@@ -100,8 +100,7 @@ def convolve_deviations(
     In the order of the neighbours, it is a product of polynomials, that is a transposed convolution.
     """
     convolve = F.conv_transpose2d if weight.ndim == 4 else F.conv_transpose3d
-    around = deviations.flatten(0, 1).mT.contiguous().unflatten(2, weight.shape[2:])
-    patches = convolve(around, weight.transpose(0, 1))
+    patches = convolve(deviations.flatten(0, 1).mT.unflatten(2, weight.shape[2:]), weight.transpose(0, 1))
     return patches.flatten(2).unflatten(0, deviations.shape[:2])
 
 

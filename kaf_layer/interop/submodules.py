@@ -1,17 +1,19 @@
-"""Finding submodules of a network by name, and the maps that they return."""
+"""Finding submodules of a network by name, and the shapes of their maps."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["arguments_of", "dry_run", "find_image", "find_submodules", "first_map", "has_channels_last", "layer_key"]
+from kaf_layer.interop.forms import Form, find_map
+
+__all__ = ["check_names", "dry_run", "find_image", "find_submodules", "has_channels_last", "layer_key", "signature_of"]
 
 
 def layer_key(name: str) -> str:
@@ -22,24 +24,39 @@ def layer_key(name: str) -> str:
 def find_image(
     image: str | None, arguments: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Tensor | None:
-    """The argument named ``image``, or the first tensor among all arguments; None if that is no tensor."""
+    """The argument named ``image``, or the first that is or holds a tensor, in the order of the backbone's signature.
+
+    None if there is none, or the one that is named is no tensor.
+    """
     if image is None:
-        return next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
+        named = [kwargs[name] for name in arguments if name in kwargs]
+        others = [value for name, value in kwargs.items() if name not in arguments]
+        return next((leaf for leaf in tree_leaves((args, named, others)) if isinstance(leaf, Tensor)), None)
     position = arguments.index(image)
     found = args[position] if position < len(args) else kwargs.get(image)
     return found if isinstance(found, Tensor) else None
 
 
-def arguments_of(backbone: nn.Module, image: str | None) -> list[str]:
-    """The names of the backbone's arguments, the image's among them."""
-    arguments = list(inspect.signature(backbone.forward).parameters)
+def signature_of(backbone: nn.Module, image: str | None = None) -> inspect.Signature:
+    """The backbone's, the image among its arguments."""
+    signature = inspect.signature(backbone.forward)
+    arguments = list(signature.parameters)
     if "keypoints" in arguments:
         raise ValueError(
             f"the backbone must have no argument named keypoints, which attach adds, got the arguments {arguments}"
         )
     if image is not None and image not in arguments:
         raise ValueError(f"image must name an argument of the backbone, got {image=} and the arguments {arguments}")
-    return arguments
+    return signature
+
+
+def check_names(names: Collection[str], **options: Collection[str]) -> None:
+    """Checks that options speak of submodules that have a layer."""
+    for option, given in options.items():
+        if not set(given) <= set(names):
+            raise ValueError(
+                f"{option} must name submodules with a layer, got {sorted(set(given) - set(names))} for {list(names)}"
+            )
 
 
 def has_channels_last(name: str, shape: torch.Size, *, channels: int | None, image: Tensor | None) -> bool:
@@ -70,18 +87,6 @@ def _fit(size: torch.Size, image_size: torch.Size) -> int:
     return best
 
 
-def first_map(name: str, leaves: list[Any]) -> tuple[int, Tensor]:
-    """The first tensor among what a submodule returns, and its index."""
-    for index, leaf in enumerate(leaves):
-        if isinstance(leaf, Tensor):
-            if leaf.ndim < 4 or not leaf.is_floating_point():
-                raise ValueError(
-                    f"{name!r} must return a map (B, C, *S), got shape {tuple(leaf.shape)} of {leaf.dtype}"
-                )
-            return index, leaf
-    raise ValueError(f"{name!r} must return a map (B, C, *S), got no tensor but {[type(leaf) for leaf in leaves]}")
-
-
 def find_submodules(backbone: nn.Module, names: list[str]) -> dict[str, nn.Module]:
     """The submodules by name."""
     modules = dict(backbone.named_modules(remove_duplicate=False))
@@ -97,16 +102,41 @@ def find_submodules(backbone: nn.Module, names: list[str]) -> dict[str, nn.Modul
             raise ValueError(f"every name must have a {of} of its own, got {names}")
     if not names:
         raise ValueError("name a submodule or more, got none")
+    for name in names:
+        _check_runs(name, modules)
     return {name: modules[name] for name in names}
 
 
-def dry_run(backbone: nn.Module, modules: dict[str, nn.Module], args: tuple[Any, ...]) -> dict[str, torch.Size]:
-    """The shapes of the submodules' maps."""
+def _check_runs(name: str, modules: Mapping[str, nn.Module]) -> None:
+    """Checks that a submodule's hooks are called when it runs."""
+    module = modules[name]
+    if type(module).forward is nn.Module.forward:
+        inside = [f"{name}.{child}" for child, _ in module.named_children()]
+        raise ValueError(f"{name!r} is a {type(module).__name__}, which never runs itself: name one of {inside}")
+    parts = name.split(".")
+    for outer in (".".join(parts[:end]) for end in range(len(parts) + 1)):
+        if "_orig_mod" in modules[outer]._modules or modules[outer]._compiled_call_impl is not None:
+            where = f"its submodule {outer!r}" if outer else "it"
+            raise ValueError(
+                f"backbone must not be compiled, but {where} is: attach to the network itself, which torch.compile "
+                "keeps as ._orig_mod, then compile the result"
+            )
+
+
+def dry_run(
+    backbone: nn.Module,
+    modules: Mapping[str, nn.Module],
+    forms: Mapping[str, Form],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> dict[str, torch.Size]:
+    """The shapes of the submodules' maps, or of their tokens."""
     shapes: dict[str, torch.Size] = {}
 
     def watch(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
         def look(_module: nn.Module, _args: Any, output: Any) -> None:
-            shapes[name] = first_map(name, tree_leaves(output))[1].shape
+            leaves, _, index = find_map(name, output, forms[name])
+            shapes[name] = leaves[index].shape
 
         return module.register_forward_hook(look)
 
@@ -115,7 +145,7 @@ def dry_run(backbone: nn.Module, modules: dict[str, nn.Module], args: tuple[Any,
     backbone.eval()
     try:
         with torch.no_grad():
-            backbone(*args)
+            backbone(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()

@@ -4,7 +4,6 @@ import copy
 import importlib
 import io
 import pickle
-import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -415,25 +414,6 @@ def test_a_submodule_that_runs_twice_or_never() -> None:
         never(IMAGES)
 
 
-def test_overlapping_forward_passes() -> None:
-    class Waits(nn.Identity):
-        def forward(self, x: Tensor) -> Tensor:
-            inside.set()
-            proceed.wait(10)
-            return x
-
-    inside, proceed = threading.Event(), threading.Event()
-    model = attach(nn.Sequential(Waits()), {"0": 1}, detector=GridDetector(6), **SMALL)
-    thread = threading.Thread(target=model, args=(IMAGES,))
-    thread.start()
-    inside.wait(10)
-    with pytest.raises(RuntimeError, match="another forward pass is under way"):
-        model(IMAGES)
-    proceed.set()
-    thread.join()
-    model(IMAGES)
-
-
 # The toolchain, as far as it concerns hooks
 
 
@@ -486,7 +466,7 @@ def test_compiles_whole_and_once() -> None:
 def test_exports() -> None:
     model = one_layer().eval()
     batch, slots = torch.export.Dim("batch"), torch.export.Dim("slots")
-    shapes = {"args": ({0: batch},), "keypoints": [{0: batch, 1: slots}] * 2 + [(None, None), None]}
+    shapes = {"input": {0: batch}, "keypoints": [{0: batch, 1: slots}] * 2 + [(None, None), None]}
     exported = torch.export.export(model, (IMAGES,), {"keypoints": KEYPOINTS}, dynamic_shapes=shapes).module()
     images, keypoints = torch.rand(3, 1, 24, 32), random_keypoints((24, 32), (12, 0, 3), dtype=torch.float32)
     torch.testing.assert_close(exported(images, keypoints=keypoints), model(images, keypoints=keypoints))

@@ -1,0 +1,238 @@
+"""KAFBackbone: a network with KAF layers behind some of its submodules."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Collection, Mapping
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_unflatten
+
+from kaf_layer.checks import check_keypoints, refuse_torchscript
+from kaf_layer.detection import KeypointDetector
+from kaf_layer.interop.forms import Form, TokenGrid, find_map
+from kaf_layer.interop.submodules import check_names, find_image, find_submodules, layer_key, signature_of
+from kaf_layer.keypoints import Keypoints
+from kaf_layer.layer import KAFLayer
+
+__all__ = ["KAFBackbone"]
+
+
+class KAFBackbone(nn.Module):
+    """A network with KAF layers behind some of its submodules; :func:`attach` makes it.
+
+    Call it like the network: it takes the same arguments and returns the same output. Given ``keypoints=...`` it
+    does not detect them. ``inspect.signature(model.forward)`` is the network's own, and ``keypoints=None``. Any number
+    of threads may call one model, and ``nn.DataParallel`` may replicate it.
+
+    Everything else of the network, such as ``config`` or ``save_pretrained``, is an attribute of ``model.backbone``.
+    Called by itself, ``model.backbone`` is the network without layers, and ``model.backbone.load_state_dict`` takes a
+    checkpoint of the network. The state dict of the model holds the network's under ``backbone.`` and the layers' under
+    ``layers.``, with dots in the submodules' names as underscores. To train the layers alone, freeze
+    ``model.backbone``.
+
+    ``torch.utils.checkpoint`` may hold the whole, or parts of the network that contain no submodule with a layer:
+    it could not know the keypoints. For the layers' own activations there is ``recompute=True``.
+
+    Args:
+        backbone: the network.
+        layers: by the names of the submodules, each with ``fusion="add"``.
+        detector: finds keypoints in the image.
+        image: the name of the argument of ``backbone.forward`` that is the image; the first of its arguments that is
+            a tensor if None.
+        channels_last: the names of the submodules whose maps are (B, *S, C).
+        tokens: how tokens lie in the image, by the names of the submodules that return tokens (B, N, C).
+        outputs: the index or key of the map, by the names of the submodules that return several.
+
+    Raises:
+        ValueError: in :func:`attach`'s cases; when called, if a submodule returns no map of the
+            image, or does not run exactly once, or there is no image, or the keypoints are of another one.
+        RuntimeError: if the network calls itself, runs a submodule again in the backward pass, or is traced by
+            ``torch.jit``.
+
+    Example:
+        >>> from kaf_layer import GridDetector, Keypoints
+        >>> backbone = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3, padding=1), torch.nn.Conv2d(8, 2, 3, stride=2))
+        >>> model = KAFBackbone(backbone, {"0": KAFLayer(8, fusion="add")}, detector=GridDetector(8))
+        >>> keypoints = Keypoints(torch.rand(1, 5, 2) * 24, torch.ones(1, 5, dtype=torch.bool), (24, 32))
+        >>> model(torch.rand(1, 1, 24, 32), keypoints=keypoints).shape
+        torch.Size([1, 2, 11, 15])
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        layers: Mapping[str, KAFLayer],
+        *,
+        detector: KeypointDetector,
+        image: str | None = None,
+        channels_last: Collection[str] = (),
+        tokens: Mapping[str, TokenGrid] | None = None,
+        outputs: Mapping[str, int | str] | None = None,
+    ) -> None:
+        super().__init__()
+        self._arguments = list(signature_of(backbone, image).parameters)
+        modules = find_submodules(backbone, list(layers))
+        tokens, outputs = tokens or {}, outputs or {}
+        check_names(layers, channels_last=channels_last, tokens=tokens, outputs=outputs)
+        self.backbone = backbone
+        self.layers = nn.ModuleDict({layer_key(name): layer for name, layer in layers.items()}).train(backbone.training)
+        self.detector = detector
+        self.image = image
+        self.training = backbone.training
+        self._pass = _Pass()
+        self._handles = []
+        for name, module in modules.items():
+            form = Form(channels_last=name in channels_last, tokens=tokens.get(name), output=outputs.get(name))
+            self._handles.append(module.register_forward_hook(_Fusion(name, form, self._pass)))
+        self.__class__ = _like(type(self), backbone)
+
+    def forward(self, *args: Any, keypoints: Keypoints | None = None, **kwargs: Any) -> Any:
+        """The backbone's output for the backbone's arguments.
+
+        Args:
+            args: the backbone's.
+            keypoints: of the image; None detects them.
+            kwargs: the backbone's.
+        """
+        if self._pass.keypoints is not None:
+            raise RuntimeError("another forward pass is under way around this one: the network must not call itself")
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
+            refuse_torchscript()
+        found = find_image(self.image, self._arguments, args, kwargs)
+        if keypoints is None:
+            if found is None:
+                raise ValueError(
+                    f"there is no image to detect keypoints in: give {self.image or 'image'}= or keypoints="
+                )
+            _check_image(found)
+            keypoints = self.detector(found)
+        else:
+            check_keypoints(keypoints=keypoints)
+            if found is not None and not torch.compiler.is_compiling():
+                _check_size(found, keypoints)
+        self._pass.keypoints, self._pass.layers, self._pass.fused = keypoints, self.layers, ()
+        try:
+            output = self.backbone(*args, **kwargs)
+            if len(self._pass.fused) != len(self.layers):
+                raise ValueError(f"each submodule with a layer must run, but only {list(self._pass.fused)} did")
+        finally:
+            self._pass.keypoints = self._pass.layers = None
+        return output
+
+    def detach(self) -> nn.Module:
+        """Takes the hooks away and returns the backbone, which is then as it was."""
+        for handle in self._handles:
+            handle.remove()
+        return self.backbone
+
+    def __getattr__(self, name: str) -> Any:
+        """Modules and parameters; for anything else of the backbone, where it is."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if name.startswith("_") or not hasattr(self.__dict__.get("_modules", {}).get("backbone"), name):
+                raise
+            message = f"{type(self).__name__!r} has no attribute {name!r}; the network's own is model.backbone.{name}"
+            raise AttributeError(message) from error
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_torchscript()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As any module, by a class that can be imported."""
+        return _blank, (type(self).__mro__[1],), self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__class__ = _like(type(self), self.backbone)
+
+
+def _blank(kind: type[KAFBackbone]) -> KAFBackbone:
+    return kind.__new__(kind)
+
+
+def _like(kind: type[KAFBackbone], backbone: nn.Module) -> type[KAFBackbone]:
+    """A class whose ``forward`` has the backbone's signature.
+
+    Frameworks decide by it which columns of a dataset to keep and which are labels, some on the instance, some on the
+    class.
+    """
+
+    def forward(self: KAFBackbone, *args: Any, keypoints: Keypoints | None = None, **kwargs: Any) -> Any:
+        return kind.forward(self, *args, keypoints=keypoints, **kwargs)
+
+    signature = signature_of(backbone)
+    own = list(signature.parameters.values())
+    last = [own.pop()] if own and own[-1].kind is inspect.Parameter.VAR_KEYWORD else []
+    keypoints = inspect.Parameter(
+        "keypoints", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="Keypoints | None"
+    )
+    this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    forward.__signature__ = signature.replace(parameters=[this, *own, keypoints, *last])  # type: ignore[attr-defined]
+    forward.__doc__ = kind.forward.__doc__
+    return type(kind.__name__, (kind,), {"forward": forward, "__doc__": kind.__doc__, "__module__": kind.__module__})
+
+
+def _check_image(image: Tensor) -> None:
+    if image.ndim < 4:
+        raise ValueError(
+            f"images must be a batch (B, C, *S) to detect keypoints in, got shape {tuple(image.shape)}; if the network "
+            "takes a list of images, attach to the part of it that takes a batch, as in "
+            "net.backbone = attach(net.backbone, ...)"
+        )
+
+
+def _check_size(image: Tensor, keypoints: Keypoints) -> None:
+    """Whether keypoints are of the image that the network sees; what is no image of their axes is not compared."""
+    seen = image.shape[0], *image.shape[2:]
+    given = keypoints.positions.shape[0], *keypoints.image_size
+    if len(seen) == len(given) and seen != given:
+        raise ValueError(
+            f"keypoints must be of the images that the network gets, {seen[0]} of {seen[1:]} pixels, got {given[0]} "
+            f"of {given[1:]} pixels. In a sliding window give none: each window has its own. Found in "
+            "the same image at another size: keypoints.resize(size)"
+        )
+
+
+class _Pass(threading.local):
+    """What hooks share of the forward pass under way in a thread; copies and pickles are new."""
+
+    def __init__(self) -> None:  # is called in every thread
+        self.keypoints: Keypoints | None = None
+        self.layers: nn.ModuleDict | None = None  # of the replica that runs
+        self.fused: tuple[str, ...] = ()
+
+    def __reduce__(self) -> tuple[type[_Pass], tuple[()]]:
+        return _Pass, ()
+
+
+class _Fusion:
+    """A forward hook that fuses a submodule's map; a class, since closures cannot be pickled."""
+
+    def __init__(self, name: str, form: Form, state: _Pass) -> None:
+        self.name, self.form, self.state = name, form, state
+
+    def __call__(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        keypoints, layers = self.state.keypoints, self.state.layers
+        if keypoints is None or layers is None:
+            if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0:
+                raise RuntimeError(
+                    f"{self.name!r} is run again in the backward pass, by activation checkpointing around it, where "
+                    "the keypoints are no longer known: checkpoint the whole network, or parts without a KAF layer"
+                )
+            return output
+        if self.name in self.state.fused:
+            raise ValueError(f"{self.name!r} runs more than once in a forward pass: name what runs once")
+        self.state.fused = (*self.state.fused, self.name)
+        leaves, spec, index = find_map(self.name, output, self.form)
+        try:
+            features = self.form.to_map(leaves[index], keypoints.image_size)
+            fused = layers[layer_key(self.name)](features, keypoints).features
+        except ValueError as error:
+            raise ValueError(f"{self.name!r} must return a map of the image {self.form.describe()}: {error}") from error
+        leaves[index] = self.form.from_map(fused, leaves[index])
+        return tree_unflatten(leaves, spec)
