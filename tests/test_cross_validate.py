@@ -172,6 +172,32 @@ def test_what_belongs_to_all_scripts_is_not_given_to_one(tmp_path: Path, capsys:
     assert "--detector=none, --fold must be given to all scripts" in capsys.readouterr().err
 
 
+def test_options_of_fine_tuning_need_no_quotes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(cross_validate, "run_folds", lambda _, own, __: seen.append(own.finetune) or [])
+    monkeypatch.setattr(cross_validate, "report", lambda *_, **__: "")
+    short = [*SMALL[: SMALL.index("--finetune")], "--labelled", "1", "--output", str(tmp_path)]
+    cross_validate.main([*short, "--epochs", "2", "--lr", "0.01", "--finetune", "--batch 4"])
+    assert seen == [["--epochs", "2", "--lr", "0.01", "--batch", "4"]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--weights", "1", "1", "0"], 'pretraining, give it as --pretrain "--weights ..."'),
+        (["--loss", "magic"], "argument --loss: invalid choice: 'magic'"),
+        (["--methods", "unet --colour red"], "unrecognized arguments: --colour red"),
+    ],
+)
+def test_options_that_are_refused_leave_nothing(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cross_validate.main([*SMALL, *options, "--output", str(tmp_path / "table")])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "table").exists()
+
+
 def test_published_rows_of_other_numbers_of_subjects(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text('{"Theirs": {"3": 0.5, "12": 0.6}}')

@@ -77,6 +77,23 @@ def test_two_runs_in_one_folder(stacks: list[Stack], tmp_path: Path) -> None:
     run(tmp_path, stacks)  # the first has ended
 
 
+def test_a_run_that_fails_at_once_leaves_no_folder(tmp_path: Path) -> None:
+    def fail(folder: Path, *names: str) -> None:
+        with files.claimed(folder):
+            for name in names:
+                (folder / name).write_text("")
+            raise ValueError
+
+    for names, left in (((), False), (("weights.pt",), True)):
+        with pytest.raises(ValueError, match=r"^$"):
+            fail(tmp_path / "new" / "run", *names)
+        assert (tmp_path / "new").exists() == left
+    (tmp_path / "old").mkdir()
+    with pytest.raises(ValueError, match=r"^$"):
+        fail(tmp_path / "old")
+    assert (tmp_path / "old").is_dir()
+
+
 def test_a_folder_that_cannot_be_written(stacks: list[Stack], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file/run cannot be written, choose another --output"):

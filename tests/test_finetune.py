@@ -70,6 +70,26 @@ def killed_after(checkpoints: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[
             yield
 
 
+def test_a_finished_run_is_not_replaced_by_another(stacks: list[Stack], tmp_path: Path) -> None:
+    run(tmp_path, stacks)
+    kept = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for again in ([], ["--resume"]):
+        with pytest.raises(
+            ValueError, match=r"holds a finished run with other options: --width \d+ then, 8 now; choose"
+        ):
+            run(tmp_path, stacks, "--width", "8", *again)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == kept
+
+
+def test_a_checkpoint_of_another_run_is_not_resumed(
+    stacks: list[Stack], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with killed_after(1, monkeypatch):
+        run(tmp_path, stacks)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt was written with other options than these: --lr 0.003 then"):
+        run(tmp_path, stacks, "--resume", "--lr", "0.5")
+
+
 def test_a_resumed_run_is_the_uninterrupted_one(
     stacks: list[Stack], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,12 +107,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert whole.keys() == resumed.keys()
     assert all(value.equal(resumed[name]) for name, value in whole.items())
-    with pytest.raises(ValueError, match=r"checkpoint\.pt was written with other options.*differing in lr"):
+    with pytest.raises(ValueError, match=r"--output .*killed holds a finished run.* --lr 0.003 then, 0.5 now; choose"):
         run(tmp_path / "killed", stacks, *options, "--resume", "--lr", "0.5")
-    with pytest.raises(ValueError, match="differing in digest"):
+    with pytest.raises(ValueError, match="weights of --pretrained differ"):
         run(tmp_path / "killed", stacks, *options, "--resume", "--pretrained", str(tmp_path / "whole" / "weights.pt"))
     write_split(make_split("abcd", folds=2, seed=5), tmp_path / "other.json", seed=5)
-    with pytest.raises(ValueError, match="differing in subjects"):
+    with pytest.raises(ValueError, match=r"subjects .*--split.* differ"):
         run(tmp_path / "killed", stacks, *options, "--resume", "--split", str(tmp_path / "other.json"))
     run(tmp_path / "given", stacks, *options, "--split", str(tmp_path / "other.json"))
     assert (tmp_path / "given" / "split.json").read_text() == (tmp_path / "other.json").read_text()

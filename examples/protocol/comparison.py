@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from scipy.stats import wilcoxon
 
+from examples.protocol import scripts
 from examples.protocol.files import read_json
 
 PUBLISHED = Path(__file__).parent / "published"  # the paper's rows, by preset
@@ -123,4 +124,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    scripts.run(main)

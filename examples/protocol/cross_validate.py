@@ -9,7 +9,8 @@ pretrained by on all training subjects of the fold, a method of pretrain.py: "ka
 contrast alone, "simclr", "rotation", "pirl", "glcl-global", "glcl", "caid" or "ssl".
 Options of its own may follow, for ablations: --methods kaf-unet "kaf-unet --fusion add --epochs 80", those that all
 scripts know if it is pretrained: "kaf-unet+kaf --depth 2". Other options go to pretrain.py and finetune.py, those in
---pretrain "..." and --finetune "..." to one of them. What was killed goes on where it was, by the same command. Writes
+--pretrain "..." and --finetune "..." to one of them; --epochs, --lr, --batch and --loss are those of fine-tuning.
+What was killed goes on where it was, by the same command. Writes
 table.md, results.json, options.json, split.json to --output.
 Each method is compared with kaf-unet, or with what --reference says: the mean difference over the
 subjects tested, each the mean of its volumes, and the p-value of a Wilcoxon signed-rank test. Published rows stand
@@ -32,7 +33,7 @@ from statistics import mean
 
 import torch
 
-from examples.protocol import finetune, pretrain
+from examples.protocol import finetune, pretrain, scripts
 from examples.protocol.comparison import PUBLISHED, Result, compare, published, spread
 from examples.protocol.files import claimed, read_json, write_json
 from examples.protocol.methods import METHODS
@@ -56,6 +57,7 @@ NETWORK += (
     "token_loss",
 )
 OWN = ("--lr", "--epochs", "--batch", "--steps-per-epoch", "--save-every")  # what may differ between the two stages
+FINETUNING = {"--epochs": int, "--lr": float, "--batch": int, "--loss": str}  # may be given without --finetune
 OF_PRETRAINING = ("--weights", "--temperature", "--threshold", "--max-distance", "--optimizer")
 
 
@@ -72,6 +74,8 @@ def parser() -> argparse.ArgumentParser:
     pretraining, finetuning = only(*OWN, *OF_PRETRAINING), only(*OWN, "--loss")
     parser.add_argument("--pretrain", type=pretraining, default=[], metavar="OPTIONS", help="for pretrain.py alone")
     parser.add_argument("--finetune", type=finetuning, default=[], metavar="OPTIONS", help="for finetune.py alone")
+    for name, kind in FINETUNING.items():
+        parser.add_argument(name, type=kind, help="of fine-tuning, as finetune.py takes it")
     parser.add_argument("--beside", type=published, metavar="FILE", help="Dice of others, by row and M")
     parser.add_argument("--jobs", type=int, default=1, help="folds at a time")
     return parser
@@ -102,6 +106,22 @@ def only(*names: str) -> Callable[[str], list[str]]:
         return options
 
     return split
+
+
+def directly(own: argparse.Namespace) -> list[str]:
+    """The options of fine-tuning that were given without --finetune."""
+    given = {name: getattr(own, name.removeprefix("--")) for name in FINETUNING}
+    return [text for name, value in given.items() if value is not None for text in (name, str(value))]
+
+
+def check_options(own: argparse.Namespace, shared: list[str]) -> None:
+    """Parses the options of every run, so that what they refuse is refused before anything is written."""
+    for name in own.methods:
+        model, pretraining, options = parts(name)
+        common = [*shared, "--model", model, "--output", str(own.output)]
+        parse(finetune.parser(), [*common, *own.finetune, *options])
+        if pretraining:
+            pretrain.parse_pretraining([*common, *own.pretrain, *options, "--method", pretraining])
 
 
 def complete(own: argparse.Namespace, options: argparse.Namespace) -> None:
@@ -142,16 +162,16 @@ def run_fold(fold: int, own: argparse.Namespace, shared: list[str]) -> list[Resu
         model, pretraining, options = parts(name)
         stacks = load_once(*shared, *options, "--output", str(own.output))
         folder = own.output / f"fold{fold}" / name.replace(" ", "_") / f"seed{seed}"
-        common = [*shared, "--model", model, "--fold", str(fold), "--seed", str(seed), *options]
+        common = [*shared, "--model", model, "--fold", str(fold), "--seed", str(seed)]
         common += ["--split", str(own.output / "split.json"), "--resume"]
         start: list[str] = []
         if pretraining:
             output = folder / "pretrain"
-            arguments = [*common, *own.pretrain, "--method", pretraining, "--output", str(output)]
+            arguments = [*common, *own.pretrain, *options, "--method", pretraining, "--output", str(output)]
             pretrain.main(arguments, stacks=stacks)
             start = ["--pretrained", str(output / "weights.pt")]
         for labelled in own.labelled:
-            arguments = [*common, *own.finetune, *start, "--labelled", str(labelled)]
+            arguments = [*common, *own.finetune, *options, *start, "--labelled", str(labelled)]
             result = finetune.main([*arguments, "--output", str(folder / f"M{labelled}")], stacks=stacks)
             results.append(result | {"method": name, "fold": fold, "seed": seed, "M": labelled})
     return results
@@ -251,9 +271,14 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("cross_validate.py is one process that trains --jobs folds at a time, start it with python")
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    own, shared = parser().parse_known_args(arguments)
+    of_scripts = parser()
+    own, shared = of_scripts.parse_known_args(arguments)
+    if misplaced := [name for name in OF_PRETRAINING if any(text.split("=")[0] == name for text in shared)]:
+        of_scripts.error(f'{misplaced[0]} is an option of pretraining, give it as --pretrain "{misplaced[0]} ..."')
+    own.finetune = directly(own) + own.finetune
     options = parse(parser_of(None), [*shared, "--output", str(own.output)])
     complete(own, options)
+    check_options(own, shared)
     volumes = read_volumes(options)
     split = load_split(options, volumes)
     folds = own.test_folds or range(len(split))
@@ -276,4 +301,4 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
 
 
 if __name__ == "__main__":
-    main()
+    scripts.run(main)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from examples.protocol import scripts
 from examples.protocol.cross_validate import title
 from examples.protocol.files import read_json
 
@@ -42,4 +43,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    scripts.run(main)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from examples.protocol import scripts
 from examples.protocol.data import add_reading_options, load_volumes, normalise
 from examples.protocol.phantom import Volume
 from examples.protocol.situs import situs
@@ -190,4 +191,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    scripts.run(main)

@@ -26,6 +26,7 @@ from matplotlib.patches import Patch
 from torch import Tensor
 from tqdm import tqdm
 
+from examples.protocol import scripts
 from examples.protocol.cross_validate import title
 from examples.protocol.detectors import build_detector
 from examples.protocol.files import read_json
@@ -292,4 +293,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    scripts.run(main)

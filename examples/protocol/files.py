@@ -5,8 +5,8 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,14 @@ from filelock import FileLock, Timeout
 def claimed(folder: Path) -> Iterator[None]:
     """Makes a folder for one run to write in, and takes away what a run that was killed had begun to write.
 
+    If the run fails before it has written anything, the folders that were made for it are taken away again.
+
     Raises:
         ValueError: if another run is writing there. One that was killed is none.
         OSError: if the folder cannot be written.
     """
     lock = FileLock(folder / ".lock", timeout=0)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -35,8 +38,21 @@ def claimed(folder: Path) -> Iterator[None]:
             if re.fullmatch(r".+\.\d+\.tmp", path.name):
                 path.unlink()
         yield
-    finally:
+    except BaseException:
         lock.release()
+        remove_empty(made)
+        raise
+    lock.release()
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Removes folders, each inside the next, as long as they hold nothing but a lock."""
+    with suppress(OSError):  # another run may write there by now
+        for folder in folders:
+            if any(path.name != ".lock" for path in folder.iterdir()):
+                return
+            (folder / ".lock").unlink(missing_ok=True)
+            folder.rmdir()
 
 
 def write(path: Path, writer: Callable[[Path], Any]) -> None:

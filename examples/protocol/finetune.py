@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import kaf_layer
+from examples.protocol import scripts
 from examples.protocol.augmentation import Augmentation
 from examples.protocol.data import axes_of
 from examples.protocol.detectors import redetector
@@ -34,7 +35,7 @@ from examples.protocol.recipes import keep_split, load_split, load_stacks, parse
 from examples.protocol.scores import Scores, mean_score, missed, score
 from examples.protocol.stacks import Stack
 from examples.protocol.token_loss import WithTokenLogits, token_loss
-from examples.protocol.training import load_pretrained, seed_of, settings, start, train
+from examples.protocol.training import load_pretrained, refuse_other, seed_of, settings, start, train
 from kaf_layer import Keypoints
 
 LOSSES = {  # by the weight of the Dice loss
@@ -98,10 +99,17 @@ def digest(path: Path | None) -> str | None:
 
 
 def finished(options: argparse.Namespace) -> dict[str, Any] | None:
-    """The result of a run with these very options, if there is one."""
+    """The result of a run with these very options, if there is one.
+
+    Raises:
+        ValueError: if --output holds the result of a run with other options.
+    """
     path = options.output / "result.json"
-    result = read_json(path) if path.is_file() else {}
-    return result if result.get("settings") == settings(options) else None
+    if not path.is_file():
+        return None
+    result = read_json(path)
+    refuse_other(result["settings"], options)
+    return result if result["settings"] == settings(options) else None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -132,7 +140,8 @@ def run(options: argparse.Namespace, accelerator: Accelerator, stacks: list[Stac
     fold = split[options.fold]
     chosen = fold.labelled(options.labelled)
     options.subjects, options.digest = {"train": chosen, "test": fold.test}, digest(options.pretrained)
-    if options.resume and (done := finished(options)):
+    done = finished(options)
+    if options.resume and done:
         return done
     training = [stack for stack in stacks if stack.volume.subject in chosen]
     unseen = [stack for stack in stacks if stack.volume.subject in fold.test]
@@ -186,4 +195,4 @@ def run(options: argparse.Namespace, accelerator: Accelerator, stacks: list[Stac
 
 
 if __name__ == "__main__":
-    main()
+    scripts.run(main)

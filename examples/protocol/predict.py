@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
+from examples.protocol import scripts
 from examples.protocol.data import (
     PHANTOMS,
     add_reading_options,
@@ -201,4 +202,4 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    scripts.run(main)

@@ -21,13 +21,14 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
+from examples.protocol import scripts
 from examples.protocol.augmentation import Augmentation
-from examples.protocol.files import claimed, save
+from examples.protocol.files import claimed, load, save
 from examples.protocol.methods import METHODS
 from examples.protocol.networks import build_model, weights_of
 from examples.protocol.recipes import keep_split, load_split, load_stacks, parse, parser_of
 from examples.protocol.stacks import Stack
-from examples.protocol.training import seed_of, start, train
+from examples.protocol.training import refuse_other, seed_of, start, train
 
 OPTIMIZERS = {"sgd": partial(torch.optim.SGD, momentum=0.9), "adam": torch.optim.Adam}
 
@@ -74,6 +75,8 @@ def run(options: argparse.Namespace, accelerator: Accelerator, stacks: list[Stac
     if not 0 <= options.fold < len(split):
         raise ValueError(f"--fold must be 0 to {len(split) - 1}, got {options.fold}")
     options.subjects = chosen = split[options.fold].train
+    if (options.output / "weights.pt").is_file():
+        refuse_other(load(options.output / "checkpoint.pt")["settings"], options)
     training = [stack for stack in stacks if stack.volume.subject in chosen]
     samples = METHODS[options.method].samples(training, options)
 
@@ -94,4 +97,4 @@ def run(options: argparse.Namespace, accelerator: Accelerator, stacks: list[Stac
 
 
 if __name__ == "__main__":
-    main()
+    scripts.run(main)

@@ -25,6 +25,10 @@ Sample = TypeVar("Sample")
 PLACES = ("output", "resume", "save_every", "data", "split", "pretrained", "detector_weights")
 
 
+# Of what is compared by content, in words.
+NAMES = {"subjects": "subjects (--data, --split, --fold or --labelled)", "digest": "weights of --pretrained"}
+
+
 class History(NamedTuple):
     """Of a training, before a resumption too: its seconds, and the mean loss of each epoch."""
 
@@ -68,7 +72,8 @@ def train(
     module, optimizer = accelerator.prepare(module, optimizer)
     is_main, rank = accelerator.is_main_process, accelerator.process_index
     steps = options.steps_per_epoch or math.ceil(len(samples) / options.batch)
-    accelerator.print(f"{len(samples)} samples, {accelerator.num_processes} processes on {accelerator.device}")
+    processes = "1 process" if accelerator.num_processes == 1 else f"{accelerator.num_processes} processes"
+    accelerator.print(f"{len(samples)} samples, {processes} on {accelerator.device}")
     bar = tqdm(total=options.epochs * steps, initial=first * steps, desc=options.output.name, disable=not is_main)
     writer = SummaryWriter(str(options.output), purge_step=first + 1) if is_main else None
     for epoch in range(first, options.epochs):
@@ -150,12 +155,41 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
 
 def restore(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, options: argparse.Namespace) -> History:
     """Puts a checkpoint's content in place; returns what was done until then."""
-    content, now = load(path), settings(options)
-    if different := [name for name, value in content["settings"].items() if now.get(name) != value]:
-        raise ValueError(f"{path} was written with other options than these, differing in {', '.join(different)}")
+    content = load(path)
+    if different := differences(content["settings"], options):
+        raise ValueError(f"{path} was written with other options than these: {different}")
     module.load_state_dict(content["module"])
     optimizer.load_state_dict(content["optimizer"])
     return History(content["seconds"], content["losses"])
+
+
+def differences(before: Mapping[str, Any], options: argparse.Namespace) -> str:
+    """How the options of an earlier run differ from these, in words; empty if they do not."""
+    now = settings(options)
+    different = [name for name, value in before.items() if now.get(name) != value]
+    return ", ".join(
+        f"{NAMES[name]} differ"
+        if name in NAMES
+        else f"--{name.replace('_', '-')} {before[name]} then, {now.get(name)} now"
+        for name in different
+    )
+
+
+def refuse_other(before: Mapping[str, Any], options: argparse.Namespace) -> None:
+    """Keeps a finished run from being replaced by another.
+
+    Args:
+        before: the settings of the run in --output.
+        options: of this run.
+
+    Raises:
+        ValueError: if they differ, with how.
+    """
+    if different := differences(before, options):
+        raise ValueError(
+            f"--output {options.output} holds a finished run with other options: {different}; "
+            "choose another --output, or remove it"
+        )
 
 
 def load_pretrained(module: nn.Module, path: Path) -> str:

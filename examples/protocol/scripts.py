@@ -1,0 +1,29 @@
+"""How the scripts end where their user made a mistake: with a line that says so, and status 2."""
+
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+OURS = Path(__file__).resolve().parents[2]  # the examples and, in a clone, the package
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Runs a script; an error that the examples or the package raise on purpose becomes "error: ..." and status 2.
+
+    Any other error is a fault in the code, and keeps its traceback.
+    """
+    try:
+        main()
+    except (ValueError, FloatingPointError, OSError) as error:
+        if not isinstance(error, OSError) and not _is_ours(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether an error was raised by a file of the examples or of the package, and not by a library that they call."""
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+    return "site-packages" not in raised_in.parts and raised_in.is_relative_to(OURS)
