@@ -131,7 +131,7 @@ def synthetic(options: argparse.Namespace) -> None:
     for (name, seed), file in files.items():
         if not file.is_file():
             if seed not in tasks:
-                tasks = {seed: (draw_task(options.images, seed=2 * seed), draw_task(TESTED, seed=2 * seed + 1))}
+                tasks = {seed: (draw_task(options.images, seed=2 * seed), draw_task(options.tested, seed=2 * seed + 1))}
             training, test = tasks[seed]
             torch.manual_seed(seed)
             network = NETWORKS[name]()
@@ -142,11 +142,11 @@ def synthetic(options: argparse.Namespace) -> None:
     rows = [row_of(name, [read_json(files[name, seed]) for seed in options.seeds]) for name in options.networks]
     radius = receptive_radius(NETWORKS["UNet"]())
     notes = (
-        f"Accuracy on {TESTED} unseen images of {EDGE}x{EDGE}, seeds {options.seeds}, by the distance between target "
-        f"and marker in pixels; the UNet's receptive field reaches {radius} pixels. {options.steps} steps of batch 8 "
-        f"on {options.images} images, Adam 1e-3, cosine, cross-entropy on the target. UNets of {LEVELS} levels, width "
-        f"{WIDTH}; tokens of 64 channels, 2 blocks on each scale. GFLOPs: forward pass, one image, a multiply-add "
-        "being 2."
+        f"Accuracy on {options.tested} unseen images of {EDGE}x{EDGE}, seeds {options.seeds}, by the distance between "
+        f"target and marker in pixels; the UNet's receptive field reaches {radius} pixels. {options.steps} steps of "
+        f"batch 8 on {options.images} images, Adam 1e-3, cosine, cross-entropy on the target. UNets of {LEVELS} levels "
+        f"and width {WIDTH}; tokens of 64 channels, 2 blocks on each scale. GFLOPs: forward pass, one image, a "
+        "multiply-add being 2."
     )
     harness.report("context-synthetic", rows, notes=notes, packages=["monai"])
 
@@ -216,6 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="synthetic")
     parser.add_argument("--steps", type=int, default=400, help="synthetic: of training")
     parser.add_argument("--images", type=int, default=3000, help="synthetic: to train on")
+    parser.add_argument("--tested", type=int, default=TESTED, help="synthetic: images to test on")
     parser.add_argument("--data", type=Path, help="sunnybrook, lumbar: the folder")
     parser.add_argument("--results", type=Path, nargs="+", default=[], help="of runs that are there, not to train")
     parser.add_argument("--levels", type=int, nargs="+", help="sunnybrook, lumbar: of the UNets")

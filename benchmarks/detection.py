@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from harness import compare, parser, report
 from sifts import (
+    NAMES,
     Points,
     best_positions,
     detect_opencv,
@@ -165,9 +166,10 @@ def main() -> None:
     own = parser(__doc__)
     own.add_argument("--data", type=Path, default=Path(__file__).parents[1] / ".." / "shared" / "data")
     own.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    own.add_argument("--images", type=int, default=len(NAMES), help="at most so many of scikit-image")
     own.add_argument("--repeats", type=int, default=7)
     arguments = own.parse_args()
-    natural = natural_images()
+    natural = natural_images()[: arguments.images]
     sets = {"of scikit-image": natural}
     if slices := mri_slices(arguments.data):
         sets["MRI slices"] = slices

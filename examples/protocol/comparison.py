@@ -100,7 +100,7 @@ def runs_ahead(results: Sequence[Result], others: Sequence[Result]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=scripts.HelpFormatter)
     parser.add_argument("results", type=Path, help="a results.json of cross_validate, or one in benchmarks/results")
     parser.add_argument("--reference", required=True, help="the method that the others are compared with")
     for key, name in CHOSEN.items():

@@ -63,11 +63,14 @@ OF_PRETRAINING = ("--weights", "--temperature", "--threshold", "--max-distance",
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        epilog="All options that finetune.py and pretrain.py share may be given too: see finetune.py --help.",
+        formatter_class=scripts.HelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--output", type=Path, required=True, help="a folder")
-    parser.add_argument("--methods", nargs="+", type=method, default=["unet", "kaf-unet"])
-    parser.add_argument("--labelled", nargs="+", type=int, default=[1, 2, 6], metavar="M")
+    parser.add_argument("--methods", nargs="+", type=method, default=["unet", "kaf-unet"], help="what to compare")
+    parser.add_argument("--labelled", nargs="+", type=int, default=[1, 2, 6], metavar="M", help="subjects")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the training; --seed draws the folds")
     parser.add_argument("--reference", type=method, help="the method that the others are compared with")
     parser.add_argument("--test-folds", nargs="+", type=int, metavar="FOLD", help="only these of --folds")

@@ -35,7 +35,7 @@ def draw_curves(results: Sequence[dict[str, Any]]) -> Figure:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=scripts.HelpFormatter)
     parser.add_argument("folder", type=Path, help="the --output of cross_validate.py")
     folder = parser.parse_args(arguments).folder
     draw_curves(read_json(folder / "results.json")).savefig(folder / "curves.png", dpi=150)

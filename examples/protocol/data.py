@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from examples.protocol import scripts
 from examples.protocol.nifti import (
     STORED,
     TOLERANCE,
@@ -278,7 +279,7 @@ def add_reading_options(parser: argparse.ArgumentParser) -> None:
     add("--window-level", type=float, nargs=2, metavar=("LOW", "HIGH"), help=text)
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("path", nargs="?", type=Path, help="a folder of NIfTI files (default: the phantoms)")
     parser.add_argument("--limit", type=int, help="of so many subjects")
@@ -291,3 +292,7 @@ if __name__ == "__main__":
         spacing = " x ".join(f"{side:.3g}" for side in volume.spacing)
         print(f"{volume.subject:24} {tuple(volume.image.shape)}, {spacing} mm, voxels by class {counts}")
     print(f"{len(volumes)} volumes, {num_classes(volumes)} classes")
+
+
+if __name__ == "__main__":
+    scripts.run(main)

@@ -140,14 +140,14 @@ def spread(values: list[float]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=scripts.HelpFormatter)
     parser.add_argument("--data", type=Path, help="a folder of NIfTI volumes (default: synthetic volumes)")
     parser.add_argument("--subjects", type=int, default=40, help="in all; the first half is for training")
     parser.add_argument("--steps", type=int, default=300, help="of each training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one training of each model with each")
     parser.add_argument("--width", type=int, default=8, help="channels of the first block")
-    parser.add_argument("--batch", type=int, default=6)
-    parser.add_argument("--output", type=Path, default=Path("outputs/demo.png"))
+    parser.add_argument("--batch", type=int, default=6, help="slices")
+    parser.add_argument("--output", type=Path, default=Path("outputs/demo.png"), help="the picture")
     add_reading_options(parser)
     options = parser.parse_args(arguments)
 

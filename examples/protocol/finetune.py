@@ -3,7 +3,7 @@
     python -m examples.protocol.finetune --output outputs/finetune --labelled 2                     # phantoms
     python -m examples.protocol.finetune --preset acdc --data ACDC/training --fold 0 --labelled 6 \
         --pretrained outputs/pretrain/weights.pt --output outputs/acdc
-    accelerate launch --multi_gpu --num_processes 2 examples/protocol/finetune.py --output outputs/two  # also on a CPU
+    torchrun --nproc-per-node 2 -m examples.protocol.finetune --output outputs/two                  # also on a CPU
 
 The defaults are the paper's: Adam, cross-entropy, batches of 10 slices, learning rate and epochs by --preset.
 Writes weights.pt, a plain state dict; result.json; split.json, to be given to --split; TensorBoard's logs.
@@ -119,7 +119,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--pretrained", type=Path, help="weights to start from, as pretrain.py writes them")
     parser.add_argument("--lr", type=float, help="falls to zero along a cosine")
     parser.add_argument("--loss", choices=LOSSES, help="cross-entropy, alone or with the Dice loss")
-    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--epochs", type=int, help="of --steps-per-epoch")
     parser.add_argument("--batch", type=int, help="slices, over all processes")
     return parser
 

@@ -56,7 +56,7 @@ class Source(NamedTuple):
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=scripts.HelpFormatter)
     add = parser.add_argument
     add("--weights", type=Path, required=True, metavar="FILE", help="weights.pt of finetune.py, result.json beside it")
     add("--data", type=Path, metavar="FOLDER", help="of NIfTI volumes, with or without labels (default: the phantoms)")

@@ -35,11 +35,11 @@ OPTIMIZERS = {"sgd": partial(torch.optim.SGD, momentum=0.9), "adam": torch.optim
 
 def parser() -> argparse.ArgumentParser:
     parser = parser_of(__doc__)
-    parser.add_argument("--method", choices=METHODS, default="kaf", help="what the encoder learns by (default: kaf)")
+    parser.add_argument("--method", choices=METHODS, default="kaf", help="what the encoder learns by")
     parser.add_argument("--fold", type=int, default=0, help="which of --folds to leave out, for tests")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="sgd is the paper's")
     parser.add_argument("--lr", type=float, default=0.002, help="falls to zero along a cosine")
-    parser.add_argument("--epochs", type=int, default=50)
+    parser.add_argument("--epochs", type=int, default=50, help="of --steps-per-epoch")
     parser.add_argument("--batch", type=int, default=32, help="pairs of slices, or slices, over all processes")
     parser.add_argument("--weights", type=float, nargs=3, default=[1.0, 1.0, 0.01], help="of the parts of Eq. 3")
     parser.add_argument("--temperature", type=float, help="of a contrast (default: the method's own)")

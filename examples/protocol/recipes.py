@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import get_args
 
+from examples.protocol import scripts
 from examples.protocol.data import add_reading_options, check_window, load_volumes
 from examples.protocol.detectors import DETECTORS, LEARNT, build_detector
 from examples.protocol.files import write
@@ -107,20 +108,20 @@ PRESETS = {
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:
     """The options of every script; those without a default take the preset's."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=scripts.HelpFormatter)
     add = parser.add_argument
-    add("--preset", choices=PRESETS, default="phantom", help="the paper's settings for a data set (default: phantom)")
+    add("--preset", choices=PRESETS, default="phantom", help="the settings for a data set (default: phantom)")
     add("--data", type=Path, help="a folder of NIfTI volumes (default: the phantoms)")
     add("--limit", type=int, help="use at most so many subjects")
     add_reading_options(parser)
     add("--output", type=Path, required=True, help="a folder for weights, checkpoints and logs")
     add("--resume", action="store_true", help="go on from the last checkpoint in --output, if there is one")
     add("--save-every", type=int, default=5, metavar="EPOCHS", help="between two checkpoints")
-    add("--seed", type=int, default=0)
-    add("--folds", type=int, default=5)
+    add("--seed", type=int, default=0, help="of the split and the training")
+    add("--folds", type=int, default=5, help="of the split")
     add("--split", type=Path, help="a split to use, instead of one drawn with --seed")
-    add("--mixed-precision", choices=("no", "fp16", "bf16"))
-    add("--model", choices=MODELS, default="kaf-unet")
+    add("--mixed-precision", choices=("no", "fp16", "bf16"), help="what to compute in (default: as accelerate's)")
+    add("--model", choices=MODELS, default="kaf-unet", help="the network")
     add("--classes", type=int, help="the background included")
     add("--spatial-dims", type=int, choices=(2, 3), help="2 to learn from slices, 3 from volumes")
     add("--resize", type=float, metavar="FACTOR", help="of a slice's or volume's sides, before it is cut to the patch")
@@ -150,9 +151,11 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    known, _ = parser.parse_known_args(arguments)
-    of_preset = asdict(PRESETS[known.preset])
-    parser.set_defaults(**{name: of_preset[name] for name in of_preset if getattr(known, name, 0) is None})
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", choices=PRESETS, default=parser.get_default("preset"))
+    of_preset = asdict(PRESETS[first.parse_known_args(arguments)[0].preset])
+    unset = {action.dest for action in parser._actions if action.default is None}
+    parser.set_defaults(**{name: value for name, value in of_preset.items() if name in unset})  # as --help shows too
     options = parser.parse_args(arguments)
     check(options)
     return options

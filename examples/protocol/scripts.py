@@ -1,5 +1,6 @@
-"""How the scripts end where their user made a mistake: with a line that says so, and status 2."""
+"""What the scripts show for --help, and how they end where their user made a mistake."""
 
+import argparse
 import sys
 import traceback
 from collections.abc import Callable
@@ -7,6 +8,15 @@ from pathlib import Path
 from typing import Any
 
 OURS = Path(__file__).resolve().parents[2]  # the examples and, in a clone, the package
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the description's lines, and shows every default that is a value."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False or "default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
 
 
 def run(main: Callable[[], Any]) -> None:

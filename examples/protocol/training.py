@@ -122,7 +122,7 @@ def log(writer: SummaryWriter, values: Mapping[str, float], epoch: int) -> None:
 
 
 def start(options: argparse.Namespace, **handlers: Any) -> Accelerator:
-    """Devices, precision and processes, as ``accelerate launch`` says; the options get the precision."""
+    """Devices, precision and processes, as ``torchrun`` says or ``accelerate launch``; options get the precision."""
     # Without being told, several processes on a machine without an accelerator would each think it is alone.
     cpu = not torch.accelerator.is_available()
     accelerator = Accelerator(mixed_precision=options.mixed_precision, cpu=cpu, **handlers)

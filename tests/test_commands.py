@@ -1,0 +1,222 @@
+"""Every command of the pages runs as a user types it: in a process of its own, outside pytest, at its smallest size.
+
+Each worker copies what git tracks into a folder, and runs the commands there with the environment's Python first in the
+path. Afterwards git must find nothing in the copy that it would commit.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+nibabel = pytest.importorskip("nibabel", reason="the extra train is not here")
+pytest.importorskip("matplotlib", reason="the extra plot is not here")
+
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "examples/protocol/README.md")
+COMMAND = r"(?:\.venv/bin/)?(?:python|pip|make|torchrun|accelerate|pre-commit|git|cd) [^`\n]+"
+NET = "--patch 32 32 --width 4 --depth 1 --embed-dim 8"
+SMALL = f"{NET} --limit 3 --folds 3 --steps-per-epoch 1 --epochs 1 --batch 2"
+OWN = f"{SMALL} --data FOLDER --classes 2 --detector grid"
+
+# In the order of the page: later commands read what earlier ones wrote. Behind each is what makes it small, of which
+# the last value of an option counts.
+PROTOCOL = {
+    "python -m examples.protocol.data FOLDER": "",
+    "python -m examples.protocol.demo": "--subjects 2 --steps 1 --batch 2 --width 4 --seeds 0",
+    "python -m examples.protocol.pretrain --output outputs/pretrained": SMALL,
+    "python -m examples.protocol.finetune --labelled 2 --pretrained outputs/pretrained/weights.pt "
+    "--output outputs/M2": f"{SMALL} --detector grid",
+    "python -m examples.protocol.cross_validate --methods unet kaf-unet kaf-unet+kaf --labelled 1 2 "
+    "--output outputs/table": (
+        f'{OWN.replace("grid", "sift")} --pretrain "--epochs 1 --batch 2" --test-folds 0 --labelled 1'
+    ),
+    "python -m examples.protocol.curves outputs/table": "",
+    "python -m examples.protocol.figures segmentations --table outputs/table --output outputs/figures": (
+        "--volumes 1 --data FOLDER"
+    ),
+    "python -m examples.protocol.figures --output outputs/figures": (
+        f"{NET} --volumes 1 --limit 2 --data FOLDER --classes 2"
+    ),
+    "python -m examples.protocol.predict --weights outputs/M2/weights.pt --output outputs/predicted": "--limit 1",
+    "torchrun --nproc-per-node 2 -m examples.protocol.finetune ...": f"{OWN} --labelled 1 --output outputs/two",
+}
+# The rows of benchmarks/README.md name scripts.
+BENCHMARKS = {
+    "flops.py": "--edges 32 --attentions 8",
+    "memory.py": "--edges 32 --attentions 8",
+    "figure.py": "",
+    "alternatives.py": "",
+    "speed.py": "--parts flops --edges 64",
+    "fusion.py": "--edges 64 --batch 1 --repeats 1",
+    "allocator.py": "--edge 64 --repeats 1",
+    "gpu.py": "diffusion --small",
+    "roofline.py": "",
+    "launches.py": "",
+    "context.py": "synthetic --steps 1 --images 8 --tested 8 --networks UNet",
+    "attached.py": "--data FOLDER --steps 1 --folds 0 --labelled 1",
+    "reruns.py": "benchmarks/results/sunnybrook-few-shot.json benchmarks/results/sunnybrook-methods.json",
+    "addition.py": "--steps 1 --images 8",
+    "detection.py": "--only agreement --images 1 --data FOLDER",
+    "volumes.py": "--only judged --volumes 1 --data FOLDER",
+    "matching.py": "--only sinkhorn --points 8 --repeats 1",
+}
+OTHERS = {
+    "python benchmarks/gpu.py --help": "",
+    ".venv/bin/pre-commit install": "",
+}
+EXAMPLES = {
+    "python examples/attach_monai.py": "--steps 1",
+    "python examples/attach_smp.py": "",
+    "python examples/attach_timm.py": "",
+    "python examples/pretrain.py": "--steps 1 --output outputs/encoder.pt",
+}
+# Not run here, and why: each is a line of .ci/run, or makes what runs this test, or cannot be run by it.
+ELSEWHERE = {
+    "make test": "ci",
+    "make lint types build": "ci",
+    "make docs": "its parts are tests/test_pages.py and a line of .ci/run",
+    "make demo": "its command is examples.protocol.demo, which runs here",
+    "make benchmarks": "its commands are scripts that run here",
+    "make gpu": "needs a GPU; gpu.py is rehearsed here",
+    "make gpu PART=diffusion": "as make gpu",
+    "make mutants": "takes hours",
+    "pip install .": "make build installs the wheel",
+    'pip install -e ".[dev]"': "make builds the environment so",
+    'pip install -e ".[train,plot]"': "a part of the extra dev",
+    "pip download --no-deps -d wheels kornia kornia-rs einops ...": "needs a network",
+    "pip install --no-deps wheels/*": "needs what the command before has fetched",
+}
+
+
+def documented(page: str) -> list[str]:
+    """The commands on a page, in code spans, blocks and indented lines, without comments."""
+    text = (ROOT / page).read_text()
+    found = re.findall(rf"`({COMMAND})`|^(?: {{4}})?({COMMAND})$", text, flags=re.MULTILINE)
+    return [re.sub(r"\s+#.*", "", span or line).strip() for span, line in found]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_documented_command_is_known_here(page: str) -> None:
+    found = documented(page)
+    assert found
+    assert set(found) <= {*PROTOCOL, *OTHERS, *ELSEWHERE}, "add what is new to the commands that this test runs"
+
+
+def test_every_benchmark_of_the_page_is_known_here() -> None:
+    rows = re.findall(r"^\| \[`(\w+\.py)`\]", (ROOT / "benchmarks/README.md").read_text(), flags=re.MULTILINE)
+    assert set(rows) == set(BENCHMARKS)
+
+
+def test_every_command_here_is_documented() -> None:
+    found = [command for page in PAGES for command in documented(page)]
+    assert {*PROTOCOL, *OTHERS, *ELSEWHERE} <= set(found)
+    assert all((ROOT / command.split()[1]).is_file() for command in EXAMPLES)
+
+
+def test_what_make_runs_is_run() -> None:
+    ci, makefile = (ROOT / ".ci/run").read_text(), (ROOT / "Makefile").read_text()
+    targets = set(" ".join(re.findall(r"^make (.*)$", ci, flags=re.MULTILINE)).split())
+    assert {target for line, why in ELSEWHERE.items() if why == "ci" for target in line.split()[1:]} <= targets
+    scripts = re.findall(r"^\t\$\(BIN\)/python benchmarks/(\S+)", makefile, flags=re.MULTILINE)
+    assert set(scripts) <= set(BENCHMARKS)
+
+
+class Clone:
+    """A copy of what git tracks, in which a user types commands."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in git("ls-files", "--cached", "--others", "--exclude-standard", at=ROOT).splitlines():
+            if (ROOT / name).is_file():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / name, folder / name)
+        git("init", "--quiet", at=folder)
+        git("add", "--all", at=folder)
+        git("-c", "user.name=x", "-c", "user.email=x@x", "commit", "--quiet", "-m", "x", at=folder)
+
+    def run(self, command: str, more: str = "", *, status: int = 0) -> str:
+        """Runs a command of a page, made small; returns what it printed, errors if it is to fail."""
+        words = shlex.split(command.replace("...", "").replace(".venv/bin/", "") + " " + more)
+        words = [str(self.folder.parent / "volumes") if word == "FOLDER" else word for word in words]
+        variables = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "COV"))}
+        variables["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), variables["PATH"]])
+        done = subprocess.run(words, cwd=self.folder, env=variables, text=True, capture_output=True, timeout=300)
+        assert done.returncode == status, f"{shlex.join(words)}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+        assert git("status", "--porcelain", at=self.folder) == "", f"{shlex.join(words)} changed what git tracks"
+        return done.stderr if status else done.stdout
+
+
+def git(*arguments: str, at: Path) -> str:
+    return subprocess.run(["git", *arguments], cwd=at, check=True, text=True, capture_output=True).stdout
+
+
+def write_volumes(folder: Path) -> None:
+    """Subjects as Sunnybrook's folder has them."""
+    draw, rows = np.random.default_rng(0), ["subject,image,label"]
+    for subject in range(6):
+        label = np.zeros((64, 56, 8), np.uint8)
+        label[20:40, 10 + subject : 30, 1:-1] = 1
+        image = (100 * label + 20 * draw.standard_normal(label.shape)).astype(np.float32)
+        names = [f"sunnybrook/s{subject}/s{subject}_{end}.nii.gz" for end in ("ED", "ED_gt")]
+        rows.append(",".join([f"s{subject}", *names]))
+        for name, values in zip(names, (image, label), strict=True):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            nibabel.save(nibabel.Nifti1Image(values, np.diag([1.25, 1.25, 8.0, 1.0])), folder / name)
+    (folder / "manifest.csv").write_text("\n".join(rows) + "\n")
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("needs git, and a clone")
+    folder = tmp_path_factory.mktemp("user")
+    write_volumes(folder / "volumes")
+    return Clone(folder / "clone")
+
+
+def test_commands_of_the_protocol(clone: Clone) -> None:
+    printed = {command: clone.run(command, more) for command, more in PROTOCOL.items()}
+    assert "6 volumes, 2 classes" in printed["python -m examples.protocol.data FOLDER"]
+    assert (clone.folder / "outputs" / "demo.png").stat().st_size > 10_000
+    assert (clone.folder / "outputs" / "table" / "curves.png").stat().st_size > 10_000
+    assert list((clone.folder / "outputs" / "predicted").glob("*.nii.gz"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--fold 9", "--fold must be 0 to 2, got 9"),
+        ("--split nowhere.json", "nowhere.json"),
+        ("--embed-dim 6", "embed_dim must be a multiple of num_heads, got embed_dim=6 and num_heads=4"),
+    ],
+)
+def test_mistakes_end_with_a_line_and_status_2_and_leave_no_folder(clone: Clone, options: str, message: str) -> None:
+    errors = clone.run("python -m examples.protocol.finetune --output outputs/new/M2", f"{OWN} {options}", status=2)
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message in last
+    assert "Traceback" not in errors
+    assert not (clone.folder / "outputs" / "new").exists()
+
+
+@pytest.mark.parametrize("script", [name for name in BENCHMARKS if name != "figure.py"])
+def test_benchmarks(clone: Clone, script: str) -> None:
+    printed = clone.run(f"python benchmarks/{script}", BENCHMARKS[script])
+    assert "|" in printed
+    assert "not measured" not in printed  # in this environment every peer is there
+    if script == "flops.py":
+        assert len(set(re.findall(r"^\| ([^|]+) \| 8 \|", printed, flags=re.MULTILINE))) == 9
+        clone.run("python benchmarks/figure.py", BENCHMARKS["figure.py"])
+        assert (clone.folder / "outputs" / "benchmarks" / "attention.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("command", [*OTHERS, *EXAMPLES])
+def test_other_commands(clone: Clone, command: str) -> None:
+    clone.run(command, (OTHERS | EXAMPLES)[command])
