@@ -195,8 +195,8 @@ def by_field(options: argparse.Namespace) -> None:
             rows.append(row)
     notes = (
         f"{options.part.capitalize()}, M = {count}, folds {options.folds}, seeds {options.seeds}; "
-        "the field is that of the deepest block. Differences and p of a Wilcoxon signed-rank test are over subjects, each "
-        "the mean of its volumes."
+        "the field is that of the deepest block. Differences and p of a Wilcoxon signed-rank test are over subjects, "
+        "each the mean of its volumes."
     )
     harness.report(f"context-{options.part}", rows, notes=notes, packages=["monai"])
 

@@ -122,8 +122,8 @@ class KeypointTransformer(nn.Module):
         return self.norm(tokens).where(valid, 0.0)
 
     def extra_repr(self) -> str:
-        """The option that its parts do not show."""
-        return f"block={self.block!r}"
+        """The options that its parts do not show."""
+        return f"block={self.block!r}, position={self.position!r}"
 
 
 def key_mask(keypoints: Keypoints, dtype: torch.dtype) -> Mask | None:

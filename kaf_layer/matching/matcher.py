@@ -125,8 +125,8 @@ class KeypointMatcher(nn.Module):
             return log_sinkhorn(scores, self.dustbin, iterations=self.iterations, valid_a=valid_a, valid_b=valid_b)
 
     def extra_repr(self) -> str:
-        """The option that its parts do not show."""
-        return f"iterations={self.iterations}"
+        """The options that its parts do not show."""
+        return f"iterations={self.iterations}, position={self.position!r}"
 
     def _encode(self, tokens: Annotated[Tensor, "B N E"], keypoints: Keypoints) -> Annotated[Tensor, "B N E"]:
         tokens = tokens.masked_fill(~keypoints.valid[..., None], 0.0)
