@@ -1,4 +1,4 @@
-"""Keypoints in data loaders and checkpoints: registered where PyTorch looks for what it may collate and load."""
+"""Keypoints in data loaders and checkpoints: registers them with PyTorch's collation and safe loading."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["collate_keypoints"]
 
 
 def collate_keypoints(samples: Sequence[Keypoints], *, collate_fn_map: Any = None) -> Keypoints:  # noqa: ARG001
-    """Joins samples into a batch, as :meth:`Keypoints.stack`: what a ``DataLoader`` does with keypoints.
+    """Joins samples into a batch by :meth:`Keypoints.stack`; a ``DataLoader`` calls it for keypoints.
 
-    Importing the package registers it, so that ``torch.utils.data.default_collate`` and what builds on it, such as
-    MONAI's ``list_data_collate``, take samples that hold keypoints. It also registers :class:`Keypoints` as a type
+    Importing the package registers it, so that ``torch.utils.data.default_collate``, and functions that use it such as
+    MONAI's ``list_data_collate``, accept samples that hold keypoints. It also registers :class:`Keypoints` as a type
     that ``torch.load`` may load with ``weights_only=True``.
 
     Args:
-        samples: keypoints without a batch axis, as ``kp[i]`` gives them.
+        samples: keypoints without a batch axis, as ``keypoints[i]`` gives them.
         collate_fn_map: what PyTorch passes to every such function; it is not used.
 
     Example:

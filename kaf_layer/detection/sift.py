@@ -64,8 +64,8 @@ class SIFTDetector(nn.Module):
     Args:
         max_keypoints: the number of slots of the result. An image with more keypoints keeps the strongest.
         contrast_threshold: the least contrast, times ``octave_layers``, for intensities between 0 and 1.
-        edge_threshold: the largest ratio r of the principal curvatures. In volumes, curvatures are at most as unequal as
-            r, 1 and 1, measured by ``trace^3 / determinant``.
+        edge_threshold: the largest ratio r of the principal curvatures. In volumes, curvatures are at most as unequal
+            as r, 1 and 1, measured by ``trace^3 / determinant``.
         sigma: the blur of the first layer, in pixels of the doubled image (of the finest axis).
         octave_layers: the number of scales in each octave in which keypoints are searched.
         upscale: how the image is doubled first. ``"precise"`` is OpenCV's ``enable_precise_upscale``. ``"opencv"``

@@ -1,4 +1,4 @@
-"""attach: KAF layers in a network that someone else wrote, with its code, names and weights as they were."""
+"""attach: puts KAF layers into an existing network, without changing its code, names or weights."""
 
 from __future__ import annotations
 
@@ -38,32 +38,31 @@ def attach(
 ) -> KAFBackbone:
     """Puts a KAF layer behind submodules of any network.
 
-    Each layer adds to the map that its submodule returns, times a learned gain that starts at zero: until it is
-    trained, the network's output is what it was. See :class:`KAFBackbone` for the result.
+    Each layer adds to the map that its submodule returns, times a learned gain that starts at zero. Before training,
+    the output is identical to the original network's. See :class:`KAFBackbone` for the result.
 
     Args:
         backbone: the network. It gets forward hooks, which do nothing when it is called by itself.
-        submodules: names, as in ``backbone.named_modules()``, and the channels of their maps. Channels that are None,
-            or names alone, need an ``example``. A submodule may return its map in a tuple, a list or a dictionary;
-            what else is in there stays as it is.
+        submodules: names, as in ``backbone.named_modules()``, and the channels of their maps. Names without channels,
+            or with None, need an ``example``. A submodule may return its map in a tuple, a list or a dictionary,
+            whose other entries do not change.
         detector: finds keypoints in the image; ``SIFTDetector(descriptors=False)``, for images or volumes, if None.
         example: the backbone's input, a tuple of its inputs, or a dictionary of them by name. It is run once, in
-            evaluation mode without gradients, to see the channels, where they are, and the number of spatial axes.
-        image: the name of the argument of ``backbone.forward`` in which to detect. If None it is the first of the
-            arguments, in the order of that function's signature, that is or holds a tensor.
-        channels_last: the names of the submodules whose maps are (B, *S, C), as in a Swin transformer; True for all,
-            False for none. None looks at the ``example``: where channels are as many as given, and the rest
-            has the image's size but for a stride. Without an example it is False.
-        tokens: for submodules that return tokens (B, N, C), as in a vision Transformer, how these lie in the image: one
-            :class:`TokenGrid` for all submodules, or one by the name of each that needs it.
-        outputs: for submodules that return several maps, the index or key of the one to take, by their names.
-        options: of each :class:`~kaf_layer.KAFLayer`.
+            evaluation mode without gradients, to find the channels, their axis, and the number of spatial axes.
+        image: the name of the argument of ``backbone.forward`` in which to detect keypoints. None means the first
+            argument, in the order of that function's signature, that is or holds a tensor.
+        channels_last: the names of the submodules whose maps are (B, *S, C), as in a Swin Transformer; True for all,
+            False for none. None finds out from the ``example``, by the number of channels, and by the other axes,
+            which have the image's size divided by a stride. Without an example it is False.
+        tokens: the layout of tokens in the image, for submodules that return tokens (B, N, C) as in a vision
+            Transformer: one :class:`TokenGrid` for all submodules, or one for each by name.
+        outputs: the index or key of the map to use, by name, for submodules that return several maps.
+        options: options of each :class:`~kaf_layer.KAFLayer`.
 
     Raises:
-        ValueError: if there is no such submodule (the message names the closest), one is named
-            twice, never runs or is compiled, channels are neither given nor to be seen, or are not those given, a
-            submodule returns several maps, channels of the example's map may come first or last, or the backbone has
-            an argument ``keypoints``.
+        ValueError: if a submodule does not exist (the message names the closest), is named twice, never runs or is
+            compiled; if its channels are unknown or differ from those given; if it returns several maps; if the
+            channels of the example's map may come first or last; or if the backbone has an argument ``keypoints``.
 
     Example:
         >>> from kaf_layer import GridDetector

@@ -24,32 +24,32 @@ __all__ = ["KAFBackbone"]
 class KAFBackbone(nn.Module):
     """A network with KAF layers behind some of its submodules; :func:`attach` makes it.
 
-    Call it like the network: it takes the same arguments and returns the same output. Given ``keypoints=...`` it
-    does not detect them. ``inspect.signature(model.forward)`` is the network's own, and ``keypoints=None``. Any number
+    Call it like the network: it takes the same arguments and returns the same output. With ``keypoints=...`` it
+    does not detect them. ``inspect.signature(model.forward)`` is the network's own, plus ``keypoints=None``. Any number
     of threads may call one model, and ``nn.DataParallel`` may replicate it.
 
     Everything else of the network, such as ``config`` or ``save_pretrained``, is an attribute of ``model.backbone``.
-    Called by itself, ``model.backbone`` is the network without layers, and ``model.backbone.load_state_dict`` takes a
-    checkpoint of the network. The state dict of the model holds the network's under ``backbone.`` and the layers' under
-    ``layers.``, with dots in the submodules' names as underscores. To train the layers alone, freeze
+    Called directly, ``model.backbone`` is the network without layers, and ``model.backbone.load_state_dict`` takes a
+    checkpoint of the network. The state dict of the model has the network's weights under ``backbone.`` and the layers'
+    under ``layers.``, where dots in the submodules' names become underscores. To train only the layers, freeze
     ``model.backbone``.
 
-    ``torch.utils.checkpoint`` may hold the whole, or parts of the network that contain no submodule with a layer:
-    it could not know the keypoints. For the layers' own activations there is ``recompute=True``.
+    ``torch.utils.checkpoint`` may wrap the whole model, or parts of the network without a layer. Around a layer it
+    would not know the keypoints. For the layers' own activations use ``recompute=True``.
 
     Args:
         backbone: the network.
-        layers: by the names of the submodules, each with ``fusion="add"``.
+        layers: the layers by the names of their submodules, each with ``fusion="add"``.
         detector: finds keypoints in the image.
-        image: the name of the argument of ``backbone.forward`` that is the image; the first of its arguments that is
-            a tensor if None.
+        image: the name of the argument of ``backbone.forward`` that is the image; None means its first argument that
+            is a tensor.
         channels_last: the names of the submodules whose maps are (B, *S, C).
-        tokens: how tokens lie in the image, by the names of the submodules that return tokens (B, N, C).
-        outputs: the index or key of the map, by the names of the submodules that return several.
+        tokens: the layout of tokens in the image, by name, for submodules that return tokens (B, N, C).
+        outputs: the index or key of the map, by name, for submodules that return several.
 
     Raises:
-        ValueError: in :func:`attach`'s cases; when called, if a submodule returns no map of the
-            image, or does not run exactly once, or there is no image, or the keypoints are of another one.
+        ValueError: in the cases of :func:`attach`; and in a call, if a submodule does not return a map of the
+            image or does not run exactly once, if there is no image, or if the keypoints belong to another image.
         RuntimeError: if the network calls itself, runs a submodule again in the backward pass, or is traced by
             ``torch.jit``.
 
@@ -91,12 +91,15 @@ class KAFBackbone(nn.Module):
         self.__class__ = _like(type(self), backbone)
 
     def forward(self, *args: Any, keypoints: Keypoints | None = None, **kwargs: Any) -> Any:
-        """The backbone's output for the backbone's arguments.
+        """Calls the backbone with its own arguments, and with layers.
 
         Args:
-            args: the backbone's.
-            keypoints: of the image; None detects them.
-            kwargs: the backbone's.
+            args: positional arguments of the backbone.
+            keypoints: the keypoints of the image; None detects them.
+            kwargs: keyword arguments of the backbone.
+
+        Returns:
+            The backbone's output.
         """
         if self._pass.keypoints is not None:
             raise RuntimeError("another forward pass is under way around this one: the network must not call itself")
@@ -124,13 +127,13 @@ class KAFBackbone(nn.Module):
         return output
 
     def detach(self) -> nn.Module:
-        """Takes the hooks away and returns the backbone, which is then as it was."""
+        """Removes the hooks and returns the original backbone."""
         for handle in self._handles:
             handle.remove()
         return self.backbone
 
     def __getattr__(self, name: str) -> Any:
-        """Modules and parameters; for anything else of the backbone, where it is."""
+        """Finds modules and parameters; for other attributes of the backbone the error says where they are."""
         try:
             return super().__getattr__(name)
         except AttributeError as error:
@@ -143,7 +146,7 @@ class KAFBackbone(nn.Module):
         refuse_torchscript()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """As any module, by a class that can be imported."""
+        """Pickles like any module, through a class that can be imported."""
         return _blank, (type(self).__mro__[1],), self.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -187,7 +190,7 @@ def _check_image(image: Tensor) -> None:
 
 
 def _check_size(image: Tensor, keypoints: Keypoints) -> None:
-    """Whether keypoints are of the image that the network sees; what is no image of their axes is not compared."""
+    """Checks that keypoints belong to the image that the network gets; tensors with other axes are not compared."""
     seen = image.shape[0], *image.shape[2:]
     given = keypoints.positions.shape[0], *keypoints.image_size
     if len(seen) == len(given) and seen != given:
@@ -199,7 +202,7 @@ def _check_size(image: Tensor, keypoints: Keypoints) -> None:
 
 
 class _Pass(threading.local):
-    """What hooks share of the forward pass under way in a thread; copies and pickles are new."""
+    """The state of a thread's forward pass, which its hooks share; copies and pickles start empty."""
 
     def __init__(self) -> None:  # is called in every thread
         self.keypoints: Keypoints | None = None

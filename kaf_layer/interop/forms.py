@@ -1,4 +1,4 @@
-"""What submodules return: which of its tensors is the map, where its channels are, and how tokens lie in the image."""
+"""Outputs of submodules: which tensor is the map, which axis its channels are, and how tokens lie in the image."""
 
 from __future__ import annotations
 
@@ -20,13 +20,12 @@ class TokenGrid:
     """How the tokens (B, prefix + n, C) of a vision Transformer lie in the image.
 
     The n tokens are the cells of a grid over the image, in row-major order. The tokens in front of them, such as a
-    class token or registers, have no place in the image: a KAF layer leaves them as they are.
+    class token or registers, have no position in the image, and a KAF layer does not change them.
 
     Args:
-        patch: the size in pixels of the patch that a token stands for, one number or one for each axis in tensor
-            order. The grid is then the image's size divided by it, rounded down, or rounded up if that gives the
-            number of tokens.
-        size: the grid's size in tensor order, in place of ``patch``.
+        patch: the size in pixels of a token's patch, one number or one for each axis in tensor order. The grid's size
+            is then the image's, divided by it and rounded down, or rounded up if that gives the number of tokens.
+        size: the grid's size in tensor order, instead of ``patch``.
         prefix: the number of tokens in front of the grid.
 
     Raises:
