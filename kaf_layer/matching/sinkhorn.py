@@ -110,7 +110,8 @@ def _sinkhorn_backward(
     before = torch.cat([torch.ones_like(b[:1]), b[:-1]])
     before[::_STEPS] = 1.0  # v holds the rest
     left, right = torch.stack([a, a], dim=1), torch.stack([before, before], dim=1)  # a_k and x_k; y_k and b_k-1
-    from_a, from_b = -a / mass_a, -b / mass_b
+    # What has no mass passes nothing on; its quotient may have overflowed.
+    from_a, from_b = ((-x / mass).masked_fill(mass < 1, 0.0) for x, mass in ((a, mass_a), (b, mass_b)))
     # The result is a sum with the last a and b; earlier ones reach it only through the last b.
     direct = from_a[-1] * total.sum(dim=2)
     torch.mul(from_b[-1], total.sum(dim=1), out=right[-1, 0])
@@ -137,7 +138,14 @@ def _masked(scores: Tensor, mass_a: Tensor, mass_b: Tensor) -> tuple[Tensor, Ten
     absent = (mass_a == 0)[:, :, None] | (mass_b == 0)[:, None]
     scores = scores.clone()
     scores[:, :-1, :-1].masked_fill_(absent[:, :-1, :-1], -torch.inf)
-    return scores, mass_a.clamp(min=_NOTHING), mass_b.clamp(min=_NOTHING), absent
+    return scores, _filled(mass_a, mass_b), _filled(mass_b, mass_a), absent
+
+
+def _filled(mass: Annotated[Tensor, "B M"], other: Annotated[Tensor, "B N"]) -> Annotated[Tensor, "B M"]:
+    """Masses with something tiny for 0; a dustbin without mass gets enough for the other side's empty points."""
+    filled = mass.clamp(min=_NOTHING)
+    filled[:, -1].clamp_(min=_NOTHING * other.shape[1])
+    return filled
 
 
 def _kernel(scores: Tensor, v: Tensor) -> Tensor:

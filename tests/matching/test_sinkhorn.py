@@ -114,6 +114,24 @@ def test_autocast(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch 2.14: opcheck reads that of a copy
+@pytest.mark.parametrize("sizes", [(3, 3), (600, 4), (4, 600)])
+@pytest.mark.parametrize("empty", ["a", "b", "both"])
+def test_a_side_without_points(sizes: tuple[int, int], empty: str) -> None:
+    """The points of the other side have no partner; no gradient is lost or infinite."""
+    scores = torch.randn(2, *sizes, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    dustbin = torch.tensor(1.0, requires_grad=True)
+    valid_a, valid_b = (torch.ones(2, size, dtype=torch.bool) for size in sizes)
+    for side, valid in (("a", valid_a), ("b", valid_b)):
+        valid[0] = empty not in (side, "both")
+    result = log_sinkhorn(scores, dustbin, valid_a=valid_a, valid_b=valid_b)
+    assert torch.allclose(result[0, :-1, -1].exp(), valid_a[0].float(), atol=1e-4)
+    assert torch.allclose(result[0, -1, :-1].exp(), valid_b[0].float(), atol=1e-4)
+    gradients = torch.autograd.grad(result.exp()[:, :-1].sum(), (scores, dustbin))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert not gradients[0][0].any()
+    assert gradients[0][1].any()
+
+
 def test_compiles_and_exports() -> None:
     scores, dustbin, weights = example(1.0)
     compiled = torch.compile(log_sinkhorn, fullgraph=True, backend="aot_eager")
