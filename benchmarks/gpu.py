@@ -151,10 +151,15 @@ def detection(*, small: bool) -> Iterator[Row]:
 
 
 def tests(*, small: bool) -> Iterator[Row]:
-    """Those that need a GPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "cuda", *(["tests/test_linear.py"] if small else ["tests"])]
-    last = subprocess.run(command, cwd=ROOT, text=True, capture_output=True).stdout.strip().splitlines()[-1]
-    yield {"tests": last}
+    """What can run anywhere, on the GPU; then what needs one."""
+    anywhere = [f"tests/test_{name}.py" for name in ("laws", "fuzz", "toolchain")]
+    runs = {"--device cuda": [*anywhere, "--device", "cuda"], "-k cuda": ["tests", "-k", "cuda"]}
+    if small:
+        runs = {"--device meta": [anywhere[0], "--device", "meta", "-k", "alone and sampler"]}
+    for name, arguments in runs.items():
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+        last = subprocess.run(command, cwd=ROOT, text=True, capture_output=True).stdout.strip().splitlines()[-1]
+        yield {"run": name, "tests": last}
 
 
 def context(*, small: bool) -> Iterator[Row]:

@@ -1,11 +1,28 @@
 """What the tests share: seeded keypoints with every difficulty in them, and the laws every module obeys."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from kaf_layer import Keypoints
 
 NAN = float("nan")
+
+
+@dataclass
+class Target:
+    """Where tests run that can run anywhere, as ``pytest --device cuda --dtype float32`` says."""
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float64
+
+    @property
+    def tolerance(self) -> float:
+        return 1e-10 if self.dtype == torch.float64 else 1e-3
+
+
+TARGET = Target()
 
 
 def random_keypoints(
@@ -32,3 +49,8 @@ def random_keypoints(
 def fill_padding(values: Tensor, keypoints: Keypoints, garbage: float = NAN) -> Tensor:
     """``values`` (B, N, C) with ``garbage`` in the slots that are not valid."""
     return values.masked_fill(~keypoints.valid[..., None], garbage)
+
+
+def holds(mask: Tensor) -> bool:
+    """Whether all of a mask is true; of shapes without values nothing is asked."""
+    return mask.device.type == "meta" or bool(mask.all())

@@ -11,6 +11,7 @@ import kornia
 import kornia.augmentation as K
 import pytest
 import torch
+from common import TARGET
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -72,7 +73,7 @@ class Problem:
             values = values.to(memory_format=torch.channels_last if len(shape) == 4 else torch.channels_last_3d)
         elif layout == "expanded":
             values = values[:1].expand(shape) if shape and shape[0] else values
-        return values.detach().requires_grad_(dtype.is_floating_point)
+        return values.detach().to(TARGET.device).requires_grad_(dtype.is_floating_point)
 
     def tokens(self) -> Tensor:
         values = self.tensor(*self.keypoints.valid.shape, CHANNELS)
@@ -83,7 +84,7 @@ class Problem:
     def module(self, module: nn.Module) -> nn.Module:
         """A module in training or evaluation, of the problem's type or of another."""
         dtype = self.one_of(self.dtype if self.dtype.is_floating_point else torch.float32, torch.float32)
-        return module.to(dtype).train(self.one_of(True, False))
+        return module.to(TARGET.device, dtype).train(self.one_of(True, False))
 
 
 def keypoints_of(draw: Callable, generator: torch.Generator, image_size: tuple[int, ...], batch: int) -> Keypoints:
@@ -99,7 +100,8 @@ def keypoints_of(draw: Callable, generator: torch.Generator, image_size: tuple[i
         positions = (share - 0.5).sign() * {"outside": 99.0, "far": 1e30, "infinite": math.inf}[place]
     valid = torch.rand(batch, slots, generator=generator) < draw(st.sampled_from((0.0, 0.5, 1.1)))
     positions = positions.masked_fill(~valid[..., None], torch.nan).to(draw(st.sampled_from(FLOATS)))
-    descriptors = torch.randn(batch, slots, 4, generator=generator)
+    positions, valid = positions.to(TARGET.device), valid.to(TARGET.device)
+    descriptors = torch.randn(batch, slots, 4, generator=generator).to(TARGET.device)
     return Keypoints(positions.requires_grad_(), valid, image_size, descriptors=descriptors)
 
 
@@ -156,7 +158,9 @@ def attached(p: Problem) -> Any:
     options = {"spatial_dims": len(p.size), "hidden_channels": 4, **SMALL}
     model = attach(backbone, {p.one_of("0", "1"): 3}, detector=GridDetector(p.one_of(1, 4)), **options)
     # Of the backbone's type, whose complaints would be torch's.
-    return model.train(p.one_of(True, False))(p.tensor(len(p.keypoints), 1, *p.size, dtype=torch.float32))
+    return model.to(TARGET.device).train(p.one_of(True, False))(
+        p.tensor(len(p.keypoints), 1, *p.size, dtype=torch.float32)
+    )
 
 
 def matches(p: Problem, a: Keypoints, b: Keypoints) -> Matches:
@@ -176,7 +180,7 @@ def sinkhorn(p: Problem) -> Any:
     b = second(p)
     scores = p.tensor(*p.keypoints.valid.shape, b.valid.shape[1])
     options = {"valid_a": p.keypoints.valid, "valid_b": b.valid} if p.one_of(False, True) else {}
-    return log_sinkhorn(scores, torch.tensor(1.0), iterations=p.one_of(1, 5), **options).exp()
+    return log_sinkhorn(scores, torch.tensor(1.0, device=TARGET.device), iterations=p.one_of(1, 5), **options).exp()
 
 
 def matcher(p: Problem) -> Any:
@@ -195,7 +199,7 @@ def match_loss(p: Problem) -> Any:
 def contrast(p: Problem) -> Any:
     slices, views = p.one_of(0, 1, 2, 5), p.one_of(0, 1, 2)
     return PCLLoss(threshold=0.4)(
-        p.tensor(slices, views, 4), torch.rand(slices, generator=p.generator).to(p.one_of(*TYPES))
+        p.tensor(slices, views, 4), torch.rand(slices, generator=p.generator).to(TARGET.device, p.one_of(*TYPES))
     )
 
 
@@ -205,7 +209,7 @@ def pretraining(p: Problem) -> Any:
     module = p.module(KAFPretrainingLoss(3, CHANNELS, embed_dim=8, weights=weights, **options))
     batch = len(p.keypoints)
     half = p.keypoints[: batch // 2], p.keypoints[batch // 2 : 2 * (batch // 2)]
-    bottleneck, positions = p.tensor(batch, 3, *p.size), torch.rand(batch)
+    bottleneck, positions = p.tensor(batch, 3, *p.size), torch.rand(batch, device=TARGET.device)
     return module(bottleneck, positions, p.tokens(), p.keypoints, matches(p, *half)).total
 
 
@@ -230,6 +234,7 @@ def augmentation(p: Problem) -> Any:
         K.RandomGaussianNoise(p=1.0),
     ]
     labels = p.one_of(None, torch.zeros(batch, *size, dtype=p.dtype), torch.zeros(batch, 1, *size))
+    labels = None if labels is None else labels.to(TARGET.device)
     result = KeypointAugmentation(p.one_of(*transforms))(p.tensor(batch, 1, *size), p.keypoints, labels)
     return result.images, result.labels, result.keypoints.positions[result.keypoints.valid]
 

@@ -50,6 +50,13 @@ def test_what_does_not_fit_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (small["ms"], small["times the first"], small["GB"]) == (1000.0, "", 2.0)
 
 
+def test_tests_run_on_any_device(results: Path) -> None:
+    (row,) = rows_of("tests", results)
+    assert row["run"] == "--device meta"
+    assert " passed" in row["tests"]
+    assert " failed" not in row["tests"]
+
+
 def test_kept_memory() -> None:
     seconds = allocator.measure(32, 1)
     assert list(seconds) == ["plain", "ours", "torch.cat"]

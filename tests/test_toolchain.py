@@ -9,6 +9,7 @@ import io
 import os
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from common import random_keypoints
+from common import TARGET, random_keypoints
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
@@ -24,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from examples.unet import KAFUNet
-from kaf_layer import GridDetector, KeypointDiffusion, Keypoints, KeypointTransformer, SIFTDetector
+from kaf_layer import GridDetector, KeypointDiffusion, Keypoints, KeypointTransformer, SIFTDetector, match_keypoints
 from kaf_layer.interop import attach
 from kaf_layer.losses import KAFPretrainingLoss
 
@@ -35,11 +36,9 @@ SIZE = (32, 48)
 SMALL = {"embed_dim": 16, "depth": 1, "hidden_channels": 8}
 
 
-@pytest.fixture(
-    params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
-)
-def device(request: pytest.FixtureRequest) -> str:
-    return request.param
+@pytest.fixture
+def device() -> str:
+    return TARGET.device
 
 
 def unet(device: str = "cpu", **options: object) -> KAFUNet:
@@ -236,6 +235,32 @@ def test_cuda_reduced_overhead() -> None:
         actual, expected = compiled(images, keypoints), model(images, keypoints)
         torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
         assert relative_difference(gradients(compiled, actual), gradients(model, expected)) < 1e-3
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_nothing_waits_for_the_device(device: str, padded: bool) -> None:
+    """From images to gradients of all losses. On a GPU what waits is an error; "meta" has no values to wait for."""
+    device = "meta" if device == "cpu" else device
+    model = unet(device)
+    detector = SIFTDetector(16) if padded else GridDetector(8)
+    loss = KAFPretrainingLoss(8, 16, embed_dim=16, matcher_depth=2, num_heads=2, iterations=4).to(device)
+    images, positions = torch.rand(4, 1, *SIZE, device=device), torch.rand(4, device=device)
+    bottleneck = torch.rand(4, 8, 2, 3, device=device, requires_grad=True)
+    for attempt in range(2):  # the first call loads kernels
+        if device == "cuda" and attempt:
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            keypoints = detector(images)
+            tokens = torch.ones(*keypoints.valid.shape, 16, device=device, requires_grad=True)
+            described = replace(keypoints, descriptors=torch.ones_like(tokens))
+            matches = match_keypoints(described[:2], described[2:])
+            total = loss(bottleneck, positions, tokens, keypoints, matches).total
+            (total + model(images, keypoints).square().mean()).backward()
+        finally:
+            if device == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+    assert all(p.grad is not None for p in model.parameters())
+    assert tokens.grad.shape == tokens.shape
 
 
 # Processes
