@@ -99,6 +99,15 @@ def test_the_kaf_unet_is_ahead_where_the_readme_says() -> None:
         )
 
 
+@pytest.mark.parametrize(("name", "with_layers", "without"), [("cpu", 0.591, 0.440), ("seeds-cpu", 0.586, 0.431)])
+def test_layers_attached_to_a_trained_network_are_ahead(name: str, with_layers: float, without: float) -> None:
+    rows = {row["network"]: row for row in results(f"attached-{name}")["rows"]}
+    for network, dice in (("fine-tuned with layers attached", with_layers), ("fine-tuned", without)):
+        assert rows[network]["Dice"].startswith(f"{dice:.3f} ")
+        assert f"{dice:.3f}" in README
+    assert rows["fine-tuned"]["in folds"] == "5 of 5"
+
+
 def slug(heading: str) -> str:
     text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading.replace("`", "").replace("*", "")).strip().lower()
     return re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
