@@ -8,7 +8,7 @@ HAS_TORCH := $(call has,torch)
 # What they need is in the extra dev, except for torchvision, which must not bring a torch of its own.
 BACKBONES = dynamic-network-architectures segmentation-models-pytorch timm $(if $(call has,torchvision),,torchvision)
 
-.PHONY: test mutants demo docs benchmarks gpu lint types build clean
+.PHONY: test frameworks mutants demo docs benchmarks gpu lint types build clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -21,6 +21,17 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 test: $(VENV)/.installed  ## run all tests and doctests, with branch coverage
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term --cov-fail-under=95
+
+# The frameworks need other versions of a few packages than the tests do, and share the rest.
+$(VENV)-frameworks/.installed: $(VENV)/.installed constraints-frameworks.txt
+	$(PYTHON) -m venv $(if $(HAS_TORCH),--system-site-packages) $(VENV)-frameworks
+	echo "import site; site.addsitedir('$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")')" \
+		> $$($(VENV)-frameworks/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth
+	$(VENV)-frameworks/bin/pip install --quiet --no-deps -r constraints-frameworks.txt
+	touch $@
+
+frameworks: $(VENV)-frameworks/.installed  ## run nnU-Net, MONAI's engines, Lightning, Transformers and Accelerate
+	PYTHONPATH=.:tests/frameworks OMP_NUM_THREADS=1 $(VENV)-frameworks/bin/python -m pytest -n 2 --dist worksteal tests/frameworks
 
 mutants: $(VENV)/.installed  ## make small faults in the package, one at a time, and list those that no test notices (slow)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py
@@ -62,4 +73,4 @@ build: $(VENV)/.installed  ## sdist and wheel, checked, the wheel imported in an
 	cd dist && venv/bin/python -W error -c "import kaf_layer; print('kaf_layer', kaf_layer.__version__)"
 
 clean:  ## remove the environment and everything built
-	rm -rf $(VENV) dist outputs .coverage .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-frameworks dist outputs .coverage .pytest_cache .mypy_cache .ruff_cache

@@ -100,7 +100,7 @@ def test_bundle_segments_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("page", "needs"),
-    [("sharing", ["huggingface_hub", "monai.bundle"]), ("nnunet", ["dynamic_network_architectures"])],
+    [("sharing", ["huggingface_hub", "monai.bundle"])],
 )
 def test_pages_run_as_pasted(page: str, needs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     for name in needs:
