@@ -131,9 +131,10 @@ def move_keypoints(keypoints: Keypoints, move: Callable[[Points], Points], size:
             direction = torch.stack([angles.cos(), angles.sin()], dim=-1)
             x, y = (jacobian.to(angles.dtype) @ direction[..., None]).squeeze(-1).unbind(-1)
             angles = torch.atan2(y, x)
-    # A NaN compares as outside.
-    edge = positions.new_tensor([size[1], size[0]]) - 0.5
-    valid = keypoints.valid & ((positions >= -0.5) & (positions < edge)).all(dim=-1)
+    # A NaN compares as outside. A tensor of the size would be a synchronising copy on CUDA.
+    axes = zip(positions.unbind(-1), reversed(size), strict=True)
+    inside = torch.stack([(p >= -0.5) & (p < length - 0.5) for p, length in axes], dim=-1)
+    valid = keypoints.valid & inside.all(dim=-1)
     return replace(
         keypoints, positions=positions, valid=valid, image_size=tuple(size), scales=scales, angles=angles, padded=True
     )
@@ -205,7 +206,8 @@ def _resample(labels: Annotated[Tensor, "B *1 H W"], sources: Annotated[Tensor, 
 
 def _grid(positions: Annotated[Tensor, "B *N 2"], values: Annotated[Tensor, "B C H W"]) -> Annotated[Tensor, "B *N 2"]:
     """Positions as ``grid_sample`` takes them with ``align_corners=False``, which also works for maps of one row."""
-    return (2 * positions + 1) / positions.new_tensor([values.shape[3], values.shape[2]]) - 1
+    axes = zip(positions.unbind(-1), reversed(values.shape[2:]), strict=True)
+    return torch.stack([(2 * p + 1) / length - 1 for p, length in axes], dim=-1)
 
 
 def _check(images: Tensor, keypoints: Keypoints, labels: Tensor | None) -> None:

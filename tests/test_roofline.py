@@ -154,6 +154,22 @@ def test_nothing_of_a_layer_waits(padded: bool) -> None:
     assert eager_layer(3)["forward"]
 
 
+def test_nothing_of_moving_keypoints_waits() -> None:
+    from kaf_layer.augmentation import _resample, invert_deformation, move_keypoints
+
+    with torch.device("meta"):
+        keypoints = Keypoints(
+            meta(2, 5, 2), meta(2, 5, dtype=torch.bool), (16, 24), scales=meta(2, 5), angles=meta(2, 5)
+        )
+        sources, labels = meta(2, 2, 16, 24), meta(2, 16, 24, dtype=torch.long)
+
+    def move() -> None:
+        move_keypoints(keypoints, lambda positions: invert_deformation(sources, positions, iterations=2), (16, 24))
+        _resample(labels, meta(2, 3, 16, 24))
+
+    assert count(move)[1] == []
+
+
 def test_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     monkeypatch.setattr(roofline, "DEPTH", 1)
