@@ -32,7 +32,7 @@ Row = dict[str, object]
 PARTS = "diffusion", "stack", "flops", "network"
 QUANTITIES = "forward", "forward+backward", "saved", "FLOPs"
 # Of a map with so many pixels of edge, at 512 keypoints: at least these ratios.
-TARGETS = {512: (30, 50, 180, 250), 256: (10, 15, 40, 45), 128: (2.3, 3, 10, 9), 64: (1.3, 1.3, 3, 1)}
+TARGETS = {512: (25, 40, 100, 250), 256: (7, 10, 25, 45), 128: (1.9, 2, 6.5, 8.5), 64: (1.2, 1.2, 1.9, 1)}
 VOLUME_TARGETS = {64: (1, 1, 10, 20)}  # of a map with so many voxels along each axis
 
 SLOW_BYTES = 2**31  # of the dense network's map of tokens: from there on its backward pass is not measured on a CPU

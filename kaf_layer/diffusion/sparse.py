@@ -89,7 +89,8 @@ def convolve_tokens(
     """The first convolution: one matrix product, whose K parts for each token are added to ``start`` at its places."""
     matrix = weight.flatten(2).permute(2, 0, 1).flatten(0, 1)
     products = F.linear(tokens, matrix).view(places.numel(), weight.shape[0])
-    return start.index_add(0, places.flatten(), products.to(start.dtype))
+    index = places.view(-1, 1).expand_as(products)  # unlike index_add, scatter_add keeps nothing but the index
+    return start.scatter_add(0, index, products.to(start.dtype))
 
 
 def convolve_deviations(
@@ -129,14 +130,15 @@ def convolve_constant(
     convolve = F.conv2d if weight.ndim == 4 else F.conv3d
     kinds = convolve(values.view(1, -1, *[1] * len(size)).expand(-1, -1, *shown), weight, bias, padding=1)[0].flatten(1)
     constant = kinds[:, kinds.shape[1] // 2]
-    pixels = torch.arange(prod(size), device=values.device).view(*size)
-    sides = [pixels.narrow(a, i, 1) for a, length in enumerate(size) if length != 1 for i in (0, length - 1)]
-    border = torch.cat([side.flatten() for side in sides] or [pixels.flatten()[:0]])
-    rest, stride, kind, times = border, 1, torch.zeros_like(border), torch.zeros_like(border)
-    for length, three in zip(reversed(size), reversed(shown), strict=True):
+    pixels, sides = torch.arange(prod(size), device=values.device).view(*size), []
+    # Of each pixel which of the kinds it is, and 27 times along how many axes it is at an end.
+    code, stride = torch.full_like(pixels, kinds.shape[1] // 2), 1
+    for axis, length in reversed(list(enumerate(size))):
         if length != 1:
-            along = rest % length
-            own = torch.where(along == length - 1, 2, (along > 0).long())
-            kind, times = torch.add(kind, own, alpha=stride), (own != 1) + times
-        rest, stride = rest // length, stride * three
-    return constant, border, (kinds[:, kind] - constant[:, None]) / times
+            for end, step in ((0, -stride), (length - 1, stride)):
+                sides.append(pixels.narrow(axis, end, 1).flatten())
+                code.narrow(axis, end, 1).add_(27 + step)
+            stride *= 3
+    border = torch.cat(sides or [pixels.flatten()[:0]])
+    found = code.flatten()[border]
+    return constant, border, (kinds[:, found % 27] - constant[:, None]) / (found // 27)

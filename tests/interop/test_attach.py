@@ -445,7 +445,7 @@ def test_compiles_whole_and_once() -> None:
     model = one_layer()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend=counter)
-    for batch, slots in [(2, 5), (3, 9), (4, 12)]:
+    for batch, slots in [(2, 8), (3, 9), (4, 12)]:  # torch tells convolutions of fewer than 16 patches apart
         images, keypoints = (
             torch.rand(batch, 1, 24, 32),
             random_keypoints((24, 32), (slots,) * batch, dtype=torch.float32),
