@@ -45,7 +45,9 @@ PROTOCOL = {
         f"{NET} --volumes 1 --limit 2 --data FOLDER --classes 2"
     ),
     "python -m examples.protocol.predict --weights outputs/M2/weights.pt --output outputs/predicted": "--limit 1",
-    "torchrun --nproc-per-node 2 -m examples.protocol.finetune ...": f"{OWN} --labelled 1 --output outputs/two",
+    "torchrun --nproc-per-node 2 -m examples.protocol.finetune ...": (
+        f"{OWN} --labelled 1 --fusion add --output outputs/two"
+    ),
 }
 # The rows of benchmarks/README.md name scripts.
 BENCHMARKS = {
@@ -62,6 +64,7 @@ BENCHMARKS = {
     "context.py": "synthetic --steps 1 --images 8 --tested 8 --networks UNet",
     "attached.py": "--data FOLDER --steps 1 --folds 0 --labelled 1",
     "reruns.py": "benchmarks/results/sunnybrook-few-shot.json benchmarks/results/sunnybrook-methods.json",
+    "added_maps.py": "outputs/two --data FOLDER",  # what the last command of the protocol has trained
     "addition.py": "--steps 1 --images 8",
     "detection.py": "--only agreement --images 1 --data FOLDER",
     "volumes.py": "--only judged --volumes 1 --data FOLDER",
@@ -183,6 +186,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
 
 def test_commands_of_the_protocol(clone: Clone) -> None:
     printed = {command: clone.run(command, more) for command, more in PROTOCOL.items()}
+    assert "|" in clone.run("python benchmarks/added_maps.py", BENCHMARKS["added_maps.py"])
     assert "6 volumes, 2 classes" in printed["python -m examples.protocol.data FOLDER"]
     assert (clone.folder / "outputs" / "demo.png").stat().st_size > 10_000
     assert (clone.folder / "outputs" / "table" / "curves.png").stat().st_size > 10_000
@@ -206,7 +210,7 @@ def test_mistakes_end_with_a_line_and_status_2_and_leave_no_folder(clone: Clone,
     assert not (clone.folder / "outputs" / "new").exists()
 
 
-@pytest.mark.parametrize("script", [name for name in BENCHMARKS if name != "figure.py"])
+@pytest.mark.parametrize("script", [name for name in BENCHMARKS if name not in ("figure.py", "added_maps.py")])
 def test_benchmarks(clone: Clone, script: str) -> None:
     printed = clone.run(f"python benchmarks/{script}", BENCHMARKS[script])
     assert "|" in printed
