@@ -20,7 +20,7 @@ pytest.importorskip("matplotlib", reason="the extra plot is not here")
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "examples/protocol/README.md")
-COMMAND = r"(?:\.venv/bin/)?(?:python|pip|make|torchrun|accelerate|pre-commit|git|cd) [^`\n]+"
+COMMAND = r"(?:\.venv/bin/)?(?:python|pytest|pip|make|torchrun|accelerate|pre-commit|git|cd) [^`\n]+"
 NET = "--patch 32 32 --width 4 --depth 1 --embed-dim 8"
 SMALL = f"{NET} --limit 3 --folds 3 --steps-per-epoch 1 --epochs 1 --batch 2"
 OWN = f"{SMALL} --data FOLDER --classes 2 --detector grid"
@@ -68,6 +68,7 @@ BENCHMARKS = {
     "addition.py": "--steps 1 --images 8",
     "detection.py": "--only agreement --images 1 --data FOLDER",
     "volumes.py": "--only judged --volumes 1 --data FOLDER",
+    "kornia_parts.py": "--repeats 1",
     "matching.py": "--only sinkhorn --points 8 --repeats 1",
 }
 OTHERS = {
@@ -84,6 +85,9 @@ EXAMPLES = {
 ELSEWHERE = {
     "make test": "ci",
     "make lint types build": "ci",
+    "make frameworks": "ci",
+    "pytest --device cuda": "needs a GPU",
+    "pytest tests/test_laws.py --device meta": "tests, which run in a minute of their own",
     "make docs": "its parts are tests/test_pages.py and a line of .ci/run",
     "make demo": "its command is examples.protocol.demo, which runs here",
     "make benchmarks": "its commands are scripts that run here",
