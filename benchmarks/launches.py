@@ -21,8 +21,9 @@ from kaf_layer import KAFLayer, Keypoints, SIFTDetector
 from kaf_layer.matching import log_sinkhorn, sinkhorn
 
 NOTES = """Operations that PyTorch dispatches, without those that launch nothing: views, and allocations that are not
-filled. Counted in double precision on the CPU. A KAFLayer of depth 6 for 32 channels, two images, 500 keypoints, of which some slots are padded. The
-detector searches both images at once, with shapes that do not depend on what it finds, as off the CPU."""
+filled. Counted in double precision on the CPU. A KAFLayer of depth 6 for 32 channels, two images, 500
+keypoints, of which some slots are padded. The detector searches both images at once, with shapes that do not
+depend on what it finds, as off the CPU."""
 COMPILED_NOTES = """
 Compiled: what the program that torch.compile writes calls, its own fused loops and routines of libraries."""
 CALL = re.compile(r"(?:extern_kernels\.\w+|torch\.ops\.[\w.]+|cpp_fused\w*|triton_\w+\.run)\(")

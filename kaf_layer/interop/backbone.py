@@ -48,8 +48,9 @@ class KAFBackbone(nn.Module):
         outputs: the index or key of the map, by name, for submodules that return several.
 
     Raises:
-        ValueError: in the cases of :func:`~kaf_layer.interop.attach.attach`; and in a call, if a submodule does not return
-            a map of the image or does not run exactly once, if there is no image, or if the keypoints belong to another image.
+        ValueError: in the cases of :func:`~kaf_layer.interop.attach.attach`; and in a call, if a submodule does not
+            return a map of the image or does not run exactly once, if there is no image, or if the keypoints belong to
+            another image.
         RuntimeError: if the network calls itself, runs a submodule again in the backward pass, or is traced by
             ``torch.jit``.
 
