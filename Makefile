@@ -31,7 +31,7 @@ $(VENV)-frameworks/.installed: $(VENV)/.installed constraints-frameworks.txt
 	touch $@
 
 frameworks: $(VENV)-frameworks/.installed  ## run nnU-Net, MONAI's engines, Lightning, Transformers and Accelerate
-	PYTHONPATH=.:tests/frameworks OMP_NUM_THREADS=1 $(VENV)-frameworks/bin/python -m pytest -n 2 --dist worksteal tests/frameworks
+	PYTHONPATH=$(CURDIR):$(CURDIR)/tests/frameworks OMP_NUM_THREADS=1 $(VENV)-frameworks/bin/python -m pytest -n 2 --dist worksteal tests/frameworks
 
 mutants: $(VENV)/.installed  ## make small faults in the package, one at a time, and list those that no test notices (slow)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py
