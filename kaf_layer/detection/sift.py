@@ -32,6 +32,12 @@ CANDIDATES = 4096  # of an octave of an image, where shapes are static
 PEAKS = 4  # the most orientations of a keypoint: more peaks of 80 % do not fit into 36 smoothed bins
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _exports_onnx() -> bool:
+    """Asked while tracing: the compiler itself takes torch's function for a constant that is false."""
+    return torch.onnx.is_in_onnx_export()
+
+
 class SIFTDetector(nn.Module):
     """The scale-invariant feature transform (Lowe 2004), with OpenCV's options and defaults.
 
@@ -165,7 +171,7 @@ class SIFTDetector(nn.Module):
                 not finite has no keypoints.
         """
         check_tensors(images=images)
-        if torch.onnx.is_in_onnx_export():
+        if _exports_onnx():
             raise RuntimeError(
                 "SIFTDetector has no ONNX operators: detect outside of the graph, whose input keypoints are"
             )
