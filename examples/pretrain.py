@@ -55,6 +55,7 @@ def main(steps: int, output: Path, *, batch: int = 4) -> None:
         history.append(losses.total.detach())
         if step % 20 == 0:
             print(f"step {step}: loss {torch.stack(history[-20:]).mean():.3f}")
+    output.parent.mkdir(parents=True, exist_ok=True)
     torch.save(encoder.state_dict(), output)
 
 

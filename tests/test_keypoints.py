@@ -102,8 +102,7 @@ def test_to_detach_and_pickle() -> None:
     file = io.BytesIO()
     torch.save(keypoints.detach(), file)
     file.seek(0)
-    with torch.serialization.safe_globals([Keypoints]):
-        assert torch.equal(torch.load(file, weights_only=True).valid, keypoints.valid)
+    assert torch.equal(torch.load(file, weights_only=True).valid, keypoints.valid)
 
 
 def test_pytree_round_trip() -> None:
