@@ -25,9 +25,8 @@ MODULES = {
     "sampling": ("sampling.py", "test_sampling.py test_checks.py"),
     "scattering": ("scattering.py", "test_scattering.py test_checks.py"),
     "diffusion": (
-        "diffusion/network.py diffusion/neighbours.py diffusion/rows.py diffusion/pixels.py diffusion/patches.py "
-        "diffusion/background.py",
-        "diffusion test_checks.py",
+        "diffusion/network.py diffusion/sparse.py normalization.py",
+        "diffusion test_attention.py test_ecosystem.py test_checks.py",
     ),
     "attention": ("attention.py positions.py", "test_attention.py test_positions.py test_checks.py"),
     "losses": (
