@@ -226,6 +226,10 @@ class KeypointDiffusion(nn.Module):
         result.scatter_add_(2, border.expand(batch, channels, -1), differences.expand(batch, -1, -1))
         return result.unflatten(2, size)
 
+    def extra_repr(self) -> str:
+        """The options that its parts do not show."""
+        return f"reduce={self.reduce!r}" if self.method is None else f"reduce={self.reduce!r}, method={self.method!r}"
+
 
 def _scale(diffused: Annotated[Tensor, "B O *S"], gain: Annotated[Tensor, "O"] | None) -> Annotated[Tensor, "B O *S"]:
     if gain is None:
