@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from common import fill_padding, random_keypoints
+from common import fill_padding, leave_group, random_keypoints
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.utils import parametrizations, prune
@@ -367,11 +367,8 @@ def _split(rank: int, folder: str, run: Callable[..., object]) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
-    try:
-        run(rank, folder)
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+    run(rank, folder)
+    leave_group(folder)
 
 
 def _synchronised(rank: int, folder: str) -> None:

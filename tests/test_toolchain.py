@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from common import TARGET, random_keypoints
+from common import TARGET, leave_group, random_keypoints
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
@@ -286,8 +286,7 @@ def ddp_process(rank: int, folder: str) -> None:
             parallel(images[half], keypoints=keypoints[half]).square().mean().backward()
         results[name] = [p.grad for p in model.parameters()]
     torch.save(results, Path(folder, f"{rank}.pt"))
-    dist.barrier()  # a group that is destroyed right after a collective can hang
-    dist.destroy_process_group()
+    leave_group(folder)
 
 
 def test_ddp(tmp_path: Path) -> None:

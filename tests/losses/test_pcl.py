@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from common import leave_group
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -189,8 +190,7 @@ def process(rank: int, world: int, folder: str) -> None:
     except ValueError as error:
         result["error"] = str(error)
     Path(folder, f"{rank}.json").write_text(json.dumps(result))
-    dist.barrier()  # a group that is destroyed right after a collective can hang
-    dist.destroy_process_group()
+    leave_group(folder)
 
 
 def projector() -> nn.Module:
