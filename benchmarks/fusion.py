@@ -1,4 +1,4 @@
-"""What it saves to fuse the diffused map with the features as it is computed, instead of afterwards.
+"""What it saves to give KeypointDiffusion the features and a gain, instead of fusing its map afterwards.
 
 python benchmarks/fusion.py [--edges 512 128] [--batch 4] [--repeats 11]
 """
