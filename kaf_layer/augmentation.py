@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kaf_layer.checks import check_floats, check_keypoints, check_tensors
 from kaf_layer.keypoints import Keypoints
+from kaf_layer.precision import at_least_float32
 
 __all__ = ["Augmented", "KeypointAugmentation", "invert_deformation", "move_keypoints"]
 
@@ -185,7 +186,7 @@ def _sample(sources: Annotated[Tensor, "B 2 H W"], positions: Points) -> Points:
 
 def _pixels(images: Annotated[Tensor, "B C H W"]) -> Annotated[Tensor, "B 3 H W"]:
     """The position of every pixel, in (x, y) order, and 1."""
-    dtype = torch.promote_types(images.dtype, torch.float32)
+    dtype = at_least_float32(images.dtype)
     x, y = (torch.arange(size, dtype=dtype, device=images.device) for size in (images.shape[3], images.shape[2]))
     x, y = torch.meshgrid(x, y, indexing="xy")
     return torch.stack([x, y, torch.ones_like(x)]).expand(len(images), -1, -1, -1)

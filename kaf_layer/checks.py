@@ -1,4 +1,7 @@
-"""Checks of arguments, with messages that name them. They look at types and shapes only, so nothing waits for a GPU."""
+"""Checks of arguments, with messages that name them.
+
+They look at types and shapes only, except for :func:`raise_where`. None makes a GPU wait.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,8 @@ __all__ = [
     "check_precision",
     "check_tensors",
     "check_tokens",
-    "refuse_torchscript",
+    "raise_torchscript_error",
+    "raise_where",
 ]
 
 
@@ -38,7 +42,7 @@ def check_tensors(**tensors: Tensor) -> None:
         TypeError: features must be a tensor, got NoneType
     """
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
-        refuse_torchscript()
+        raise_torchscript_error()
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
@@ -46,7 +50,7 @@ def check_tensors(**tensors: Tensor) -> None:
             raise ValueError(f"{name} must be real, got {value.dtype}")
 
 
-def refuse_torchscript() -> NoReturn:
+def raise_torchscript_error() -> NoReturn:
     """Says what to call instead.
 
     Raises:
@@ -95,6 +99,31 @@ def _autocasts(value: Tensor, weight: Tensor) -> bool:
     if not torch.is_autocast_enabled(device) or weight.dtype == torch.float64:
         return False
     return value.dtype in (torch.float32, torch.get_autocast_dtype(device))
+
+
+def raise_where(bad: Annotated[Tensor, "B *"], message: str, *, of: str = "samples") -> None:
+    """Raises if any value is bad. Unlike the other checks it looks at values, but no accelerator waits for it.
+
+    Args:
+        bad: (B, ...) bool.
+        message: what is wrong, and what to do.
+        of: what the first axis counts.
+
+    Raises:
+        ValueError: on the CPU, with the numbers of the samples. On CUDA the message comes as a device-side
+            assertion, and in compiled code as a RuntimeError, both without the numbers.
+
+    Example:
+        >>> raise_where(torch.tensor([False, True]), "embeddings must be finite")
+        Traceback (most recent call last):
+            ...
+        ValueError: embeddings must be finite, got other values in samples [1]
+    """
+    if bad.device.type == "cpu" and not torch.compiler.is_compiling():
+        if bad.any():
+            raise ValueError(f"{message}, got other values in {of} {sorted(set(bad.nonzero()[:, 0].tolist()))}")
+    elif bad.device.type in ("cpu", "cuda"):  # other devices know no asynchronous assertion
+        torch._assert_async(~bad.any(), message)
 
 
 def check_counts(*, least: int = 1, **numbers: int) -> None:

@@ -10,8 +10,10 @@ from numbers import Integral
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from kaf_layer.precision import at_least_float32
 
 __all__ = ["Keypoints", "check_size"]
 
@@ -38,7 +40,7 @@ class Keypoints:
         angles: (B, N), in radians, from the x axis towards the y axis.
         descriptors: (B, N, K).
         padded: False promises that every slot is valid, so that attention needs no mask. To
-            remove keypoints from such a batch, use :meth:`where`.
+            remove keypoints from such a batch, use :meth:`keep`.
 
     Raises:
         ValueError: if a shape, a size, or the type of ``positions`` or ``valid`` does not fit.
@@ -180,18 +182,18 @@ class Keypoints:
             return moved if value.is_floating_point() else moved.to(value.dtype)
 
         moved = self._map(move)
-        wide = torch.promote_types(moved.positions.dtype, torch.float32)
-        if moved.positions.dtype == wide:
+        dtype = at_least_float32(moved.positions.dtype)
+        if moved.positions.dtype == dtype:
             return moved
-        return replace(moved, positions=self.positions.to(moved.positions.device, wide))
+        return replace(moved, positions=self.positions.to(moved.positions.device, dtype))
 
-    def where(self, keep: Annotated[Tensor, "B N"]) -> Keypoints:
+    def keep(self, mask: Annotated[Tensor, "B N"]) -> Keypoints:
         """Keeps the keypoints that a mask marks, such as those inside the body; other slots become invalid.
 
         Args:
-            keep: (B, N) bool.
+            mask: (B, N) bool.
         """
-        return replace(self, valid=self.valid & keep, padded=True)
+        return replace(self, valid=self.valid & mask, padded=True)
 
     def detach(self) -> Keypoints:
         """The same keypoints, detached from the autograd graph."""
@@ -209,7 +211,7 @@ class Keypoints:
         """
         check_size(feature_size, self)
         positions = self.positions.where(self.valid[..., None], 0.0).nan_to_num(0.0, math.inf, -math.inf)
-        positions = positions.to(torch.promote_types(positions.dtype, torch.float32))
+        positions = positions.to(at_least_float32(positions.dtype))
         # Under a compiler sizes may be symbols, and a comparison would specialise the graph.
         if not torch.compiler.is_compiling() and tuple(feature_size) == tuple(self.image_size):
             return positions
@@ -271,16 +273,13 @@ class Keypoints:
             raise ValueError(f"stack takes samples of one image size, got {sorted(sizes)}")
         slots = max(len(sample) for sample in samples)
 
-        def join(values: list[Tensor]) -> Tensor:
-            return torch.stack([F.pad(v, (0, 0) * (v.ndim - 1) + (0, slots - len(v))) for v in values])
-
         optional: dict[str, Any] = {}
         for name in ("scores", "scales", "angles", "descriptors"):
             values = [getattr(sample, name) for sample in samples]
-            optional[name] = None if any(value is None for value in values) else join(values)
+            optional[name] = None if any(value is None for value in values) else pad_sequence(values, batch_first=True)
         return Keypoints(
-            join([sample.positions for sample in samples]),
-            join([sample.valid for sample in samples]),
+            pad_sequence([sample.positions for sample in samples], batch_first=True),
+            pad_sequence([sample.valid for sample in samples], batch_first=True),
             samples[0].image_size,
             padded=any(sample.padded or len(sample) < slots for sample in samples),
             **optional,

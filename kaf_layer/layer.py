@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kaf_layer.attention import BlockType, KeypointTransformer
-from kaf_layer.checks import check_counts, check_features, check_precision, refuse_torchscript
+from kaf_layer.checks import check_counts, check_features, check_precision, raise_torchscript_error
 from kaf_layer.diffusion import KeypointDiffusion
 from kaf_layer.keypoints import Keypoints
 from kaf_layer.positions import PositionType
@@ -139,4 +139,4 @@ class KAFLayer(nn.Module):
         return f"in_channels={self.in_channels}, fused_channels={self.fused_channels}, fusion={self.fusion!r}"
 
     def __prepare_scriptable__(self) -> NoReturn:
-        refuse_torchscript()
+        raise_torchscript_error()

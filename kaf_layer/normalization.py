@@ -9,6 +9,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kaf_layer.precision import at_least_float32
+
 __all__ = ["MaskedBatchNorm", "Moments", "is_synchronised", "normalise_rows", "normalise_tokens", "track"]
 
 
@@ -58,7 +60,7 @@ def _normalise_tokens(norm: Any, tokens: Tensor, valid: Tensor) -> tuple[Tensor,
     if not norm.training:
         statistics = norm.running_mean, norm.running_var, norm.weight, norm.bias
         return F.batch_norm(tokens.flatten(0, 1), *statistics, eps=norm.eps).unflatten(0, tokens.shape[:2]), None
-    values, mask = tokens.to(_wide(norm.weight)), valid[..., None]
+    values, mask = tokens.to(at_least_float32(norm.weight.dtype)), valid[..., None]
     total, count = _sum_over_processes(norm, (values * mask).sum((0, 1)), valid.sum())
     mean = total / count.clamp(min=1)
     # Zero where not valid, because with a single valid slot the variance is zero and 1 / std is large.
@@ -86,7 +88,7 @@ def normalise_rows(
         The normalised rows, and the value of every pixel without a row.
     """
     bias = torch.zeros_like(norm.running_mean) if bias is None else bias
-    dtype = _wide(norm.weight)
+    dtype = at_least_float32(norm.weight.dtype)
     if not norm.training:
         centre = (norm.running_mean - bias).to(dtype)
         centred, variance = rows - centre, norm.running_var.to(dtype)
@@ -138,8 +140,3 @@ def _sum_over_processes(norm: nn.Module, values: Tensor, count: Any) -> tuple[Te
     # Differentiable, because each process's loss depends on the values of all.
     summed = torch.distributed.nn.functional.all_reduce(everything, group=norm.process_group or dist.group.WORLD)
     return summed[:-1], summed[-1]
-
-
-def _wide(weight: Tensor) -> torch.dtype:
-    """The precision of statistics."""
-    return torch.promote_types(weight.dtype, torch.float32)

@@ -7,7 +7,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
-__all__ = ["exact_products", "without_autocast"]
+__all__ = ["at_least_float32", "exact_products", "without_autocast"]
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The type in which many values of a type are added: float32 for half precision, otherwise the type itself."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:

@@ -30,7 +30,7 @@ MODULES = {
     ),
     "attention": ("attention.py positions.py", "test_attention.py test_positions.py test_checks.py"),
     "losses": (
-        "losses/pcl.py losses/keypoint_match.py losses/pretraining.py losses/checks.py",
+        "losses/pcl.py losses/keypoint_match.py losses/pretraining.py",
         "losses test_checks.py",
     ),
     "matching": ("matching/correspondence.py matching/matcher.py matching/sinkhorn.py", "matching test_checks.py"),

@@ -244,7 +244,7 @@ def methods(p: Problem) -> Any:
     assert kp.cells(p.size).numel() == 0 or 0 <= kp.cells(p.size).min() <= kp.cells(p.size).max() < math.prod(p.size)
     stacked = Keypoints.stack([kp[i] for i in range(len(kp))]) if len(kp) else kp
     assert stacked.valid.equal(kp.valid)
-    return kp.resize(p.size, snap=True).positions, kp.where(kp.valid).valid, kp.detach().to(torch.float64).valid
+    return kp.resize(p.size, snap=True).positions, kp.keep(kp.valid).valid, kp.detach().to(torch.float64).valid
 
 
 CALLS = (

@@ -166,11 +166,11 @@ def test_a_map_of_the_image_is_taken(size: tuple[int, int]) -> None:
     KeypointSampler()(torch.rand(2, 4, *size), Keypoints(torch.rand(2, 3, 2), ones(2, 3), (6, 8)))
 
 
-def test_to_keeps_integers_and_where_keeps_the_promise() -> None:
+def test_to_keeps_integers_and_keep_ends_the_promise() -> None:
     descriptors = torch.randint(0, 255, (1, 2, 4), dtype=torch.uint8)
     keypoints = Keypoints(torch.rand(1, 2, 2), ones(1, 2), (6, 8), descriptors=descriptors, padded=False)
     assert torch.equal(keypoints.to(torch.float64).descriptors, descriptors)
-    kept = keypoints.where(torch.tensor([[True, False]]))
+    kept = keypoints.keep(torch.tensor([[True, False]]))
     assert kept.valid.tolist() == [[True, False]]
     assert kept.padded
 
@@ -228,9 +228,9 @@ def test_check_finds_swapped_axes_other_units_and_nan() -> None:
         ValueError, match=r"\(x, y, z\).*outside of 4x8x12 \(depth x height x width\): are x and z swapped"
     ):
         volume.check()
-    inside = keypoints.where(torch.tensor([[False, True]]))
+    inside = keypoints.keep(torch.tensor([[False, True]]))
     assert inside.check() is inside
     with pytest.warns(UserWarning, match=r"samples \[1\] have no keypoints: KAF layers do nothing for them"):
         random_keypoints((8, 12), (3, 0)).check()
     with pytest.warns(UserWarning, match="there are no keypoints"):
-        keypoints[0].where(torch.zeros(2, dtype=torch.bool)).check()
+        keypoints[0].keep(torch.zeros(2, dtype=torch.bool)).check()

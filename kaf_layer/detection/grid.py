@@ -20,7 +20,7 @@ class GridDetector(nn.Module):
 
     An axis of ``size`` pixels gets ``n = max(1, round(size / spacing))`` keypoints at
     ``(i + 0.5) * size / n - 0.5``. They are evenly spaced, with half a step to either border. No slot is padding; to
-    remove keypoints, for example those outside the body, use ``keypoints.where(mask)``.
+    remove keypoints, for example those outside the body, use ``keypoints.keep(mask)``.
 
     Args:
         spacing: pixels between neighbours, one number or one for each axis in tensor order.

@@ -22,6 +22,7 @@ from kaf_layer.diffusion.sparse import (
 )
 from kaf_layer.keypoints import Keypoints, check_size
 from kaf_layer.normalization import is_synchronised, normalise_rows
+from kaf_layer.precision import at_least_float32
 from kaf_layer.scattering import Reduce, cell_shares, check_reduce, scatter_keypoints
 
 __all__ = ["KeypointDiffusion", "cheapest_method"]
@@ -197,7 +198,9 @@ class KeypointDiffusion(nn.Module):
         index, inside = find_neighbours(cells, size, radius=1)
         samples = torch.arange(cells.shape[0], device=cells.device)[:, None, None]
         places = torch.add(index, samples, alpha=prod(size)).where(inside, pixels)
-        hidden = convolve_tokens(tokens, weight, places, bias.to(_wide(weight)).expand(pixels + 1, -1))[:-1]
+        hidden = convolve_tokens(
+            tokens, weight, places, bias.to(at_least_float32(weight.dtype)).expand(pixels + 1, -1)
+        )[:-1]
         # Channels first, because with channels last torch's batch statistics lose precision on a CPU.
         return hidden.view(-1, *size, weight.shape[0]).movedim(-1, 1).to(tokens.dtype).contiguous()
 
@@ -209,7 +212,7 @@ class KeypointDiffusion(nn.Module):
             weight, bias = _scale(weight.transpose(0, 1), gain).transpose(0, 1), None if bias is None else bias * gain
         near, inside = find_neighbours(cells, size, radius=2)
         rows = find_rows(closest(near, len(size)), closest(inside, len(size)), size)
-        start = tokens.new_zeros(rows.numel() + 1, first.shape[0], dtype=_wide(first))
+        start = tokens.new_zeros(rows.numel() + 1, first.shape[0], dtype=at_least_float32(first.dtype))
         hidden = convolve_tokens(tokens, first, rows, start)[:-1]  # without what fell outside
         hidden, constant = normalise_rows(self.norm, hidden, self.conv1.bias, pixels=cells.shape[0] * prod(size))
 
@@ -235,11 +238,6 @@ def _scale(diffused: Annotated[Tensor, "B O *S"], gain: Annotated[Tensor, "O"] |
     if gain is None:
         return diffused
     return diffused * gain.to(diffused.dtype).view(-1, *[1] * (diffused.ndim - 2))
-
-
-def _wide(weight: Tensor) -> torch.dtype:
-    """The precision in which many values are added."""
-    return torch.promote_types(weight.dtype, torch.float32)
 
 
 def _is_plain_convolution(module: Any) -> bool:

@@ -71,7 +71,7 @@ def attach(
         >>> model = attach(backbone, {"0": 8}, detector=GridDetector(8), depth=1)
         >>> torch.equal(model(images), backbone(images))
         True
-        >>> model.detach() is backbone
+        >>> model.remove_layers() is backbone
         True
     """
     submodules = [submodules] if isinstance(submodules, str) else submodules

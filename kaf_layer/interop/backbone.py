@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
 
-from kaf_layer.checks import check_keypoints, refuse_torchscript
+from kaf_layer.checks import check_keypoints, raise_torchscript_error
 from kaf_layer.detection import KeypointDetector
 from kaf_layer.interop.forms import Form, TokenGrid, find_map
 from kaf_layer.interop.submodules import check_names, find_image, find_submodules, layer_key, signature_of
@@ -88,7 +88,7 @@ class KAFBackbone(nn.Module):
         self._handles = []
         for name, module in modules.items():
             form = Form(channels_last=name in channels_last, tokens=tokens.get(name), output=outputs.get(name))
-            self._handles.append(module.register_forward_hook(_Fusion(name, form, self._pass)))
+            self._handles.append(module.register_forward_hook(_FusionHook(name, form, self._pass)))
         self.__class__ = _like(type(self), backbone)
 
     def forward(self, *args: Any, keypoints: Keypoints | None = None, **kwargs: Any) -> Any:
@@ -105,7 +105,7 @@ class KAFBackbone(nn.Module):
         if self._pass.keypoints is not None:
             raise RuntimeError("another forward pass is under way around this one: the network must not call itself")
         if torch.jit.is_tracing():  # type: ignore[attr-defined]
-            refuse_torchscript()
+            raise_torchscript_error()
         found = find_image(self.image, self._arguments, args, kwargs)
         if keypoints is None:
             if found is None:
@@ -127,7 +127,7 @@ class KAFBackbone(nn.Module):
             self._pass.keypoints = self._pass.layers = None
         return output
 
-    def detach(self) -> nn.Module:
+    def remove_layers(self) -> nn.Module:
         """Removes the hooks and returns the original backbone."""
         for handle in self._handles:
             handle.remove()
@@ -144,7 +144,7 @@ class KAFBackbone(nn.Module):
             raise AttributeError(message) from error
 
     def __prepare_scriptable__(self) -> NoReturn:
-        refuse_torchscript()
+        raise_torchscript_error()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles like any module, through a class that can be imported."""
@@ -214,7 +214,7 @@ class _Pass(threading.local):
         return _Pass, ()
 
 
-class _Fusion:
+class _FusionHook:
     """A forward hook that fuses a submodule's map; a class, since closures cannot be pickled."""
 
     def __init__(self, name: str, form: Form, state: _Pass) -> None:

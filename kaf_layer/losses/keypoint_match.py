@@ -6,9 +6,8 @@ from typing import Annotated, Any
 
 from torch import Tensor, nn
 
-from kaf_layer.checks import check_floats, check_keypoints
+from kaf_layer.checks import check_floats, check_keypoints, raise_where
 from kaf_layer.keypoints import Keypoints
-from kaf_layer.losses.checks import refuse
 from kaf_layer.matching import KeypointMatcher, Matches
 from kaf_layer.matching.correspondence import check_matches
 
@@ -146,9 +145,9 @@ def _check(log_assignment: Tensor, keypoints_a: Keypoints, keypoints_b: Keypoint
             f"got {log_assignment.shape=} for {keypoints_a.valid.shape=} and {keypoints_b.valid.shape=}"
         )
     for indices, slots, name in ((matches.indices, slots_b, "b"), (matches.inverse, slots_a, "a")):
-        refuse((indices < -1) | (indices >= slots), f"matches must be slots of {name}, 0 to {slots - 1}, or -1")
+        raise_where((indices < -1) | (indices >= slots), f"matches must be slots of {name}, 0 to {slots - 1}, or -1")
     among = matches.among(keypoints_a, keypoints_b)
-    refuse(
+    raise_where(
         (among.indices != matches.indices).any(dim=1) | (among.inverse != matches.inverse).any(dim=1),
         "matches must be between valid keypoints (call matches.among(keypoints_a, keypoints_b))",
     )

@@ -9,9 +9,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kaf_layer.checks import check_floats, check_tensors
-from kaf_layer.losses.checks import refuse
-from kaf_layer.precision import without_autocast
+from kaf_layer.checks import check_floats, check_tensors, raise_where
+from kaf_layer.precision import at_least_float32, without_autocast
 
 __all__ = ["PCLLoss", "pcl_loss"]
 
@@ -27,7 +26,7 @@ def pcl_loss(
     """The positional contrastive loss, as a function; see :class:`PCLLoss`."""
     _check(embeddings, positions, temperature, threshold)
     with without_autocast(embeddings.device):
-        dtype = torch.promote_types(embeddings.dtype, torch.float32)
+        dtype = at_least_float32(embeddings.dtype)
         unit = F.normalize(embeddings.to(dtype), dim=-1)
         if gather_distributed and dist.is_available() and dist.is_initialized():
             unit, positions = _gather(unit, positions)
@@ -35,7 +34,7 @@ def pcl_loss(
             raise ValueError(f"embeddings must be two or more (B * V) for a contrast, got {embeddings.shape=}")
         similarity = unit.flatten(0, 1) @ unit.flatten(0, 1).T / temperature
         # As floating point, because unsigned integers have no negative differences.
-        position = positions.detach().to(torch.promote_types(positions.dtype, torch.float32))
+        position = positions.detach().to(at_least_float32(positions.dtype))
         position = position.repeat_interleave(unit.shape[1])
         itself = torch.eye(len(position), dtype=torch.bool, device=position.device)
         positive = ((position[:, None] - position).abs() < threshold) & ~itself
@@ -136,8 +135,8 @@ def _check(embeddings: Tensor, positions: Tensor, temperature: float, threshold:
         )
     if positions.shape != embeddings.shape[:1]:
         raise ValueError(f"positions must be (B,), one for each slice, got {positions.shape=} for {embeddings.shape=}")
-    refuse(~embeddings.isfinite(), "embeddings must be finite")
-    refuse(
+    raise_where(~embeddings.isfinite(), "embeddings must be finite")
+    raise_where(
         ~((positions >= 0) & (positions <= 1)),
         "positions must be finite and relative, from 0 to 1 (divide slice numbers by the number of slices)",
     )
@@ -152,7 +151,7 @@ def _gather(embeddings: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     world = dist.get_world_size()
     sizes = _all_gather(torch.full((1,), len(embeddings), device=embeddings.device))
     different = torch.cat(sizes) != len(embeddings)
-    refuse(
+    raise_where(
         different,
         f"all processes must bring the same batch size, rank {dist.get_rank()} has {len(embeddings)}",
         of="ranks",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kaf_layer.checks import check_keypoints, check_tensors
 from kaf_layer.keypoints import Keypoints
+from kaf_layer.precision import at_least_float32
 
 __all__ = ["Matches", "check_matches", "match_keypoints"]
 
@@ -172,7 +173,7 @@ def _descriptors(a: Keypoints, b: Keypoints) -> tuple[Tensor, Tensor]:
     check_tensors(descriptors=b.descriptors)
     if a.descriptors.shape[2] != b.descriptors.shape[2]:
         raise ValueError(f"descriptors must have one length, got {a.descriptors.shape=} and {b.descriptors.shape=}")
-    dtype = torch.promote_types(a.descriptors.dtype, torch.float32)
+    dtype = at_least_float32(a.descriptors.dtype)
     left, right = (
         kp.descriptors.detach().to(dtype).masked_fill(~kp.valid[..., None], 0.0)  # type: ignore[union-attr]
         for kp in (a, b)

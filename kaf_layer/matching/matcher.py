@@ -12,7 +12,7 @@ from kaf_layer.checks import check_counts, check_precision, check_tokens
 from kaf_layer.keypoints import Keypoints
 from kaf_layer.matching.sinkhorn import log_sinkhorn
 from kaf_layer.positions import PositionType, check_position, relative_positions, tell_of_other_positions
-from kaf_layer.precision import without_autocast
+from kaf_layer.precision import at_least_float32, without_autocast
 
 __all__ = ["KeypointMatcher"]
 
@@ -120,7 +120,7 @@ class KeypointMatcher(nn.Module):
                 a, b = block(a, valid_a, mask_b, b), block(b, valid_b, mask_a, a)
         a, b = self.out(a), self.out(b)
         with without_autocast(a.device):
-            dtype = torch.promote_types(a.dtype, torch.float32)
+            dtype = at_least_float32(a.dtype)
             scores = a.to(dtype) @ b.to(dtype).mT / a.shape[-1] ** 0.5
             return log_sinkhorn(scores, self.dustbin, iterations=self.iterations, valid_a=valid_a, valid_b=valid_b)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kaf_layer.checks import check_counts, check_floats
-from kaf_layer.precision import exact_products, without_autocast
+from kaf_layer.precision import at_least_float32, exact_products, without_autocast
 
 __all__ = ["log_sinkhorn"]
 
@@ -57,7 +57,7 @@ def log_sinkhorn(
     """
     batch, rows, columns = _check(scores, dustbin, iterations, valid_a, valid_b)
     with without_autocast(scores.device):
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        scores = scores.to(at_least_float32(scores.dtype))
         a = scores.new_ones(batch, rows) if valid_a is None else valid_a.to(scores.dtype)
         b = scores.new_ones(batch, columns) if valid_b is None else valid_b.to(scores.dtype)
         dustbin = dustbin.to(scores.dtype)

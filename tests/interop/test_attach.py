@@ -115,13 +115,13 @@ def test_state_dict_has_two_prefixes_and_takes_the_backbones() -> None:
     assert torch.equal(model.backbone[0].weight, backbone[0].weight)
 
 
-def test_detach_gives_the_original_back() -> None:
+def test_remove_layers_gives_the_original_back() -> None:
     backbone = small_network()
     before = copy.deepcopy(backbone.__dict__)
     state = {name: value.clone() for name, value in backbone.state_dict().items()}
     model = small_model(backbone)
     assert torch.equal(model.backbone.eval()(IMAGES), small_network().eval()(IMAGES)), "by itself it is the original"
-    assert model.detach() is backbone
+    assert model.remove_layers() is backbone
     assert backbone.train().__dict__.keys() == before.keys()
     assert not any(module._forward_hooks for module in backbone.modules())
     torch.testing.assert_close(dict(backbone.state_dict()), state, atol=0, rtol=0)
@@ -133,7 +133,7 @@ def test_two_models_share_a_backbone() -> None:
     backbone = small_network().eval()
     first, second = small_model(backbone), awake(attach(backbone, {"0": 8}, detector=GridDetector(9), **SMALL))
     expected = first(IMAGES), second(IMAGES)
-    first.detach()
+    first.remove_layers()
     assert torch.equal(second(IMAGES), expected[1])
     assert not torch.equal(*expected)
 
@@ -617,4 +617,4 @@ def check_backbone(backbone: nn.Module, names: dict[str, int] | list[str], image
     torch.testing.assert_close(duplicate(images), changed, atol=0, rtol=0)
     with pytest.raises(AssertionError):
         torch.testing.assert_close(changed, expected)
-    torch.testing.assert_close(model.detach()(images), expected, atol=0, rtol=0)
+    torch.testing.assert_close(model.remove_layers()(images), expected, atol=0, rtol=0)

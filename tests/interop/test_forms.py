@@ -134,7 +134,7 @@ def test_one_of_several_maps_is_chosen(encoder: Callable[[], nn.Module], key: An
         torch.testing.assert_close(output[key], fused, atol=0, rtol=0)
         others = set(plain) - {key} if isinstance(plain, dict) else {0, 1, 2} - {key % 3}
         assert all(torch.equal(output[other], plain[other]) for other in others)
-        model.detach()
+        model.remove_layers()
 
 
 @pytest.mark.parametrize("example", [None, IMAGES])
@@ -195,7 +195,7 @@ def test_tokens_are_fused_as_the_map_they_are(size: tuple[int, ...], prefix: int
         assert not torch.equal(model(images)[0], plain)
         model(images)[1].square().sum().backward()
         assert all(p.grad.isfinite().all() for p in model.layers.parameters())
-        model.detach()
+        model.remove_layers()
 
 
 def test_grids_of_images_that_patches_do_not_divide() -> None:
