@@ -81,6 +81,24 @@ def test_a_finished_run_is_not_replaced_by_another(stacks: list[Stack], tmp_path
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == kept
 
 
+def test_an_unfinished_run_is_not_replaced_by_another(
+    stacks: list[Stack], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with killed_after(1, monkeypatch):
+        run(tmp_path, stacks)
+    kept = (tmp_path / "checkpoint.pt").read_bytes()
+    with pytest.raises(
+        ValueError, match=r"holds an unfinished run with other options: --lr 0\.003 then, 0.5 now; choose"
+    ):
+        run(tmp_path, stacks, "--lr", "0.5")
+    assert (tmp_path / "checkpoint.pt").read_bytes() == kept
+    assert "starts over" not in capsys.readouterr().out
+    run(tmp_path, stacks)  # what was refused has left nothing that blocks the same run
+    assert (
+        "the same run, killed after epoch 1. It starts over: to continue it, give --resume." in capsys.readouterr().out
+    )
+
+
 def test_a_checkpoint_of_another_run_is_not_resumed(
     stacks: list[Stack], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -80,6 +80,17 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert all(value.equal(resumed[name]) for name, value in whole.items())
 
 
+def test_an_unfinished_run_is_not_replaced_by_another(
+    stacks: list[Stack], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with killed_after(1, monkeypatch):
+        run(tmp_path, stacks)
+    with pytest.raises(
+        ValueError, match=r"holds an unfinished run with other options: --lr 0\.002 then, 0.5 now; choose"
+    ):
+        run(tmp_path, stacks, "--lr", "0.5")
+
+
 @pytest.mark.parametrize("model", ["unet", "fcn", "kaf-fcn", "kaf-unet", "swin-unet", "swin-unetr"])
 def test_an_encoders_weights_fit_its_network(stacks: list[Stack], tmp_path: Path, model: str) -> None:
     learnt = run(tmp_path, stacks, "--model", model, "--scales", "1", "3")

@@ -35,7 +35,7 @@ from examples.protocol.recipes import keep_split, load_split, load_stacks, parse
 from examples.protocol.scores import Scores, mean_score, missed, score
 from examples.protocol.stacks import Stack
 from examples.protocol.token_loss import WithTokenLogits, token_loss
-from examples.protocol.training import load_pretrained, refuse_other, seed_of, settings, start, train
+from examples.protocol.training import check_unfinished, load_pretrained, refuse_other, seed_of, settings, start, train
 from kaf_layer import Keypoints
 
 LOSSES = {  # by the weight of the Dice loss
@@ -143,6 +143,8 @@ def run(options: argparse.Namespace, accelerator: Accelerator, stacks: list[Stac
     done = finished(options)
     if options.resume and done:
         return done
+    if not done:
+        check_unfinished(options, accelerator)
     training = [stack for stack in stacks if stack.volume.subject in chosen]
     unseen = [stack for stack in stacks if stack.volume.subject in fold.test]
 

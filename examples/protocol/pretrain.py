@@ -28,7 +28,7 @@ from examples.protocol.methods import METHODS
 from examples.protocol.networks import build_model, weights_of
 from examples.protocol.recipes import keep_split, load_split, load_stacks, parse, parser_of
 from examples.protocol.stacks import Stack
-from examples.protocol.training import refuse_other, seed_of, start, train
+from examples.protocol.training import check_unfinished, refuse_other, seed_of, start, train
 
 OPTIMIZERS = {"sgd": partial(torch.optim.SGD, momentum=0.9), "adam": torch.optim.Adam}
 
@@ -77,6 +77,8 @@ def run(options: argparse.Namespace, accelerator: Accelerator, stacks: list[Stac
     options.subjects = chosen = split[options.fold].train
     if (options.output / "weights.pt").is_file():
         refuse_other(load(options.output / "checkpoint.pt")["settings"], options)
+    else:
+        check_unfinished(options, accelerator)
     training = [stack for stack in stacks if stack.volume.subject in chosen]
     samples = METHODS[options.method].samples(training, options)
 

@@ -175,21 +175,39 @@ def differences(before: Mapping[str, Any], options: argparse.Namespace) -> str:
     )
 
 
-def refuse_other(before: Mapping[str, Any], options: argparse.Namespace) -> None:
-    """Keeps a finished run from being replaced by another.
+def refuse_other(before: Mapping[str, Any], options: argparse.Namespace, *, state: str = "a finished") -> None:
+    """Keeps a run from being replaced by another.
 
     Args:
         before: the settings of the run in --output.
         options: of this run.
+        state: of the run in --output, in words.
 
     Raises:
         ValueError: if they differ, with how.
     """
     if different := differences(before, options):
         raise ValueError(
-            f"--output {options.output} holds a finished run with other options: {different}; "
+            f"--output {options.output} holds {state} run with other options: {different}; "
             "choose another --output, or remove it"
         )
+
+
+def check_unfinished(options: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Keeps a run that was killed from being replaced by another; says when the same run starts over.
+
+    Raises:
+        ValueError: if --output holds the checkpoint of a run with other options, with how they differ.
+    """
+    path = options.output / "checkpoint.pt"
+    if options.resume or not path.is_file():
+        return
+    content = load(path)
+    refuse_other(content["settings"], options, state="an unfinished")
+    accelerator.print(
+        f"{options.output} holds the same run, killed after epoch {len(content['losses'])}. It starts over: "
+        "to continue it, give --resume."
+    )
 
 
 def load_pretrained(module: nn.Module, path: Path) -> str:
