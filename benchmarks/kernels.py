@@ -200,7 +200,7 @@ def count(run: Callable[[], object], *, dtype: torch.dtype | None = None) -> tup
     device = Device(dtype)
     with (
         patch("kaf_layer.checks._autocasts", lambda *_: device.dtype is not None),
-        patch("kaf_layer.detection.sift.without_autocast", device.without_autocast),
+        patch("kaf_layer.detection.sift.detector.without_autocast", device.without_autocast),
         patch("kaf_layer.losses.pcl.without_autocast", device.without_autocast),
         patch("kaf_layer.matching.matcher.without_autocast", device.without_autocast),
         patch("kaf_layer.matching.sinkhorn.without_autocast", device.without_autocast),

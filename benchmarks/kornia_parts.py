@@ -18,9 +18,9 @@ from sifts import natural_images, opencv
 from torch import Tensor
 
 from kaf_layer import Keypoints, SIFTDetector
-from kaf_layer.detection.descriptors import describe, orient
-from kaf_layer.detection.extrema import find_extrema, locate, refine
-from kaf_layer.detection.scale_space import blur, double, gaussian_kernels, scale_space
+from kaf_layer.detection.sift.extrema import find_extrema, locate, refine
+from kaf_layer.detection.sift.plane import describe, orient
+from kaf_layer.detection.sift.pyramid import blur, double, gaussian_kernels, scale_space
 from kaf_layer.interop import to_lafs
 
 EDGE, COUNT = 256, 300

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from volumetric import LIMIT, Points, Volume, grid, laplacian, laplacian_turned, load, sift
 
 from kaf_layer import SIFTDetector
-from kaf_layer.detection.voxels import Voxels
+from kaf_layer.detection.sift.voxels import Voxels
 
 PARTS = ("judged", "speed")
 PACKAGES = ("numpy", "scipy", "scikit-image", "nibabel")

@@ -10,9 +10,9 @@ import torch
 from scipy import ndimage
 
 from kaf_layer import GridDetector, SIFTDetector
-from kaf_layer.detection.extrema import Extrema
-from kaf_layer.detection.icosahedron import describe_in_space
-from kaf_layer.detection.voxels import Voxels
+from kaf_layer.detection.sift.extrema import Extrema
+from kaf_layer.detection.sift.icosahedron import describe_in_space
+from kaf_layer.detection.sift.voxels import Voxels
 
 LIMIT = 512
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from kaf_layer.detection.extrema import find_extrema
-from kaf_layer.detection.scale_space import blur, double, gaussian_kernels, scale_space
+from kaf_layer.detection.sift.extrema import find_extrema
+from kaf_layer.detection.sift.pyramid import blur, double, gaussian_kernels, scale_space
 
 
 def naive_blur(image: np.ndarray, sigma: float) -> np.ndarray:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from kaf_layer import Keypoints
 from kaf_layer.detection import SIFTDetector
-from kaf_layer.detection.descriptors import describe
-from kaf_layer.detection.extrema import locate
-from kaf_layer.detection.scale_space import double, scale_space
+from kaf_layer.detection.sift.extrema import locate
+from kaf_layer.detection.sift.plane import describe
+from kaf_layer.detection.sift.pyramid import double, scale_space
 
 FIELDS = ("positions", "valid", "scores", "scales", "angles", "descriptors")
 TURN = 2 * torch.pi

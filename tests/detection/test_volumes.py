@@ -9,12 +9,12 @@ from torch import Tensor
 
 from kaf_layer import Keypoints, match_keypoints
 from kaf_layer.detection import SIFTDetector
-from kaf_layer.detection.extrema import find_extrema, locate
-from kaf_layer.detection.frames import eigenvectors, orient_in_space
-from kaf_layer.detection.icosahedron import describe_in_space
-from kaf_layer.detection.quadratic import is_corner
-from kaf_layer.detection.scale_space import blur, double, gaussian_kernels, scale_space
-from kaf_layer.detection.voxels import Voxels
+from kaf_layer.detection.sift.extrema import find_extrema, locate
+from kaf_layer.detection.sift.frames import eigenvectors, orient_in_space
+from kaf_layer.detection.sift.icosahedron import describe_in_space
+from kaf_layer.detection.sift.pyramid import blur, double, gaussian_kernels, scale_space
+from kaf_layer.detection.sift.quadratic import is_corner
+from kaf_layer.detection.sift.voxels import Voxels
 
 FIELDS = ("positions", "valid", "scores", "scales", "descriptors")
 

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kaf_layer.detection.neighbours import extremal_strength, is_extremum
-from kaf_layer.detection.quadratic import FAR, Fit, fit_quadratic, is_corner
-from kaf_layer.detection.scale_space import ScaleSpace
+from kaf_layer.detection.sift.neighbours import extremal_strength, is_extremum
+from kaf_layer.detection.sift.pyramid import ScaleSpace
+from kaf_layer.detection.sift.quadratic import FAR, Fit, fit_quadratic, is_corner
 
 __all__ = ["Extrema", "Place", "find_extrema", "locate", "refine", "select"]
 

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kaf_layer.detection.extrema import Extrema
-from kaf_layer.detection.scale_space import ScaleSpace
+from kaf_layer.detection.sift.extrema import Extrema
+from kaf_layer.detection.sift.pyramid import ScaleSpace
 
 __all__ = ["describe", "orient"]
 

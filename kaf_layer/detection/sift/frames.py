@@ -7,8 +7,8 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from kaf_layer.detection.extrema import Extrema
-from kaf_layer.detection.scale_space import ScaleSpace
+from kaf_layer.detection.sift.extrema import Extrema
+from kaf_layer.detection.sift.pyramid import ScaleSpace
 
 __all__ = ["eigenvectors", "orient_in_space", "sample_gradients"]
 

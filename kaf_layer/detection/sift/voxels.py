@@ -8,7 +8,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from torch import Tensor
 
-from kaf_layer.detection.scale_space import FINE, ScaleSpace, double, scale_space
+from kaf_layer.detection.sift.pyramid import FINE, ScaleSpace, double, scale_space
 
 __all__ = ["Voxels"]
 

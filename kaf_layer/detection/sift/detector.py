@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kaf_layer.checks import check_counts, check_tensors
-from kaf_layer.detection.channels import ChannelRule, check_channels, one_channel, stretch
-from kaf_layer.detection.descriptors import describe, orient
-from kaf_layer.detection.extrema import Extrema, Place, find_extrema, locate, refine, select
-from kaf_layer.detection.icosahedron import describe_in_space
-from kaf_layer.detection.scale_space import BORDER, ScaleSpace
-from kaf_layer.detection.voxels import Voxels
+from kaf_layer.detection.sift.channels import ChannelRule, check_channels, one_channel, stretch
+from kaf_layer.detection.sift.extrema import Extrema, Place, find_extrema, locate, refine, select
+from kaf_layer.detection.sift.icosahedron import describe_in_space
+from kaf_layer.detection.sift.plane import describe, orient
+from kaf_layer.detection.sift.pyramid import BORDER, ScaleSpace
+from kaf_layer.detection.sift.voxels import Voxels
 from kaf_layer.keypoints import Keypoints
 from kaf_layer.precision import exact_products, without_autocast
 

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kaf_layer.detection.extrema import Extrema
-from kaf_layer.detection.frames import orient_in_space, sample_gradients
-from kaf_layer.detection.scale_space import ScaleSpace
+from kaf_layer.detection.sift.extrema import Extrema
+from kaf_layer.detection.sift.frames import orient_in_space, sample_gradients
+from kaf_layer.detection.sift.pyramid import ScaleSpace
 
 __all__ = ["describe_in_space"]
 
