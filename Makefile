@@ -47,14 +47,14 @@ docs: $(VENV)/.installed  ## run the code on the pages, then build the site into
 benchmarks: $(VENV)/.installed  ## every benchmark at a small size, into outputs/benchmarks
 	$(BIN)/python benchmarks/flops.py --edges 128 256 --attentions 20
 	$(BIN)/python benchmarks/memory.py --edges 128 256 --attentions 20
-	$(BIN)/python benchmarks/speed.py --parts diffusion --edges 64 --repeats 3
-	$(BIN)/python benchmarks/context.py synthetic --steps 20 --images 100 --output outputs/benchmarks/context
-	$(BIN)/python benchmarks/addition.py --steps 5 --images 20
-	$(BIN)/python benchmarks/detection.py --only agreement
-	$(BIN)/python benchmarks/matching.py --only sinkhorn --points 128 --repeats 3
+	$(BIN)/python -m benchmarks.speed.layers --parts diffusion --edges 64 --repeats 3
+	$(BIN)/python -m benchmarks.context.synthetic --steps 20 --images 100 --output outputs/benchmarks/context
+	$(BIN)/python -m benchmarks.context.addition --steps 5 --images 20
+	$(BIN)/python -m benchmarks.detection.images --only agreement
+	$(BIN)/python -m benchmarks.detection.matching --only sinkhorn --points 128 --repeats 3
 
 gpu:  ## on a machine with a GPU: tests, times, peak memory and trainings, or PART="diffusion network" of it
-	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py $(PART)
+	$(PYTHON) -m benchmarks.speed.gpu $(PART)
 
 lint: $(VENV)/.installed  ## ruff: rules and format
 	$(BIN)/ruff check .

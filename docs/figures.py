@@ -3,7 +3,7 @@
     python -m docs.figures                                   # on synthetic images
     python -m docs.figures --data ../shared/data/sunnybrook  # a slice of Sunnybrook too, by the weights of the bundle
 
-The network behind concept.png and attention.png is trained on the task of ``benchmarks/context_task.py``: minutes on
+The network behind concept.png and attention.png is trained on the task of ``benchmarks/context/task.py``: minutes on
 one core.
 """
 
@@ -22,7 +22,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from benchmarks.context_task import IGNORED, Task, draw_task
+from benchmarks.context.task import IGNORED, Task, draw_task
 from examples.protocol.phantom import phantom
 from examples.unet import KAFUNet
 from kaf_layer import Keypoints, SIFTDetector, match_keypoints, record_attention, sample_keypoints

@@ -1,4 +1,4 @@
-"""What benchmarks/added_maps.py says of added layers, on networks of which the answers are known."""
+"""What benchmarks/context/added_maps.py says of added layers, on networks of which the answers are known."""
 
 import json
 from pathlib import Path
@@ -7,9 +7,8 @@ import pytest
 import torch
 
 pytest.importorskip("examples.protocol.finetune", reason="the extra train is not here")
-import added_maps
-import harness
-
+from benchmarks.common import harness
+from benchmarks.context import added_maps
 from examples.protocol import finetune
 from examples.protocol.files import load, save
 

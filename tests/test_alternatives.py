@@ -1,10 +1,11 @@
 """The layers that KAF layers are compared with compute what their papers say, and are counted by closed forms."""
 
-import alternatives
 import pytest
 import torch
 import torch.nn.functional as F
 from common import random_keypoints
+
+from benchmarks.cost import alternatives
 
 N, C = 24 * 32, 256
 KEYPOINTS = random_keypoints((48, 64), (5, 5), dtype=torch.float32)

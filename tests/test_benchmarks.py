@@ -17,14 +17,12 @@ pytest.importorskip("monai")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-import flops
-import harness
-import launches
-import memory
-import speed
-import sweep
-from harness import compare, count_flops, markdown, report, saved_bytes
-from networks import NETWORKS
+import benchmarks
+from benchmarks.common import harness
+from benchmarks.common.harness import compare, count_flops, markdown, report, saved_bytes
+from benchmarks.common.networks import NETWORKS
+from benchmarks.cost import flops, launches, memory, sweep
+from benchmarks.speed import layers as speed
 
 EMBED, POINTS, SCALES = 256, 500, 4
 
@@ -188,7 +186,7 @@ def test_speed():
 
 
 def test_sinkhorn(results, monkeypatch):
-    import matching
+    from benchmarks.detection import matching
 
     run(matching, monkeypatch, "--only", "sinkhorn", "--points", "8", "--repeats", "1")
     unrolled, ours = rows_of(results, "matching-sinkhorn-cpu")
@@ -201,7 +199,7 @@ def test_sinkhorn(results, monkeypatch):
 def test_detection(results, monkeypatch):
     pytest.importorskip("cv2", reason="the detector is compared with OpenCV's")
     skimage = pytest.importorskip("skimage")
-    import detection
+    from benchmarks.detection import images as detection
 
     monkeypatch.setattr(
         detection, "natural_images", lambda: [np.ascontiguousarray(skimage.data.camera()[:128, 192:320])]
@@ -274,7 +272,7 @@ def test_nothing_is_published_unless_asked_for(results):
     parser.parse_args([])
     assert results == harness.RESULTS
     parser.parse_args(["--publish"])
-    assert Path(harness.__file__).parent / "results" == harness.RESULTS
+    assert Path(benchmarks.__file__).parent / "results" == harness.RESULTS
 
 
 @pytest.mark.parametrize("arguments", [["--edges", "100"], ["--attentions", "6"], ["--edges", "-16"]])

@@ -49,30 +49,35 @@ PROTOCOL = {
         f"{OWN} --labelled 1 --fusion add --output outputs/two"
     ),
 }
-# The rows of benchmarks/README.md name scripts.
 BENCHMARKS = {
-    "flops.py": "--edges 32 --attentions 8",
-    "memory.py": "--edges 32 --attentions 8",
-    "figure.py": "",
-    "alternatives.py": "",
-    "speed.py": "--parts flops --edges 64",
-    "fusion.py": "--edges 64 --batch 1 --repeats 1",
-    "allocator.py": "--edge 64 --repeats 1",
-    "gpu.py": "diffusion --small",
-    "roofline.py": "",
-    "launches.py": "",
-    "context.py": "synthetic --steps 1 --images 8 --tested 8 --networks UNet",
-    "attached.py": "--data FOLDER --steps 1 --folds 0 --labelled 1",
-    "reruns.py": "benchmarks/results/sunnybrook-few-shot.json benchmarks/results/sunnybrook-methods.json",
-    "added_maps.py": "outputs/two --data FOLDER",  # what the last command of the protocol has trained
-    "addition.py": "--steps 1 --images 8",
-    "detection.py": "--only agreement --images 1 --data FOLDER",
-    "volumes.py": "--only judged --volumes 1 --data FOLDER",
-    "kornia_parts.py": "--repeats 1",
-    "matching.py": "--only sinkhorn --points 8 --repeats 1",
+    "python benchmarks/flops.py": "--edges 32 --attentions 8",
+    "python benchmarks/memory.py": "--edges 32 --attentions 8",
+    "python -m benchmarks.cost.figure": "",
+    "python -m benchmarks.cost.alternatives": "",
+    "python -m benchmarks.cost.launches": "",
+    "python -m benchmarks.cost.roofline": "",
+    "python -m benchmarks.speed.layers": "--parts flops --edges 64",
+    "python -m benchmarks.speed.fusion": "--edges 64 --batch 1 --repeats 1",
+    "python -m benchmarks.speed.allocator": "--edge 64 --repeats 1",
+    "python -m benchmarks.speed.gpu": "diffusion --small",
+    "python -m benchmarks.context.synthetic": "--steps 1 --images 8 --tested 8 --networks UNet",
+    "python -m benchmarks.context.by_field": (
+        "sunnybrook --results benchmarks/results/sunnybrook-few-shot.json --levels 3"
+    ),
+    "python -m benchmarks.context.attached": "--data FOLDER --steps 1 --folds 0 --labelled 1",
+    "python -m benchmarks.context.reruns": (
+        "benchmarks/results/sunnybrook-few-shot.json benchmarks/results/sunnybrook-methods.json"
+    ),
+    "python -m benchmarks.context.addition": "--steps 1 --images 8",
+    "python -m benchmarks.context.added_maps": "outputs/two --data FOLDER",  # of the protocol's last command
+    "python -m benchmarks.detection.images": "--only agreement --images 1 --data FOLDER",
+    "python -m benchmarks.detection.volumes": "--only judged --volumes 1 --data FOLDER",
+    "python -m benchmarks.detection.matching": "--only sinkhorn --points 8 --repeats 1",
+    "python -m benchmarks.detection.kornia_parts": "--repeats 1",
 }
+AFTER_OTHERS = ("python -m benchmarks.cost.figure", "python -m benchmarks.context.added_maps")  # need their results
 OTHERS = {
-    "python benchmarks/gpu.py --help": "",
+    "python -m benchmarks.speed.gpu --help": "",
     ".venv/bin/pre-commit install": "",
 }
 EXAMPLES = {
@@ -91,7 +96,7 @@ ELSEWHERE = {
     "make docs": "its parts are tests/test_pages.py and a line of .ci/run",
     "make demo": "its command is examples.protocol.demo, which runs here",
     "make benchmarks": "its commands are scripts that run here",
-    "make gpu": "needs a GPU; gpu.py is rehearsed here",
+    "make gpu": "needs a GPU; benchmarks.speed.gpu is rehearsed here",
     "make gpu PART=diffusion": "as make gpu",
     "make mutants": "takes hours",
     "pip install .": "make build installs the wheel",
@@ -113,17 +118,14 @@ def documented(page: str) -> list[str]:
 def test_every_documented_command_is_known_here(page: str) -> None:
     found = documented(page)
     assert found
-    assert set(found) <= {*PROTOCOL, *OTHERS, *ELSEWHERE}, "add what is new to the commands that this test runs"
-
-
-def test_every_benchmark_of_the_page_is_known_here() -> None:
-    rows = re.findall(r"^\| \[`(\w+\.py)`\]", (ROOT / "benchmarks/README.md").read_text(), flags=re.MULTILINE)
-    assert set(rows) == set(BENCHMARKS)
+    assert set(found) <= {*PROTOCOL, *BENCHMARKS, *OTHERS, *ELSEWHERE}, (
+        "add what is new to the commands that this test runs"
+    )
 
 
 def test_every_command_here_is_documented() -> None:
     found = [command for page in PAGES for command in documented(page)]
-    assert {*PROTOCOL, *OTHERS, *ELSEWHERE} <= set(found)
+    assert {*PROTOCOL, *BENCHMARKS, *OTHERS, *ELSEWHERE} <= set(found)
     assert all((ROOT / command.split()[1]).is_file() for command in EXAMPLES)
 
 
@@ -131,7 +133,8 @@ def test_what_make_runs_is_run() -> None:
     ci, makefile = (ROOT / ".ci/run").read_text(), (ROOT / "Makefile").read_text()
     targets = set(" ".join(re.findall(r"^make (.*)$", ci, flags=re.MULTILINE)).split())
     assert {target for line, why in ELSEWHERE.items() if why == "ci" for target in line.split()[1:]} <= targets
-    scripts = re.findall(r"^\t\$\(BIN\)/python benchmarks/(\S+)", makefile, flags=re.MULTILINE)
+    scripts = re.findall(r"^\t\$\(BIN\)/(python (?:-m )?benchmarks\S+)", makefile, flags=re.MULTILINE)
+    assert scripts
     assert set(scripts) <= set(BENCHMARKS)
 
 
@@ -190,7 +193,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
 
 def test_commands_of_the_protocol(clone: Clone) -> None:
     printed = {command: clone.run(command, more) for command, more in PROTOCOL.items()}
-    assert "|" in clone.run("python benchmarks/added_maps.py", BENCHMARKS["added_maps.py"])
+    assert "|" in clone.run(maps := "python -m benchmarks.context.added_maps", BENCHMARKS[maps])
     assert "6 volumes, 2 classes" in printed["python -m examples.protocol.data FOLDER"]
     assert (clone.folder / "outputs" / "demo.png").stat().st_size > 10_000
     assert (clone.folder / "outputs" / "table" / "curves.png").stat().st_size > 10_000
@@ -214,14 +217,14 @@ def test_mistakes_end_with_a_line_and_status_2_and_leave_no_folder(clone: Clone,
     assert not (clone.folder / "outputs" / "new").exists()
 
 
-@pytest.mark.parametrize("script", [name for name in BENCHMARKS if name not in ("figure.py", "added_maps.py")])
-def test_benchmarks(clone: Clone, script: str) -> None:
-    printed = clone.run(f"python benchmarks/{script}", BENCHMARKS[script])
+@pytest.mark.parametrize("command", [command for command in BENCHMARKS if command not in AFTER_OTHERS])
+def test_benchmarks(clone: Clone, command: str) -> None:
+    printed = clone.run(command, BENCHMARKS[command])
     assert "|" in printed
     assert "not measured" not in printed  # in this environment every peer is there
-    if script == "flops.py":
+    if command == "python benchmarks/flops.py":
         assert len(set(re.findall(r"^\| ([^|]+) \| 8 \|", printed, flags=re.MULTILINE))) == 9
-        clone.run("python benchmarks/figure.py", BENCHMARKS["figure.py"])
+        clone.run(figure := "python -m benchmarks.cost.figure", BENCHMARKS[figure])
         assert (clone.folder / "outputs" / "benchmarks" / "attention.png").stat().st_size > 10_000
 
 

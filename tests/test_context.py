@@ -11,17 +11,17 @@ pytest.importorskip("monai")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-import addition
-import attached
-import context
-import harness
-from context_task import EDGE, FARTHEST, IGNORED, NEAREST, GlobalAttention, Task, draw_task
 from torch import nn
 
+from benchmarks.common import harness
+from benchmarks.context import addition, attached, by_field, synthetic
+from benchmarks.context.networks import GlobalAttention
+from benchmarks.context.task import EDGE, FARTHEST, IGNORED, NEAREST, Task, draw_task
 from examples.protocol import cross_validate
 from examples.protocol.phantom import Volume
 from examples.protocol.splits import make_split
 from examples.protocol.stacks import prepare
+from examples.unet import UNet
 from kaf_layer import GridDetector, Keypoints
 
 
@@ -66,7 +66,7 @@ def test_the_receptive_field(levels: int) -> None:
     """Two convolutions at each level on the way down and up, the border's alignment to the coarsest pixels aside."""
     down = sum(2 * 2**i for i in range(levels))
     up = sum(2 * 2**i for i in range(levels - 1))
-    radius = context.receptive_radius(context.UNet(1, 2, width=4, layers=[None] * (levels - 1)))
+    radius = synthetic.receptive_radius(UNet(1, 2, width=4, layers=[None] * (levels - 1)))
     assert down + up <= radius <= down + up + 2**levels
 
 
@@ -85,16 +85,16 @@ def test_global_attention_reaches_every_pixel() -> None:
 
 def test_synthetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(context, "TESTED", 10)
-    arguments = ["synthetic", "--steps", "1", "--images", "8", "--output", str(tmp_path), "--seeds", "0", "1"]
-    context.main([*arguments, "--networks", "UNet", "KAF-UNet, added"])
+    monkeypatch.setattr(synthetic, "TESTED", 10)
+    arguments = ["--steps", "1", "--images", "8", "--output", str(tmp_path), "--seeds", "0", "1"]
+    synthetic.main([*arguments, "--networks", "UNet", "KAF-UNet, added"])
     rows = json.loads((tmp_path / "results" / "context-synthetic-cpu.json").read_text())["rows"]
     assert [row["network"] for row in rows] == ["UNet", "KAF-UNet, added"]
     assert rows[0]["GFLOPs"] < rows[1]["GFLOPs"]
     assert all(0 <= value <= 1 or math.isnan(value) for row in rows for name, value in row.items() if name[0].isdigit())
     assert (tmp_path / "results" / "context.png").stat().st_size > 10_000
     assert "UNet, seed 1" in capsys.readouterr().out
-    context.main([*arguments, "--networks", "UNet", "KAF-UNet, added"])
+    synthetic.main([*arguments, "--networks", "UNet", "KAF-UNet, added"])
     assert "seed" not in capsys.readouterr().out.split("|")[0]  # nothing is done twice
 
 
@@ -106,7 +106,7 @@ def test_by_field(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     def cross_validated(arguments: list[str]) -> list[dict]:
         commands.append(arguments)
         levels = int(arguments[arguments.index("--levels") + 1])
-        gains = dict.fromkeys(context.DATA_SETS[data].methods, 0.0) | {"kaf-unet": 0.1 / levels}
+        gains = dict.fromkeys(by_field.DATA_SETS[data].methods, 0.0) | {"kaf-unet": 0.1 / levels}
         return [
             {"method": name, "fold": fold, "M": 2, "seed": 0, "settings": {"patch": [96, 96], "levels": levels}}
             | {"dice": 0.55 + gain, "scores": [["a", 0.5 + gain], ["a", 0.6 + gain]]}
@@ -116,7 +116,7 @@ def test_by_field(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     monkeypatch.setattr(cross_validate, "main", cross_validated)
-    context.main([data, "--data", "d", "--levels", "3", "5", "--folds", "0", "1", "--output", str(tmp_path)])
+    by_field.main([data, "--data", "d", "--levels", "3", "5", "--folds", "0", "1", "--output", str(tmp_path)])
     assert len(commands) == 2
     assert {str(tmp_path / data / "levels3"), data, "0", "1"} <= set(commands[0])
     rows = json.loads((tmp_path / f"context-{data}-cpu.json").read_text())["rows"]
@@ -132,7 +132,7 @@ def test_by_field(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for file in files:
         file.write_text(json.dumps(cross_validated(["--levels", file.stem])))
     commands.clear()
-    context.main([data, "--levels", "3", "5", "--folds", "0", "1", "--results", *map(str, files)])
+    by_field.main([data, "--levels", "3", "5", "--folds", "0", "1", "--results", *map(str, files)])
     assert not commands
     assert json.loads((tmp_path / f"context-{data}-cpu.json").read_text())["rows"] == rows
 
@@ -163,7 +163,7 @@ def test_layers_attached_to_a_trained_network(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize("data", ["sunnybrook", "lumbar"])
 def test_what_needs_data(data: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        context.main([data])
+        by_field.main([data])
     assert f"{data} needs --data" in capsys.readouterr().err
 
 
@@ -182,6 +182,6 @@ def test_the_chance_is_a_half_for_a_blind_network(task: Task) -> None:
         def forward(self, images: torch.Tensor, keypoints: Keypoints) -> torch.Tensor:  # noqa: ARG002
             return torch.tensor([0.0, 1.0])[None, :, None, None].expand(len(images), 2, *images.shape[2:])
 
-    right = context.judge(Blind(), task)
+    right = synthetic.judge(Blind(), task)
     kinds = task.labels.flatten(1).amax(1)
     assert torch.equal(right, kinds == 1)

@@ -1,14 +1,13 @@
-"""benchmarks/gpu.py, rehearsed on a CPU: every part at its smallest."""
+"""benchmarks/speed/gpu.py, rehearsed on a CPU: every part at its smallest."""
 
 import json
 from pathlib import Path
 
-import allocator
-import gpu
-import harness
 import pytest
 import torch
-import ways
+
+from benchmarks.common import harness
+from benchmarks.speed import allocator, gpu, ways
 
 
 @pytest.fixture

@@ -1,10 +1,11 @@
-"""benchmarks/kornia_parts.py on a small image: every part of Kornia's has its row."""
+"""benchmarks/detection/kornia_parts.py on a small image: every part of Kornia's has its row."""
 
 import json
 from pathlib import Path
 
-import harness
 import pytest
+
+from benchmarks.common import harness
 
 
 def test_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

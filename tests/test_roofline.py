@@ -1,17 +1,17 @@
-"""benchmarks/roofline.py against counts by hand; and what it promises of the package."""
+"""benchmarks/cost/roofline.py against counts by hand; and what it promises of the package."""
 
 import json
 from pathlib import Path
 
-import harness
 import pytest
-import roofline
 import torch
 import torch.nn.functional as F
-from kernels import CARDS, Card, Kernel, count, floor, size_of
-from roofline import detector, eager_layer, main, transport
 from torch import Tensor, nn
 
+from benchmarks.common import harness
+from benchmarks.cost import roofline
+from benchmarks.cost.kernels import CARDS, Card, Kernel, count, floor, size_of
+from benchmarks.cost.roofline import detector, eager_layer, main, transport
 from kaf_layer import KAFLayer, Keypoints, SIFTDetector
 
 A, B, C = 3, 5, 7
@@ -109,7 +109,7 @@ def test_what_waits_is_told() -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own use of TorchScript
 def test_compiled_kernels_are_fused() -> None:
-    from planned import Schedule
+    from benchmarks.cost.planned import Schedule
 
     module, schedule = nn.Sequential(nn.Linear(A, B), nn.ReLU(), nn.Linear(B, C)), Schedule()
     torch.compiler.reset()

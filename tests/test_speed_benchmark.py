@@ -1,15 +1,14 @@
-"""benchmarks/speed.py at its smallest: the baseline computes what the package does, and the tables add up."""
+"""benchmarks/speed/layers.py at its smallest: the baseline computes what the package does, and the tables add up."""
 
 import json
 
-import fusion
-import harness
-import network_step
 import pytest
-import speed
 import torch
-from plain import PlainDiffusion
 
+from benchmarks.common import harness
+from benchmarks.speed import fusion, network_step
+from benchmarks.speed import layers as speed
+from benchmarks.speed.plain import PlainDiffusion
 from kaf_layer import KeypointDiffusion
 
 

@@ -9,18 +9,16 @@ pytest.importorskip("monai")
 pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")
 
-import flops
-import harness
-import memory
 import numpy as np
-import speed
-import sweep
-import volume_stack
-import volumes
-from networks import VOLUMETRIC
-from plain import PlainDiffusion
-from volumetric import Points, Volume, laplacian, laplacian_turned, sift
 
+from benchmarks.common import harness
+from benchmarks.common.networks import VOLUMETRIC
+from benchmarks.cost import flops, memory, sweep
+from benchmarks.detection import volumes
+from benchmarks.detection.volumetric import Points, Volume, laplacian, laplacian_turned, sift
+from benchmarks.speed import layers as speed
+from benchmarks.speed import volume_stack
+from benchmarks.speed.plain import PlainDiffusion
 from kaf_layer import KeypointDiffusion
 
 

@@ -3,12 +3,12 @@ import copy
 import pytest
 import torch
 from common import fill_padding, random_keypoints
-from harness import count_flops, saved_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.export import Dim
 
+from benchmarks.common.harness import count_flops, saved_bytes
 from kaf_layer import Keypoints
 from kaf_layer.diffusion import KeypointDiffusion, cheapest_method
 from kaf_layer.scattering import scatter_keypoints

@@ -1,0 +1,1 @@
+"""Every number that the pages report, by question; README.md lists the commands."""

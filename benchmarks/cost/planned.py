@@ -1,0 +1,55 @@
+"""The kernels that torch.compile would make, planned by inductor and not built."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._guards import detect_fake_mode
+from torch._inductor.compile_fx import fake_tensor_prop, view_to_reshape
+from torch._inductor.debug import DebugContext
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.fx_passes.post_grad import post_grad_passes
+from torch._inductor.graph import GraphLowering
+from torch._inductor.virtualized import V
+
+from benchmarks.cost.kernels import Kernel
+
+
+class Schedule:
+    """A backend of torch.compile that plans kernels as inductor does, counts them, and computes nothing."""
+
+    def __init__(self) -> None:
+        self.kernels: list[list[Kernel]] = []  # of the forward pass, then of the backward pass
+
+    def __call__(self, module: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Any:
+        compiler = aot_autograd(
+            fw_compiler=self._plan,
+            decompositions=select_decomp_table(),
+            partition_fn=min_cut_rematerialization_partition,
+        )
+        return compiler(module, inputs)
+
+    def _plan(self, module: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Any:
+        (output,) = (node for node in module.graph.nodes if node.op == "output")
+        results = [node.meta["val"] if isinstance(node, torch.fx.Node) else node for node in output.args[0]]
+        view_to_reshape(module)
+        with V.set_fake_mode(detect_fake_mode(inputs)), DebugContext():
+            fake_tensor_prop(module, inputs)
+            post_grad_passes(module, is_inference=False)
+            graph = GraphLowering(module, example_inputs=inputs)
+            with V.set_graph_handler(graph), V.set_extern_kernel_nodes([]):
+                graph.run(*inputs)
+                graph._update_scheduler()
+                nodes = [(node.get_name(), node.get_read_write_buffers_sizes()) for node in graph.scheduler.nodes]
+        self.kernels.append([Kernel(name, size, 0, torch.float32) for name, size in nodes])
+        return make_boxed_func(lambda *_: [_empty(value) for value in results])
+
+
+def _empty(value: Any) -> Any:
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype) if isinstance(value, Tensor) else value

@@ -1,0 +1,1 @@
+"""Does SIFTDetector find and match what other detectors do, and how fast?"""
