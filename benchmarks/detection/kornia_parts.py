@@ -18,9 +18,11 @@ from torch import Tensor
 from benchmarks.common.harness import Run, parser, report
 from benchmarks.detection.sifts import natural_images, opencv
 from kaf_layer import Keypoints, SIFTDetector
-from kaf_layer.detection.sift.extrema import find_extrema, locate, refine
-from kaf_layer.detection.sift.plane import describe, orient
-from kaf_layer.detection.sift.pyramid import blur, double, gaussian_kernels, scale_space
+from kaf_layer.detection.sift.blur import blur, gaussian_kernels
+from kaf_layer.detection.sift.extrema import find_extrema
+from kaf_layer.detection.sift.plane import describe, orient, peaks
+from kaf_layer.detection.sift.pyramid import double, scale_space
+from kaf_layer.detection.sift.refinement import locate, refine
 from kaf_layer.interop import to_lafs
 
 EDGE, COUNT = 256, 300
@@ -70,7 +72,7 @@ def rows(image: Tensor, repeats: int) -> Iterator[Row]:
     )  # fmt: skip
 
     extrema, valid = find_extrema(space, threshold=0.006, room=None)
-    options = {"contrast_threshold": 0.04, "edge_threshold": 10.0, "static": False}
+    options = {"contrast_threshold": 0.04, "edge_threshold": 10.0, "follow": True, "static": False}
     differences = [octave.diff(dim=1)[:, None] for octave in space.octaves()]
 
     def interpolated() -> list[Tensor]:
@@ -114,10 +116,10 @@ def patches(image: Tensor, found: Keypoints, space: object, repeats: int) -> Ite
     detector = SIFTDetector(COUNT, root=False)
     extrema, valid = detector._search(space, static=False)
     place = locate(space, extrema, valid)
-    angles = detector._orient(space, extrema, valid, place)[3]
+    place = orient(space, extrema, valid, place, every=False, slots=COUNT)[2]
     yield row(
         "orientation", "LAFOrienter", f"{close.double().mean():.1%} within 15 degrees of ours",
-        lambda: orient(space, extrema, place.centre, place.scale), lambda: estimate(upright, image), repeats,
+        lambda: peaks(space, extrema, place), lambda: estimate(upright, image), repeats,
     )  # fmt: skip
 
     theirs = describer(KF.extract_patches_from_pyramid(image, lafs, 41)[0])
@@ -127,7 +129,7 @@ def patches(image: Tensor, found: Keypoints, space: object, repeats: int) -> Ite
     cosines = [(values * expected).sum(-1).median() for values in (theirs, found.descriptors[0][kept])]
     yield row(
         "descriptor", "SIFTDescriptor", "cosine to OpenCV's {:.3f}, ours {:.3f}".format(*cosines),
-        lambda: describe(space, extrema, place.centre, place.scale, angles, root=False),
+        lambda: describe(space, extrema, place, root=False),
         lambda: describer(KF.extract_patches_from_pyramid(image, lafs, 41)[0]), repeats,
     )  # fmt: skip
 

@@ -11,7 +11,8 @@ from scipy import ndimage
 
 from kaf_layer import GridDetector, SIFTDetector
 from kaf_layer.detection.sift.extrema import Extrema
-from kaf_layer.detection.sift.icosahedron import describe_in_space
+from kaf_layer.detection.sift.refinement import Place
+from kaf_layer.detection.sift.volume import describe
 from kaf_layer.detection.sift.voxels import Voxels
 
 LIMIT = 512
@@ -82,7 +83,7 @@ def laplacian_turned(volume: Volume, *, sigma: float) -> Points:
     size, stride, pitch = (torch.tensor(constants).expand_as(centre) for constants in first)
     zero = torch.zeros(peaks.shape[:2], dtype=torch.long)
     extrema = Extrema(zero, zero, size, stride, pitch, torch.cat([layer, centre], dim=-1).long())
-    described = describe_in_space(space, extrema, centre.flip(-1).float(), scale, root=True)
+    described = describe(space, extrema, Place(centre.flip(-1).float(), scale, scale), root=True)
     return Points(peaks[0].numpy(), described[0].double().numpy())
 
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from kaf_layer.detection.sift.blur import blur, gaussian_kernels
 from kaf_layer.detection.sift.extrema import find_extrema
-from kaf_layer.detection.sift.pyramid import blur, double, gaussian_kernels, scale_space
+from kaf_layer.detection.sift.pyramid import double, scale_space
 
 
 def naive_blur(image: np.ndarray, sigma: float) -> np.ndarray:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from kaf_layer import Keypoints
 from kaf_layer.detection import SIFTDetector
-from kaf_layer.detection.sift.extrema import locate
-from kaf_layer.detection.sift.plane import describe
+from kaf_layer.detection.sift.plane import describe, orient
 from kaf_layer.detection.sift.pyramid import double, scale_space
+from kaf_layer.detection.sift.refinement import locate
 
 FIELDS = ("positions", "valid", "scores", "scales", "angles", "descriptors")
 TURN = 2 * torch.pi
@@ -252,12 +252,11 @@ def test_descriptor_gradient_with_fixed_frames(root):
     space = space_of(image)
     extrema, valid = detector._search(space, static=False)
     assert valid.all()
-    _, _, _, angles = detector._orient(space, extrema, valid, locate(space, extrema, valid))
+    angle = orient(space, extrema, valid, locate(space, extrema, valid), every=False, slots=6)[2].angle
 
     def descriptors(image: Tensor) -> Tensor:
         space = space_of(image)
-        centre, scale, _ = locate(space, extrema, valid)
-        return describe(space, extrema, centre, scale, angles, root=root)
+        return describe(space, extrema, locate(space, extrema, valid)._replace(angle=angle), root=root)
 
     assert torch.autograd.gradcheck(descriptors, image, fast_mode=True, atol=1e-4)
 

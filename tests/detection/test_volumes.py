@@ -9,11 +9,12 @@ from torch import Tensor
 
 from kaf_layer import Keypoints, match_keypoints
 from kaf_layer.detection import SIFTDetector
-from kaf_layer.detection.sift.extrema import find_extrema, locate
-from kaf_layer.detection.sift.frames import eigenvectors, orient_in_space
-from kaf_layer.detection.sift.icosahedron import describe_in_space
-from kaf_layer.detection.sift.pyramid import blur, double, gaussian_kernels, scale_space
+from kaf_layer.detection.sift.blur import blur, gaussian_kernels
+from kaf_layer.detection.sift.extrema import find_extrema
+from kaf_layer.detection.sift.pyramid import double, scale_space
 from kaf_layer.detection.sift.quadratic import is_corner
+from kaf_layer.detection.sift.refinement import locate
+from kaf_layer.detection.sift.volume import describe, eigenvectors, orient
 from kaf_layer.detection.sift.voxels import Voxels
 
 FIELDS = ("positions", "valid", "scores", "scales", "descriptors")
@@ -151,9 +152,10 @@ def test_descriptor_is_its_definition():
     found, valid = find_extrema(space, threshold=0.05, room=None)
     index = torch.arange(len(valid))[valid & (found.stride[:, 1] == 2)][3:5]
     extrema = found.take(index[None])
-    centre, scale, _ = locate(space, extrema, torch.ones(1, 2, dtype=torch.bool))
-    frame = orient_in_space(space, extrema, centre, scale)
-    actual = describe_in_space(space, extrema, centre, scale, root=False)
+    place = locate(space, extrema, torch.ones(1, 2, dtype=torch.bool))
+    centre, scale = place.centre, place.scale
+    frame = orient(space, extrema, place)
+    actual = describe(space, extrema, place, root=False)
     golden = (1 + 5**0.5) / 2
     vertices = [
         np.roll([0.0, a, b * golden], shift) / np.hypot(1, golden)

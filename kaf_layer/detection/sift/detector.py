@@ -15,21 +15,17 @@ from torch import Tensor, nn
 
 from kaf_layer.checks import check_counts, check_tensors
 from kaf_layer.detection.sift.channels import ChannelRule, check_channels, one_channel, stretch
-from kaf_layer.detection.sift.extrema import Extrema, Place, find_extrema, locate, refine, select
-from kaf_layer.detection.sift.icosahedron import describe_in_space
-from kaf_layer.detection.sift.plane import describe, orient
-from kaf_layer.detection.sift.pyramid import BORDER, ScaleSpace
+from kaf_layer.detection.sift.dimensions import DIMENSIONS
+from kaf_layer.detection.sift.extrema import Extrema, find_extrema, select
+from kaf_layer.detection.sift.pyramid import ScaleSpace
+from kaf_layer.detection.sift.refinement import locate, refine
 from kaf_layer.detection.sift.voxels import Voxels
 from kaf_layer.keypoints import Keypoints
 from kaf_layer.precision import exact_products, without_autocast
 
 __all__ = ["SIFTDetector"]
 
-SMALLEST = BORDER + 1  # doubled, an image of that size has pixels within the border
-THINNEST = 3  # slices, rows or columns of a volume: an axis that is not doubled has a voxel with two neighbours
-BORDERS = {2: BORDER, 3: 1}  # slices are few; a voxel needs its neighbours, no more
 CANDIDATES = 4096  # of an octave of an image, where shapes are static
-PEAKS = 4  # the most orientations of a keypoint: more peaks of 80 % do not fit into 36 smoothed bins
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -123,16 +119,17 @@ class SIFTDetector(nn.Module):
         check_counts(max_keypoints=max_keypoints, octave_layers=octave_layers)
         if not sigma > 0:
             raise ValueError(f"sigma must be positive, got {sigma=}")
-        if spatial_dims not in (2, 3):
+        if spatial_dims not in DIMENSIONS:
             raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims=}")
-        if spatial_dims == 3 and (upscale, orientations) != ("precise", "strongest"):
-            raise ValueError(
-                f"upscale and orientations are for images alone, got {upscale=}, {orientations=} and {spatial_dims=}"
-            )
         if upscale not in ("precise", "opencv"):
             raise ValueError(f'upscale must be "precise" or "opencv", got {upscale=}')
         if orientations not in ("strongest", "all"):
             raise ValueError(f'orientations must be "strongest" or "all", got {orientations=}')
+        self._dims = DIMENSIONS[spatial_dims]
+        if upscale not in self._dims.upscale or orientations not in self._dims.orientations:
+            raise ValueError(
+                f"upscale and orientations are for images alone, got {upscale=}, {orientations=} and {spatial_dims=}"
+            )
         if channel not in (None, "rgb", "mean") and not (isinstance(channel, Integral) and channel >= 0):
             raise ValueError(f'channel must be a number from 0, "rgb", "mean" or None, got {channel=}')
         self.max_keypoints = int(max_keypoints)  # NumPy's numbers become Python's, which compilers treat as constants
@@ -176,19 +173,10 @@ class SIFTDetector(nn.Module):
                 "SIFTDetector has no ONNX operators: detect outside of the graph, whose input keypoints are"
             )
         if images.ndim != 2 + self.spatial_dims:
-            axes = "(B, C, H, W)" if self.spatial_dims == 2 else "(B, C, D, H, W)"
-            raise ValueError(f"images must be {axes}, got {images.shape=}")
+            raise ValueError(f"images must be {self._dims.axes}, got {images.shape=}")
         check_channels(self.channel, images)
-        if self.spatial_dims == 2 and min(images.shape[2:]) < SMALLEST:
-            raise ValueError(
-                f"images must have at least {SMALLEST} x {SMALLEST} pixels: the first octave, twice as large, has a "
-                f"border of {BORDER} pixels without keypoints, got {images.shape=}"
-            )
-        if self.spatial_dims == 3 and min(images.shape[2:]) < THINNEST:
-            raise ValueError(
-                f"volumes must have at least {THINNEST} voxels along every axis, as keypoints have neighbours; take "
-                f"slices as images, with spatial_dims=2, got {images.shape=}"
-            )
+        if min(images.shape[2:]) < self._dims.smallest:
+            raise ValueError(f"{self._dims.too_small}, got {images.shape=}")
         if images.shape[0] == 0:
             return self(F.pad(images, (0, 0) * (images.ndim - 1) + (0, 1)))[:0]
         if not torch.compiler.is_compiling() and hasattr(images, "as_tensor"):  # a MetaTensor of MONAI
@@ -225,27 +213,27 @@ class SIFTDetector(nn.Module):
 
     def _detect(self, grey: Annotated[Tensor, "B *S"], *, static: bool) -> dict[str, Tensor]:
         space = self._voxels.scale_space(
-            grey, self.upscale, layers=self.octave_layers, sigma=self.sigma, border=BORDERS[self.spatial_dims]
+            grey, self.upscale, layers=self.octave_layers, sigma=self.sigma, border=self._dims.border
         )
         with torch.no_grad():
             extrema, valid = self._search(space, static=static)
         place = locate(space, extrema, valid)
-        if self.spatial_dims == 2:
-            extrema, valid, place, angles = self._orient(space, extrema, valid, place)
-        centre, scale, contrast = place
+        if self._dims.orient is not None:
+            every = self.orientations == "all"
+            extrema, valid, place = self._dims.orient(
+                space, extrema, valid, place, every=every, slots=self.max_keypoints
+            )
         strides = zip(extrema.stride.unbind(-1), self._voxels.factors, strict=True)
         pixel = torch.stack([stride / factor for stride, factor in strides], dim=-1)
         values = {
-            "positions": centre * pixel.flip(-1),
-            "scores": contrast.abs(),
-            "scales": scale * pixel[..., self._voxels.finest],
+            "positions": place.centre * pixel.flip(-1),
+            "scores": place.contrast.abs(),
+            "scales": place.scale * pixel[..., self._voxels.finest],
         }
-        if self.spatial_dims == 2:
-            values["angles"] = angles
-        if self.descriptors and self.spatial_dims == 2:
-            values["descriptors"] = describe(space, extrema, centre, scale, angles, root=self.root)
-        if self.descriptors and self.spatial_dims == 3:
-            values["descriptors"] = describe_in_space(space, extrema, centre, scale, root=self.root)
+        if place.angle is not None:
+            values["angles"] = place.angle
+        if self.descriptors:
+            values["descriptors"] = self._dims.describe(space, extrema, place, root=self.root)
         for name, value in values.items():
             values[name] = torch.where(valid if value.ndim == 2 else valid[..., None], value, 0.0)
         return {name: self._pad(value) for name, value in {"valid": valid, **values}.items()}
@@ -261,27 +249,10 @@ class SIFTDetector(nn.Module):
             valid,
             contrast_threshold=self.contrast_threshold,
             edge_threshold=self.edge_threshold,
+            follow=self._dims.follow,
             static=static,
         )
         return select(extrema, valid, response, batch=space.values.shape[0], slots=self.max_keypoints, static=static)
-
-    def _orient(
-        self, space: ScaleSpace, extrema: Extrema, valid: Tensor, place: Place
-    ) -> tuple[Extrema, Tensor, Place, Annotated[Tensor, "B N"]]:
-        """The keypoints, repeated for each of their orientations if all are wanted, and the orientations."""
-        with torch.no_grad():
-            angles, strength = orient(space, extrema, place.centre, place.scale)
-        if self.orientations == "strongest":
-            return extrema, valid, place, angles.gather(-1, strength.argmax(-1, keepdim=True))[..., 0] % math.tau
-        strength, peaks = strength.topk(PEAKS)
-        angles = angles.gather(-1, peaks) % math.tau
-        is_peak = strength > 0
-        is_peak[..., 0] = True  # every keypoint keeps its strongest
-        kept = (valid[..., None] & is_peak).flatten(1)
-        order = kept.byte().argsort(dim=1, descending=True, stable=True)[:, : self.max_keypoints]
-        owner = order // PEAKS
-        extrema, place = extrema.gather(owner), place.gather(owner)
-        return extrema, kept.gather(1, order), place, angles.flatten(1).gather(1, order)
 
     def _pad(self, value: Tensor) -> Tensor:
         return F.pad(value, (0, 0) * (value.ndim - 2) + (0, self.max_keypoints - value.shape[1]))

@@ -1,4 +1,4 @@
-"""Keypoints as extrema of the differences of Gaussians (Lowe 2004, sections 3.1 and 4), of images and volumes."""
+"""Candidates for keypoints: extrema of the differences of Gaussians (Lowe 2004, section 3.1)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ from torch import Tensor
 
 from kaf_layer.detection.sift.neighbours import extremal_strength, is_extremum
 from kaf_layer.detection.sift.pyramid import ScaleSpace
-from kaf_layer.detection.sift.quadratic import FAR, Fit, fit_quadratic, is_corner
 
-__all__ = ["Extrema", "Place", "find_extrema", "locate", "refine", "select"]
+__all__ = ["Extrema", "find_extrema", "select"]
 
-STEPS = 5  # an extremum that has not settled by then is rejected, as in OpenCV
 STRIP = 2**17  # pixels that a CPU searches at a time; small blocks of memory are reused, not allocated again
 THINNEST = 8  # the fewest rows, or slices, of a strip: their neighbours are searched along with them
 DENSITY = 64  # with a fixed number of slots, one at most for so many pixels: white noise has one extremum in 1500
@@ -124,70 +122,6 @@ def _repeat(rows: Sequence[Sequence[float]], counts: Sequence[int], like: Tensor
     return torch.cat([line.expand(count, -1) for line, count in zip(lines, counts, strict=True)])
 
 
-def refine(
-    space: ScaleSpace,
-    extrema: Extrema,
-    valid: Tensor,
-    *,
-    contrast_threshold: float,
-    edge_threshold: float,
-    static: bool,
-) -> tuple[Extrema, Tensor, Tensor]:
-    """Moves extrema of images to the pixel in which their quadratic peaks, and rejects weak ones and edges.
-
-    Args:
-        space: the scale space.
-        extrema: the candidates of all images.
-        valid: which of them are extrema.
-        contrast_threshold: the least contrast, times the number of layers, in units of the image.
-        edge_threshold: the largest ratio of the principal curvatures.
-        static: whether to fit all candidates in every step, instead of only those that still move.
-
-    Returns:
-        The moved extrema, which of them are keypoints, and their response, the magnitude of the contrast.
-    """
-    planar = extrema.size.shape[-1] == 2
-    stencil = extrema.stencil()
-    if planar:
-        extrema, valid = _follow(space, extrema, valid, stencil, static=static)
-    result = fit(space, extrema, valid, stencil)
-    if planar:
-        valid = valid & (result.offset.abs() < 0.5).all(-1)  # else it has not settled
-    response = result.contrast().abs()
-    # Curvatures per distance, not per pixel.
-    pitch = extrema.pitch[..., None] * extrema.pitch[..., None, :]
-    corner = is_corner(result.hessian[..., 1:, 1:] / pitch, edge_threshold)
-    return extrema, valid & corner & (response * space.layers >= contrast_threshold), response
-
-
-def _follow(
-    space: ScaleSpace, extrema: Extrema, valid: Tensor, stencil: Tensor, *, static: bool
-) -> tuple[Extrema, Tensor]:
-    """Moves extrema of images to the pixel in which their quadratic peaks.
-
-    In volumes extrema stay where they are: half of them would not settle, and the others are repeated less often.
-    """
-    last = F.pad(extrema.size - (space.border + 1), (1, 0), value=space.layers)
-    first = F.pad(torch.full_like(extrema.size, space.border), (1, 0), value=1)
-    moving = None if static else torch.arange(valid.shape[0], device=valid.device)
-    for _ in range(STEPS - 1):
-        old, alive, around = extrema, valid, stencil
-        if moving is not None:
-            old, alive, around = extrema.take(moving), valid[moving], stencil[moving]
-        move = fit(space, old, alive, around).offset.clamp(-FAR, FAR).nan_to_num(FAR).round().long()
-        new = old.pixel + move
-        low, high = (first, last) if moving is None else (first[moving], last[moving])
-        alive = alive & ((new >= low) & (new <= high)).all(-1)
-        new = torch.where(alive[:, None], new, old.pixel)
-        if moving is None:
-            extrema, valid = extrema._replace(pixel=new), alive
-        else:
-            extrema = extrema._replace(pixel=extrema.pixel.index_copy(0, moving, new))
-            valid = valid.index_copy(0, moving, alive)
-            moving = moving[alive & (move != 0).any(-1)]
-    return extrema, valid
-
-
 def select(
     extrema: Extrema, valid: Tensor, response: Tensor, *, batch: int, slots: int, static: bool
 ) -> tuple[Extrema, Annotated[Tensor, "B N"]]:
@@ -215,36 +149,3 @@ def select(
         slots = min(slots, int((last - first).max()))
     position = first + torch.arange(slots, device=image.device)
     return extrema.take(order[position.clamp(max=order.shape[0] - 1)]), position < last
-
-
-class Place(NamedTuple):
-    """Centres, ``(x, y)`` or ``(x, y, z)``, and scales, in pixels of the octave (of the finest axis); and contrasts."""
-
-    centre: Annotated[Tensor, "... D"]
-    scale: Annotated[Tensor, "..."]
-    contrast: Annotated[Tensor, "..."]
-
-    def gather(self, index: Annotated[Tensor, "B M"]) -> Place:
-        """Of (B, N) keypoints those at ``index`` of each image."""
-        centre = self.centre.gather(1, index[..., None].expand(-1, -1, self.centre.shape[-1]))
-        return Place(centre, self.scale.gather(1, index), self.contrast.gather(1, index))
-
-
-def locate(space: ScaleSpace, extrema: Extrema, valid: Tensor) -> Place:
-    """The positions of the keypoints between pixels, and their contrast. Differentiable."""
-    peak = fit(space, extrema, valid, extrema.stencil())
-    place = extrema.pixel + peak.step()
-    scale = space.sigma * 2 ** (place[..., 0] / space.layers)
-    return Place(place[..., 1:].flip(-1), scale, peak.contrast())
-
-
-def fit(space: ScaleSpace, extrema: Extrema, valid: Tensor, stencil: Tensor) -> Fit:
-    """The quadratic through the differences of Gaussians around each pixel, along (layer, y, x) or (layer, z, y, x).
-
-    It is differentiable, and finite in slots that are not valid.
-    """
-    axes = extrema.pixel.shape[-1]
-    ones = (1,) * axes
-    index = extrema.position().view(*valid.shape, *ones) + stencil
-    cube = space.take(index).diff(dim=-axes)
-    return fit_quadratic(cube.where(valid.view(*valid.shape, *ones), 0.0), axes)

@@ -1,4 +1,4 @@
-"""Orientation and description of SIFT keypoints (Lowe 2004, sections 5 and 6), sampled from the scale space.
+"""Orientation and description of keypoints in images (Lowe 2004, sections 5 and 6), sampled from the scale space.
 
 Both sample a square patch around each keypoint bilinearly, in proportion to its scale. So every keypoint
 costs the same, and the weights of a sample are constants.
@@ -14,37 +14,67 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kaf_layer.detection.sift.extrema import Extrema
+from kaf_layer.detection.sift.histograms import cell_weights, spacing_of, to_descriptor
+from kaf_layer.detection.sift.patches import sample_gradients, upright
 from kaf_layer.detection.sift.pyramid import ScaleSpace
+from kaf_layer.detection.sift.refinement import Place
 
-__all__ = ["describe", "orient"]
+__all__ = ["describe", "orient", "peaks"]
 
-TURN = 2 * math.pi
 ANGLE_BINS, ANGLE_SAMPLES = 36, 13
-CELLS, DIRECTIONS, SAMPLES = 4, 8, 16
-CELL = 3.0  # the side of a cell in scales, as in OpenCV
+MOST = 4  # orientations of a keypoint: more peaks of 80 % do not fit into 36 smoothed bins
+REACH, WINDOW = 4.5, 1.5  # gradients within 3 times 1.5 scales, weighted by a Gaussian of 1.5 scales
+DIRECTIONS, SAMPLES = 8, 16
 
 
 def orient(
-    space: ScaleSpace, extrema: Extrema, centre: Tensor, scale: Tensor
+    space: ScaleSpace, extrema: Extrema, valid: Annotated[Tensor, "B N"], place: Place, *, every: bool, slots: int
+) -> tuple[Extrema, Annotated[Tensor, "B M"], Place]:
+    """Gives keypoints their angles.
+
+    Args:
+        space: the scale space.
+        extrema: (B, N) pixels of the scale space.
+        valid: which of them are keypoints.
+        place: where the keypoints are between these pixels.
+        every: whether to repeat keypoints for each of their orientations, instead of taking the strongest.
+        slots: the largest number of keypoints of an image then.
+    """
+    with torch.no_grad():
+        angles, strength = peaks(space, extrema, place)
+    if not every:
+        strongest = angles.gather(-1, strength.argmax(-1, keepdim=True))[..., 0]
+        return extrema, valid, place._replace(angle=strongest % math.tau)
+    strength, chosen = strength.topk(MOST)
+    angles = angles.gather(-1, chosen) % math.tau
+    is_peak = strength > 0
+    is_peak[..., 0] = True  # every keypoint keeps its strongest
+    kept = (valid[..., None] & is_peak).flatten(1)
+    order = kept.byte().argsort(dim=1, descending=True, stable=True)[:, :slots]
+    owner = order // MOST
+    place = place.gather(owner)._replace(angle=angles.flatten(1).gather(1, order))
+    return extrema.gather(owner), kept.gather(1, order), place
+
+
+def peaks(
+    space: ScaleSpace, extrema: Extrema, place: Place
 ) -> tuple[Annotated[Tensor, "B N 36"], Annotated[Tensor, "B N 36"]]:
     """The directions of the gradient around each keypoint that may be its orientation.
 
     Args:
         space: the scale space.
         extrema: (B, N) pixels of the scale space.
-        centre: (B, N, 2), the keypoints' ``(x, y)`` in their octaves.
-        scale: (B, N), their scales in their octaves.
+        place: where the keypoints are between these pixels.
 
     Returns:
         The angle at which each of 36 bins of the gradient's histogram peaks, in radians from the x axis towards the
         y axis, and the bin's strength relative to the strongest, which is 0 unless it is a peak of at least 80 % of it.
     """
-    # Gradients within 3 times 1.5 scales, weighted by a Gaussian of 1.5 scales.
-    axis = torch.linspace(-4.5, 4.5, ANGLE_SAMPLES, device=scale.device, dtype=scale.dtype)
-    step = 9 / (ANGLE_SAMPLES - 1)
-    magnitude, angle = _gradients(space, extrema, centre, scale, torch.zeros_like(scale), ANGLE_SAMPLES, step)
-    weight = torch.exp(-(axis[:, None] ** 2 + axis**2) / (2 * 1.5**2)).flatten()
-    position = angle * (ANGLE_BINS / TURN) % ANGLE_BINS
+    scale, step = place.scale, 2 * REACH / (ANGLE_SAMPLES - 1)
+    magnitude, angle = _polar(*sample_gradients(space, extrema, place, upright(place), ANGLE_SAMPLES, step))
+    axis = torch.linspace(-REACH, REACH, ANGLE_SAMPLES, device=scale.device, dtype=scale.dtype)
+    weight = torch.exp(-(axis[:, None] ** 2 + axis**2) / (2 * WINDOW**2)).flatten()
+    position = angle * (ANGLE_BINS / math.tau) % ANGLE_BINS
     lower = position.floor()
     share = torch.cat([1 - position + lower, position - lower], dim=-1) * (magnitude * weight).repeat(1, 1, 2)
     bins = torch.cat([lower, lower + 1], dim=-1).long() % ANGLE_BINS
@@ -58,74 +88,37 @@ def orient(
     is_peak = (smooth > left) & (smooth > right) & (smooth >= 0.8 * strongest)
     curvature = torch.where(is_peak, left - 2 * smooth + right, 1.0)
     peak = torch.arange(ANGLE_BINS, device=scale.device) + 0.5 * (left - right) / curvature
-    return peak * (TURN / ANGLE_BINS), torch.where(is_peak, smooth / strongest, 0.0)
+    return peak * (math.tau / ANGLE_BINS), torch.where(is_peak, smooth / strongest, 0.0)
 
 
-def describe(
-    space: ScaleSpace, extrema: Extrema, centre: Tensor, scale: Tensor, angle: Tensor, *, root: bool
-) -> Annotated[Tensor, "B N 128"]:
+def describe(space: ScaleSpace, extrema: Extrema, place: Place, *, root: bool) -> Annotated[Tensor, "B N 128"]:
     """Histograms of gradients, 8 directions in 4x4 cells along the keypoint's angle, in OpenCV's order.
 
     Args:
         space: the scale space.
         extrema: (B, N) pixels of it.
-        centre: (B, N, 2), the keypoints' ``(x, y)`` in their octaves.
-        scale: (B, N), their scales in their octaves.
-        angle: (B, N), in radians.
-        root: RootSIFT (Arandjelovic and Zisserman 2012) instead of SIFT; of length 1 as well.
+        place: where the keypoints are between these pixels, with their angles.
+        root: RootSIFT instead of SIFT.
     """
-    # Samples lie up to half a cell outside the 4x4 cells, where their weight ends.
-    side = CELLS + 1
-    magnitude, direction = _gradients(space, extrema, centre, scale, angle, SAMPLES, CELL * side / SAMPLES)
-    axis = (torch.arange(SAMPLES, device=scale.device, dtype=scale.dtype) + 0.5) * (side / SAMPLES) - side / 2
-    cell = torch.arange(CELLS, device=scale.device, dtype=scale.dtype) - (CELLS - 1) / 2
-    weight = F.relu(1 - (axis[:, None] - cell).abs()) * torch.exp(-(axis[:, None] ** 2) / (CELLS**2 / 2))
+    assert place.angle is not None, "orient() comes first"
+    cosine, sine = place.angle.cos(), place.angle.sin()
+    frame = torch.stack([cosine, -sine, sine, cosine], dim=-1).unflatten(-1, (2, 2))
+    magnitude, direction = _polar(*sample_gradients(space, extrema, place, frame, SAMPLES, spacing_of(SAMPLES)))
+    weight = cell_weights(SAMPLES, place.scale)
     cells = torch.einsum("yi,xj->ijyx", weight, weight).flatten(2).flatten(0, 1)
     # OpenCV counts directions from the x axis away from the y axis. Bin 8 is bin 0 again.
-    bins = torch.arange(DIRECTIONS + 1, device=scale.device, dtype=scale.dtype)[:, None]
-    position = -direction * (DIRECTIONS / TURN) % DIRECTIONS
+    bins = torch.arange(DIRECTIONS + 1, device=weight.device, dtype=weight.dtype)[:, None]
+    position = -direction * (DIRECTIONS / math.tau) % DIRECTIONS
     directions = F.relu(1 - (position[..., None, :] - bins).abs()) * magnitude[..., None, :]
     histogram = directions @ cells.T
     histogram = torch.cat([histogram[..., :1, :] + histogram[..., -1:, :], histogram[..., 1:-1, :]], dim=-2)
-    values = F.normalize(histogram.mT.flatten(-2), dim=-1).clamp(max=0.2)
-    if root:
-        # A root's gradient at 0 is infinite.
-        return F.normalize(values, p=1, dim=-1).clamp(min=1e-8).sqrt()
-    return F.normalize(values, dim=-1)
+    return to_descriptor(histogram.mT.flatten(-2), root=root)
 
 
-def _gradients(
-    space: ScaleSpace, extrema: Extrema, centre: Tensor, scale: Tensor, angle: Tensor, samples: int, step: float
-) -> tuple[Annotated[Tensor, "B N S"], Annotated[Tensor, "B N S"]]:
-    """Magnitude and direction, relative to ``angle``, of the gradient at ``samples`` x ``samples`` points.
-
-    The points lie ``step`` scales apart in a square that is rotated by the angle. Outside the image there is no
-    gradient.
-    """
-    axis = (torch.arange(samples + 2, device=scale.device, dtype=scale.dtype) - (samples + 1) / 2) * step
-    v, u = torch.meshgrid(axis, axis, indexing="ij")
-    cosine, sine = ((wave * scale)[..., None, None, None] for wave in (angle.cos(), angle.sin()))
-    points = centre[..., None, None] + torch.stack([u, v]) * cosine + torch.stack([-v, u]) * sine
-    patch, inside = _sample(space, extrema, points)
-    du = patch[..., 1:-1, 2:] - patch[..., 1:-1, :-2]
-    dv = patch[..., 2:, 1:-1] - patch[..., :-2, 1:-1]
+def _polar(
+    du: Annotated[Tensor, "B N P"], dv: Annotated[Tensor, "B N P"]
+) -> tuple[Annotated[Tensor, "B N P"], Annotated[Tensor, "B N P"]]:
+    """The magnitude and the direction of each gradient; neither is differentiable where there is none."""
     square = du**2 + dv**2
-    # Neither the root nor the angle has a gradient where there is none.
-    exists = inside[..., 1:-1, 1:-1] & (square > 0)
-    magnitude = torch.where(exists, square, 1.0).sqrt() * exists
-    return magnitude.flatten(-2), torch.atan2(dv, torch.where(exists, du, 1.0)).flatten(-2)
-
-
-def _sample(
-    space: ScaleSpace, extrema: Extrema, points: Annotated[Tensor, "B N 2 S S"]
-) -> tuple[Annotated[Tensor, "B N S S"], Annotated[Tensor, "B N S S"]]:
-    """Bilinear samples of each extremum's own layer at ``(x, y)``, and which of them lie inside it."""
-    last = (extrema.size.flip(-1) - 1)[..., None, None]
-    inside = ((points >= 0) & (points <= last)).all(2)
-    corner = points.detach().floor().long().clamp(min=0).minimum(last - 1)
-    (left, top), (x, y) = corner.unbind(2), (points - corner).unbind(2)
-    layer = extrema.pixel[..., 0] * extrema.size.prod(-1)
-    width = extrema.size[..., 1, None, None]
-    upper = (extrema.start + layer)[..., None, None] + top * width + left
-    above, below = (torch.lerp(space.take(row), space.take(row + 1), x) for row in (upper, upper + width))
-    return torch.lerp(above, below, y), inside
+    exists = square > 0
+    return torch.where(exists, square, 1.0).sqrt() * exists, torch.atan2(dv, torch.where(exists, du, 1.0))

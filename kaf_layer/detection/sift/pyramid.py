@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["BORDER", "Kernels", "Octave", "ScaleSpace", "blur", "double", "gaussian_kernels", "scale_space"]
+from kaf_layer.detection.sift.blur import blur, gaussian_kernels
+
+__all__ = ["Octave", "ScaleSpace", "double", "scale_space"]
 
 BORDER = 5  # pixels along the edge of every octave in which OpenCV accepts no keypoint
-BLOCK = 32  # output pixels per matrix product; fewer waste the window's margin, more multiply with zeros
 FINE = math.sqrt(2)  # an axis whose pixels are less than this factor coarser than the finest is doubled with it
 
 
@@ -38,30 +38,6 @@ class Octave(NamedTuple):
     def halved(self) -> tuple[bool, ...]:
         """Which axes the next octave has half as many pixels along."""
         return tuple(pitch < FINE for pitch in self.pitch)
-
-
-@dataclass
-class Kernels:
-    """Gaussian kernels for several blurs, which end at ``radii`` pixels from their centre."""
-
-    weights: Annotated[Tensor, "blurs taps"]
-    radii: tuple[int, ...]
-    _blocks: dict[int, Annotated[Tensor, "blurs blocks BLOCK window"]] = field(default_factory=dict)
-
-    def blocks(self, size: int) -> list[Annotated[Tensor, "blocks BLOCK window"]]:
-        """For each blur of so many pixels, the weights that each gives to those of its block's window."""
-        # Far from both ends all blocks are alike: compute one, and repeat it.
-        radius = max(self.radii)
-        margin = -(-radius // BLOCK)
-        repeats = max(0, size // BLOCK - 1 - 2 * margin)
-        size = size - repeats * BLOCK
-        if size not in self._blocks:  # many octaves' sizes differ by whole blocks
-            self._blocks[size] = _convolution_blocks(size, self.weights, radius)
-        matrix = self._blocks[size]
-        if repeats:
-            repeated = matrix[:, margin : margin + 1].expand(-1, repeats, -1, -1)
-            matrix = torch.cat([matrix[:, :margin], repeated, matrix[:, margin:]], dim=1)
-        return [m[..., radius - r : matrix.shape[-1] - radius + r] for m, r in zip(matrix, self.radii, strict=True)]
 
 
 @dataclass
@@ -195,68 +171,3 @@ def double(
             pair = torch.lerp(images, preceding, 0.25), torch.lerp(images, following, 0.25)
         images = torch.stack(pair, dim=axis + 1).flatten(axis, axis + 1)
     return images
-
-
-def gaussian_kernels(sigmas: Sequence[float], like: Tensor) -> Kernels:
-    """Sampled Gaussians, cut at 4 sigma as in OpenCV.
-
-    Args:
-        sigmas: in pixels.
-        like: a tensor with the type and the device of the kernels.
-    """
-    radii = tuple((round(8 * sigma + 1) | 1) // 2 for sigma in sigmas)
-    taps = torch.arange(-max(radii), max(radii) + 1, device=like.device)
-    distances, scaled = taps.abs(), taps.to(like.dtype)
-    inside = torch.stack([distances <= radius for radius in radii])
-    weights = torch.exp(torch.stack([scaled / sigma for sigma in sigmas]).square() * -0.5) * inside
-    return Kernels(weights / weights.sum(1, keepdim=True), radii)
-
-
-def blur(images: Annotated[Tensor, "B *S"], kernels: Sequence[Kernels]) -> Iterator[Annotated[Tensor, "B *S"]]:
-    """Blurs of the images, each of the one before; they are reflected about their outermost pixels, as in OpenCV.
-
-    Args:
-        images: (B, *S).
-        kernels: for each axis those of all blurs.
-    """
-    axes = [kernel.blocks(size) for size, kernel in zip(images.shape[1:], kernels, strict=True)]
-    for matrices in zip(*axes, strict=True):
-        images = _blur(images, matrices)
-        yield images
-
-
-def _blur(
-    images: Annotated[Tensor, "B *S"], matrices: Sequence[Annotated[Tensor, "blocks BLOCK window"]]
-) -> Annotated[Tensor, "B *S"]:
-    # Convolutions of one channel are an order of magnitude slower on CPUs than this product of blocks of the (banded)
-    # convolution matrix with overlapping windows, which are a view: each product takes lines along the last axis, and
-    # makes it the first. So the images' axis, the first, is the last at the end.
-    margins = [
-        (radius, radius + blocks * block - size)
-        for size, (blocks, block, window) in zip(images.shape[1:], (m.shape for m in matrices), strict=True)
-        for radius in [(window - block) // 2]
-    ]
-    at_once = len(margins) == 2  # slices of a volume may be fewer than a margin
-    values = F.pad(images, [*margins[1], *margins[0]]) if at_once else images
-    for size, margin, matrix in reversed(list(zip(images.shape[1:], margins, matrices, strict=True))):
-        values = values if at_once else F.pad(values, margin)
-        windows = values.flatten(0, -2).unfold(-1, matrix.shape[2], matrix.shape[1])
-        blurred = torch.bmm(matrix, windows.permute(1, 2, 0)).flatten(0, 1)
-        values = blurred[:size].unflatten(1, values.shape[:-1])
-    return values.movedim(-1, 0)
-
-
-def _convolution_blocks(
-    size: int, weights: Annotated[Tensor, "blurs taps"], radius: int
-) -> Annotated[Tensor, "blurs blocks BLOCK window"]:
-    """The weights of a convolution of so many pixels, reflection included."""
-    blurs, device = weights.shape[0], weights.device
-    blocks = -(-size // BLOCK)
-    pixels = torch.arange(blocks * BLOCK, device=device).clamp(max=size - 1)
-    period = 2 * size - 2
-    source = (pixels[:, None] + torch.arange(-radius, radius + 1, device=device)) % period
-    source = torch.minimum(source, period - source).view(blocks, BLOCK, -1)
-    starts = torch.arange(-radius, blocks * BLOCK - radius, BLOCK, device=device)
-    column = (source - starts.view(-1, 1, 1)).expand(blurs, -1, -1, -1)
-    matrix = weights.new_zeros(blurs, blocks, BLOCK, BLOCK + 2 * radius)
-    return matrix.scatter_add_(3, column, weights[:, None, None].expand_as(column))

@@ -1,0 +1,73 @@
+"""Gradients on a grid around each keypoint, sampled from the keypoint's own layer of the scale space."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from kaf_layer.detection.sift.extrema import Extrema
+from kaf_layer.detection.sift.pyramid import ScaleSpace
+from kaf_layer.detection.sift.refinement import Place
+
+__all__ = ["sample_gradients", "upright"]
+
+
+def upright(place: Place) -> Annotated[Tensor, "B N D D"]:
+    """A frame for each keypoint that is not turned."""
+    dims = place.centre.shape[-1]
+    identity = torch.eye(dims, dtype=place.scale.dtype, device=place.scale.device)
+    return identity.expand(*place.scale.shape, dims, dims)
+
+
+def sample_gradients(
+    space: ScaleSpace, extrema: Extrema, place: Place, frame: Annotated[Tensor, "B N D D"], samples: int, step: float
+) -> list[Annotated[Tensor, "B N P"]]:
+    """The gradients at P = ``samples`` ** D points around each keypoint, along the D axes of its frame.
+
+    The points lie ``step`` scales apart in a square or cube along the columns of the frame, the first column fastest.
+    Outside the image there is no gradient. Distances are physical; gradients are not divided by the step.
+    """
+    dims, scale = place.centre.shape[-1], place.scale
+    axis = (torch.arange(samples + 2, device=scale.device, dtype=scale.dtype) - (samples + 1) / 2) * step
+    grid = torch.stack(torch.meshgrid([axis] * dims, indexing="ij")[::-1])
+    points = frame @ grid.flatten(1)
+    points = points * (scale[..., None] / extrema.pitch.flip(-1))[..., None] + place.centre[..., None]
+    patch, inside = (values.unflatten(-1, grid.shape[1:]) for values in _interpolate(space, extrema, points))
+    inside = _inner(inside)
+    # The last axis of the patch runs along the frame's first column.
+    columns = range(-1, -1 - dims, -1)
+    return [((_inner(patch, axis, 2) - _inner(patch, axis, 0)) * inside).flatten(2) for axis in columns]
+
+
+def _inner(patch: Annotated[Tensor, "B N *S"], axis: int | None = None, start: int = 1) -> Tensor:
+    """The patch without its outermost points; along one axis it may start elsewhere."""
+    for other in range(2 - patch.ndim, 0):
+        patch = patch.narrow(other, start if other == axis else 1, patch.shape[other] - 2)
+    return patch
+
+
+def _interpolate(
+    space: ScaleSpace, extrema: Extrema, points: Annotated[Tensor, "B N D P"]
+) -> tuple[Annotated[Tensor, "B N P"], Annotated[Tensor, "B N P"]]:
+    """Linear interpolation along every axis, and which of the points lie inside the layer."""
+    size = extrema.size.flip(-1)  # in the order of the points, x first
+    last = (size - 1)[..., None]
+    inside = ((points >= 0) & (points <= last)).all(2)
+    low = points.detach().floor().long().clamp(min=0).minimum(last - 1)
+    index = (extrema.start + extrema.pixel[..., 0] * size.prod(-1))[..., None]
+    strides: list[int | Tensor] = [1]
+    for along, length in zip(low.unbind(2), size.unbind(-1), strict=True):
+        index = index + along * strides[-1]
+        strides.append(length[..., None] * strides[-1])
+    return _between(space, index, strides[:-1], (points - low).unbind(2)), inside
+
+
+def _between(space: ScaleSpace, index: Tensor, strides: Sequence[int | Tensor], fractions: Sequence[Tensor]) -> Tensor:
+    """Interpolates along the first axis, then along the next, from each index and those one stride further."""
+    if not strides:
+        return space.take(index)
+    low, high = (_between(space, i, strides[:-1], fractions[:-1]) for i in (index, index + strides[-1]))
+    return torch.lerp(low, high, fractions[-1])
