@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from numbers import Integral
 from typing import Annotated, Any
@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from kaf_layer.precision import at_least_float32
 
-__all__ = ["Keypoints", "check_size"]
+__all__ = ["KeypointSample", "Keypoints", "check_size"]
 
 
 @dataclass(eq=False)
@@ -24,7 +24,7 @@ class Keypoints:
 
     Slots that are not ``valid`` may hold anything, NaN included. They influence nothing.
     The class is a pytree, so it passes through ``torch.compile``, ``torch.export`` and
-    DDP. ``keypoints[i]`` is one sample, without the batch axis; :meth:`stack` joins samples.
+    DDP. A batch is iterable: ``keypoints[i]`` is one sample, without the batch axis, and :meth:`stack` joins samples.
 
     Sampling, attention and diffusion clamp positions outside the image, infinite ones too, to its border.
     In a valid slot a coordinate that is NaN counts as 0. Neither raises an error, because looking at values would make
@@ -166,9 +166,14 @@ class Keypoints:
         """The number of samples; for one sample the number of slots."""
         return len(self.positions)
 
+    def __iter__(self) -> Iterator[Keypoints]:
+        """The samples of a batch."""
+        return (self[index] for index in range(len(self)))
+
     def __getitem__(self, index: Any) -> Keypoints:
         """The samples at ``index``; an integer gives one sample, without the batch axis."""
-        return self._map(lambda value: value[index])
+        chosen = self._map(lambda value: value[index])
+        return chosen._as(KeypointSample) if chosen.valid.ndim == 1 else chosen
 
     def to(self, *args: Any, **kwargs: Any) -> Keypoints:
         """Moves or converts the tensors like :meth:`torch.Tensor.to`.
@@ -241,7 +246,7 @@ class Keypoints:
             positions = torch.stack(self._cell_coordinates(feature_size), dim=-1).floor()
         else:
             positions = self.positions_in(feature_size)
-        return Keypoints(positions, self.valid, tuple(feature_size), padded=self.padded)
+        return type(self)(positions, self.valid, tuple(feature_size), padded=self.padded)
 
     def _cell_coordinates(self, feature_size: Sequence[int]) -> list[Tensor]:
         """Positions in units of cells, clamped into the map; rounded down they are the cells."""
@@ -288,10 +293,34 @@ class Keypoints:
     def _map(self, function: Callable[[Tensor], Tensor]) -> Keypoints:
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         values |= {name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
-        return Keypoints(**values)
+        return type(self)(**values)
+
+    def _as(self, kind: type[Keypoints]) -> Keypoints:
+        return kind(**{field.name: getattr(self, field.name) for field in fields(self)})
+
+
+class KeypointSample(Keypoints):
+    """One sample of a batch, ``keypoints[i]``.
+
+    Unlike a batch it cannot be iterated over. It looks like a tensor without axes to functions that take a batch apart,
+    such as MONAI's ``decollate_batch``, so that they leave the sample whole.
+
+    Example:
+        >>> keypoints = Keypoints(torch.zeros(2, 3, 2), torch.ones(2, 3).bool(), (8, 6))
+        >>> [type(sample).__name__ for sample in keypoints]
+        ['KeypointSample', 'KeypointSample']
+    """
+
+    __iter__ = None  # type: ignore[assignment]  # how Python marks a class that is not iterable, unlike its base
+    ndim = 0
+
+    def item(self) -> Keypoints:
+        """The sample, detached from the autograd graph."""
+        return self.detach()
 
 
 torch.export.register_dataclass(Keypoints, serialized_type_name="kaf_layer.Keypoints")
+torch.export.register_dataclass(KeypointSample, serialized_type_name="kaf_layer.KeypointSample")
 
 
 def check_size(size: Sequence[int], keypoints: Keypoints) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data._utils.collate import default_collate_fn_map
 
-from kaf_layer.keypoints import Keypoints
+from kaf_layer.keypoints import Keypoints, KeypointSample
 
 __all__ = ["collate_keypoints"]
 
@@ -35,4 +35,4 @@ def collate_keypoints(samples: Sequence[Keypoints], *, collate_fn_map: Any = Non
 
 
 default_collate_fn_map[Keypoints] = collate_keypoints
-torch.serialization.add_safe_globals([Keypoints])
+torch.serialization.add_safe_globals([Keypoints, KeypointSample])

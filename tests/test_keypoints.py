@@ -1,9 +1,11 @@
 """Keypoints: shapes, maps of other sizes, batches, and the pytree."""
 
+import copy
 import io
 import math
 import pickle
 import re
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -234,3 +236,19 @@ def test_check_finds_swapped_axes_other_units_and_nan() -> None:
         random_keypoints((8, 12), (3, 0)).check()
     with pytest.warns(UserWarning, match="there are no keypoints"):
         keypoints[0].keep(torch.zeros(2, dtype=torch.bool)).check()
+
+
+def test_a_batch_is_iterable_and_a_sample_is_not() -> None:
+    keypoints = random_keypoints((24, 32), (5, 0, 3))
+    samples = list(keypoints)
+    assert [sample.positions.data_ptr() for sample in samples] == [p.data_ptr() for p in keypoints.positions]
+    leaves, spec = pytree.tree_flatten(samples[0])
+    kept = [samples[0].to(torch.float64), samples[0].keep(samples[0].valid), samples[0].resize((6, 8)), samples[0][:2]]
+    kept += [copy.deepcopy(samples[0]), pickle.loads(pickle.dumps(samples[0])), pytree.tree_unflatten(leaves, spec)]
+    for sample in [*samples, *kept, keypoints[:, :2][0]]:
+        assert not isinstance(sample, Iterable)
+        with pytest.raises(TypeError, match="not iterable"):
+            iter(sample)
+    assert isinstance(keypoints[1:], Iterable)
+    assert isinstance(Keypoints.stack(samples), Iterable)
+    assert [len(sample) for sample in keypoints] == [7, 7, 7]

@@ -1,6 +1,7 @@
 """Keypoints in data loaders and checkpoints."""
 
 import io
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -64,12 +65,37 @@ def test_monai_collates_them_with_metadata() -> None:
     assert isinstance(batch["image"], data.MetaTensor)
 
 
-def test_loads_with_weights_only() -> None:
+@pytest.mark.parametrize("detach", [True, False])
+def test_monai_takes_a_batch_apart_and_puts_it_together(detach: bool) -> None:
+    data = pytest.importorskip("monai.data")
+    positions = BATCH.positions.clone().requires_grad_()
+    keypoints = replace(BATCH, positions=positions, scores=BATCH.positions[..., 0], padded=False)
+    batch = {"image": torch.rand(4, 1, 24, 32), "keypoints": keypoints, "nested": [{"again": keypoints}], "number": 1}
+    samples = data.decollate_batch(batch, detach=detach)
+    assert len(samples) == 4
+    for index, taken in enumerate(samples):
+        for one in (taken["keypoints"], taken["nested"][0]["again"]):
+            assert isinstance(one, Keypoints)
+            assert one.positions.requires_grad is not detach
+            assert one.positions.equal(positions[index])
+            assert one.valid.equal(keypoints.valid[index])
+            assert one.scores is not None
+            assert one.scores.isnan().equal(keypoints.positions[index, :, 0].isnan())
+            assert (one.image_size, one.padded) == ((24, 32), False)
+    back = data.list_data_collate(samples)["keypoints"]
+    assert back.positions.equal(positions)
+    assert back.valid.equal(keypoints.valid)
+    assert [sample.valid.sum() for sample in data.decollate_batch(back)] == [5, 0, 3, 2]
+
+
+@pytest.mark.parametrize("saved", [BATCH, BATCH[1]], ids=["batch", "sample"])
+def test_loads_with_weights_only(saved: Keypoints) -> None:
     file = io.BytesIO()
-    torch.save({"keypoints": BATCH}, file)
+    torch.save({"keypoints": saved}, file)
     file.seek(0)
     loaded: Keypoints = torch.load(file, weights_only=True)["keypoints"]
     tensors: list[Tensor] = [loaded.positions, loaded.valid]
-    assert tensors[0].equal(BATCH.positions)
-    assert tensors[1].equal(BATCH.valid)
+    assert type(loaded) is type(saved)
+    assert tensors[0].equal(saved.positions)
+    assert tensors[1].equal(saved.valid)
     assert loaded.image_size == (24, 32)

@@ -177,6 +177,20 @@ def test_onnx(tmp_path: Path) -> None:
         torch.testing.assert_close(torch.from_numpy(logits), expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+def test_onnx_refuses_sift_by_name_and_at_once() -> None:
+    """Before anything of the detector is traced, which takes most of a minute: even before it looks at the size."""
+    for name in ("onnx", "onnxscript"):
+        pytest.importorskip(name)
+    backbone = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 2, 1))
+    model = attach(backbone, {"0": 4}, detector=SIFTDetector(8), embed_dim=16, depth=1).eval()
+    too_small = torch.rand(1, 1, 4, 4)
+    with pytest.raises(ValueError, match="images must have at least 6 x 6 pixels"):
+        model(too_small)
+    with pytest.raises(RuntimeError, match="SIFTDetector has no ONNX operators: detect outside of the graph"):
+        torch.onnx.export(model, (too_small,), dynamo=True, verbose=False)
+
+
 # CUDA graphs
 
 
