@@ -172,8 +172,8 @@ class Keypoints:
 
     def __getitem__(self, index: Any) -> Keypoints:
         """The samples at ``index``; an integer gives one sample, without the batch axis."""
-        chosen = self._map(lambda value: value[index])
-        return chosen._as(KeypointSample) if chosen.valid.ndim == 1 else chosen
+        one = self.valid[index].ndim == 1
+        return self._map(lambda value: value[index], KeypointSample if one else Keypoints)
 
     def to(self, *args: Any, **kwargs: Any) -> Keypoints:
         """Moves or converts the tensors like :meth:`torch.Tensor.to`.
@@ -290,13 +290,10 @@ class Keypoints:
             **optional,
         )
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Keypoints:
+    def _map(self, function: Callable[[Tensor], Tensor], kind: type[Keypoints] | None = None) -> Keypoints:
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         values |= {name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
-        return type(self)(**values)
-
-    def _as(self, kind: type[Keypoints]) -> Keypoints:
-        return kind(**{field.name: getattr(self, field.name) for field in fields(self)})
+        return (kind or type(self))(**values)
 
 
 class KeypointSample(Keypoints):

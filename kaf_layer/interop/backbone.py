@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import warnings
 from collections.abc import Collection, Mapping
 from typing import Any, NoReturn
 
@@ -28,10 +29,11 @@ class KAFBackbone(nn.Module):
     does not detect them. ``inspect.signature(model.forward)`` is the network's own, plus ``keypoints=None``. Any number
     of threads may call one model, and ``nn.DataParallel`` may replicate it.
 
-    Everything else of the network, such as ``config`` or ``save_pretrained``, is an attribute of ``model.backbone``.
-    Called directly, ``model.backbone`` is the network without layers, and ``model.backbone.load_state_dict`` takes a
-    checkpoint of the network. The state dict of the model has the network's weights under ``backbone.`` and the layers'
-    under ``layers.``, where dots in the submodules' names become underscores. To train only the layers, freeze
+    Everything else of the network, such as ``config``, is an attribute of ``model.backbone``. This includes
+    ``save_pretrained``, which saves the network without its layers and warns about it. Called directly,
+    ``model.backbone`` is the network without layers, and ``model.backbone.load_state_dict`` takes a checkpoint of the
+    network. The state dict of the model has the network's weights under ``backbone.`` and the layers' under
+    ``layers.``, where dots in the submodules' names become underscores. To train only the layers, freeze
     ``model.backbone``.
 
     ``torch.utils.checkpoint`` may wrap the whole model, or parts of the network without a layer. Around a layer it
@@ -89,6 +91,8 @@ class KAFBackbone(nn.Module):
         for name, module in modules.items():
             form = Form(channels_last=name in channels_last, tokens=tokens.get(name), output=outputs.get(name))
             self._handles.append(module.register_forward_hook(_FusionHook(name, form, self._pass)))
+        if hasattr(type(backbone), "save_pretrained"):
+            vars(backbone)["save_pretrained"] = _SaveAlone(backbone)
         self.__class__ = _like(type(self), backbone)
 
     def forward(self, *args: Any, keypoints: Keypoints | None = None, **kwargs: Any) -> Any:
@@ -131,6 +135,7 @@ class KAFBackbone(nn.Module):
         """Removes the hooks and returns the original backbone."""
         for handle in self._handles:
             handle.remove()
+        vars(self.backbone).pop("save_pretrained", None)
         return self.backbone
 
     def __getattr__(self, name: str) -> Any:
@@ -212,6 +217,22 @@ class _Pass(threading.local):
 
     def __reduce__(self) -> tuple[type[_Pass], tuple[()]]:
         return _Pass, ()
+
+
+class _SaveAlone:
+    """Hugging Face's ``save_pretrained`` of a network with layers: it knows the network alone, and says so."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        self.backbone = backbone
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("state_dict") is None:
+            warnings.warn(
+                "save_pretrained saves the network without its KAF layers: save the state_dict() of what attach "
+                "returned as well, and load it into a network to which the same layers are attached again",
+                stacklevel=2,
+            )
+        return type(self.backbone).save_pretrained(self.backbone, *args, **kwargs)  # type: ignore[attr-defined]
 
 
 class _FusionHook:

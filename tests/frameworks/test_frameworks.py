@@ -9,7 +9,10 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+import torch
 from pages import ROOT, blocks
+
+from kaf_layer import GridDetector, TokenGrid, attach
 
 BUNDLE = ROOT / "examples" / "bundle"
 TWO_PROCESSES = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
@@ -49,6 +52,19 @@ def test_hugging_faces_trainer_evaluates(tmp_path: Path) -> None:
     (before,) = numbers(printed := run("script.py", folder=tmp_path), "eval_loss")
     (after,) = numbers(printed, "before,")
     assert after < 0.5 < before
+
+
+def test_save_pretrained_of_the_network_alone_warns(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    vit = transformers.ViTModel(transformers.ViTConfig(image_size=(32, 48), patch_size=8, **size))
+    plain = {name: value.clone() for name, value in vit.state_dict().items()}
+    model = attach(vit, {"layers.0": 32}, tokens=TokenGrid(patch=8, prefix=1), detector=GridDetector(8), depth=1)
+    with pytest.warns(UserWarning, match="without its KAF layers"):
+        model.backbone.save_pretrained(tmp_path)
+    loaded = transformers.ViTModel.from_pretrained(tmp_path).state_dict()
+    torch.testing.assert_close(loaded, plain, atol=0, rtol=0)
+    model.remove_layers().save_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("how", [(), TWO_PROCESSES])

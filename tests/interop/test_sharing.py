@@ -1,5 +1,6 @@
 """Weights to share: on the Hugging Face Hub, as a MONAI bundle; and the how-to pages' code."""
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from examples.fcn import KAFFCN
 from examples.unet import KAFUNet
-from kaf_layer import KAFLayer
+from kaf_layer import GridDetector, KAFLayer, attach
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "examples" / "bundle" / "configs"
@@ -41,6 +42,20 @@ def test_hub_mixin(base: type[nn.Module], arguments: dict[str, Any], shape: tupl
     loaded = shared.from_pretrained(str(tmp_path), local_files_only=True)
     torch.testing.assert_close(loaded.state_dict(), network.state_dict(), atol=0, rtol=0)
     torch.testing.assert_close(loaded(x, KEYPOINTS), network(x, KEYPOINTS), atol=0, rtol=0)
+
+
+def test_a_network_with_layers_attached_is_not_saved_without_them_silently(tmp_path: Path) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    shared = type("Shared", (nn.Sequential, hub.PyTorchModelHubMixin), {})
+    backbone = shared(nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 2, 1))
+    model = attach(backbone, {"0": 8}, detector=GridDetector(8), embed_dim=16, depth=1)
+    for saved in (model, copy.deepcopy(model)):
+        with pytest.warns(UserWarning, match=r"without its KAF layers: save the state_dict\(\)"):
+            saved.backbone.save_pretrained(tmp_path)
+    with pytest.raises(AttributeError, match=r"the network's own is model\.backbone\.save_pretrained"):
+        model.save_pretrained(tmp_path)
+    assert model.remove_layers() is backbone
+    backbone.save_pretrained(tmp_path)  # without layers there is nothing to warn about
 
 
 def test_bundle_is_complete() -> None:
