@@ -20,6 +20,7 @@ from kaf_layer.positions import (
     relative_positions,
     tell_of_other_positions,
 )
+from kaf_layer.precision import single_under_autocast, without_autocast
 
 __all__ = ["BlockType", "KeypointTransformer", "PositionEncoder", "PropagationBlock", "TransformerBlock", "key_mask"]
 
@@ -111,15 +112,16 @@ class KeypointTransformer(nn.Module):
         """
         check_tokens(tokens, keypoints, channels=self.embed_dim)
         check_precision(self, tokens=tokens)
-        positions = relative_positions(keypoints, spatial_dims=self.spatial_dims)
-        valid = keypoints.valid[..., None]
-        tokens = tokens.where(valid, 0.0)
+        is_rotary = self.position in ("both", "rotary")
+        positions = relative_positions(keypoints, spatial_dims=self.spatial_dims) if is_rotary else None
+        dtype, valid, mask = tokens.dtype, keypoints.valid[..., None], key_mask(keypoints, tokens.dtype)
+        # Every block adds to the tokens: in bfloat16 their sum would lose what a block adds to large values.
+        tokens = single_under_autocast(tokens).where(valid, 0.0)
         if self.position_encoder is not None:
             tokens = tokens + self.position_encoder(keypoints)
-        mask = key_mask(keypoints, tokens.dtype)
         for block in self.blocks:
             tokens = block(tokens, keypoints.valid, mask, positions=positions)
-        return self.norm(tokens).where(valid, 0.0)
+        return self.norm(tokens).where(valid, 0.0).to(dtype)
 
     def extra_repr(self) -> str:
         """The options that its parts do not show."""
@@ -135,7 +137,10 @@ def key_mask(keypoints: Keypoints, dtype: torch.dtype) -> Mask | None:
         return None
     # A softmax over nothing is NaN, so a sample without keypoints attends to its (finite) padding.
     allowed = keypoints.valid == keypoints.valid.any(-1, keepdim=True)
-    return allowed.to(dtype).log()[:, None, None]  # once, since each block would convert a boolean mask to this
+    slots = allowed.shape[1]
+    if not torch.compiler.is_compiling():  # CUDA's kernels need rows of 8, to which each block would copy the mask
+        allowed = F.pad(allowed, (0, -slots % 8))
+    return allowed.to(dtype).log()[:, None, None, :slots]  # each block would convert a boolean mask to this
 
 
 class PositionEncoder(nn.Module):
@@ -169,15 +174,16 @@ class PositionEncoder(nn.Module):
         weight = next(self.parameters(), None)
         if weight is not None:  # else a replica of nn.DataParallel, whose weights are no parameters
             x = x.to(weight.dtype)
-        for projection, norm in zip(self.linears, self.norms, strict=True):
-            x = projection(x)
-            if self.block == "propagation":
-                x, moments = normalise_tokens(norm, x, keypoints.valid)
-                track(norm, moments)
-            else:
-                x = norm(x)
-            x = F.relu(x)
-        return self.out(x)
+        with without_autocast(x.device):  # bfloat16 cannot tell pixels apart in images of more than 256
+            for projection, norm in zip(self.linears, self.norms, strict=True):
+                x = projection(x)
+                if self.block == "propagation":
+                    x, moments = normalise_tokens(norm, x, keypoints.valid)
+                    track(norm, moments)
+                else:
+                    x = norm(x)
+                x = F.relu(x)
+            return self.out(x)
 
 
 class Attention(nn.Module):
@@ -220,8 +226,8 @@ class Attention(nn.Module):
         if source is not None:
             projected = projected[0], *self.qkv(source).chunk(3, dim=-1)[1:]
         query, key, value = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in projected)
-        if self.rotary is not None:
-            query, key = self.rotary(query, positions), self.rotary(key, positions)
+        if self.rotary is not None and source is None:  # both at once, since their angles are the same
+            query, key = self.rotary(torch.cat([query, key], dim=1), positions).chunk(2, dim=1)
         return [query, key, value]
 
     def extra_repr(self) -> str:

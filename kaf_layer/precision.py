@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+from torch import Tensor
 
-__all__ = ["at_least_float32", "exact_products", "without_autocast"]
+__all__ = ["at_least_float32", "exact_products", "single_under_autocast", "without_autocast"]
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -16,10 +17,18 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
-    """Turns autocast off; does nothing for a device without autocast, such as "meta"."""
-    if not torch.amp.is_autocast_available(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
+    """Turns autocast off, if it is on."""
+    return torch.autocast(device.type, enabled=False) if is_autocasting(device) else nullcontext()
+
+
+def single_under_autocast(values: Tensor) -> Tensor:
+    """Converts half to single precision under autocast, for sums that grow over many layers."""
+    return values.to(at_least_float32(values.dtype)) if is_autocasting(values.device) else values
+
+
+def is_autocasting(device: torch.device) -> bool:
+    """Whether autocast is on; a device such as "meta" has none."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 @contextmanager

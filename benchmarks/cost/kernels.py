@@ -181,8 +181,8 @@ def attention(
         if attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
         columns = attn_mask.shape[-1]
-        if columns % 8:
-            attn_mask = F.pad(attn_mask, (0, 8 - columns % 8))[..., :columns]
+        if any(stride % 8 for stride in attn_mask.stride()[:-1]):
+            attn_mask = F.pad(attn_mask, (0, -columns % 8))[..., :columns]
         attn_mask = attn_mask.expand(*query.shape[:-1], columns)
     needs_gradient = torch.is_grad_enabled() and query.requires_grad
     return torch.ops.aten._scaled_dot_product_efficient_attention(
@@ -200,6 +200,8 @@ def count(run: Callable[[], object], *, dtype: torch.dtype | None = None) -> tup
     device = Device(dtype)
     with (
         patch("kaf_layer.checks._autocasts", lambda *_: device.dtype is not None),
+        patch("kaf_layer.precision.is_autocasting", lambda _: device.dtype is not None and not device.off),
+        patch("kaf_layer.attention.without_autocast", device.without_autocast),
         patch("kaf_layer.detection.sift.detector.without_autocast", device.without_autocast),
         patch("kaf_layer.losses.pcl.without_autocast", device.without_autocast),
         patch("kaf_layer.matching.matcher.without_autocast", device.without_autocast),

@@ -16,6 +16,8 @@ from torch._inductor.debug import DebugContext
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes.post_grad import post_grad_passes
 from torch._inductor.graph import GraphLowering
+from torch._inductor.ir import MultiOutput
+from torch._inductor.scheduler import BaseSchedulerNode, NopKernelSchedulerNode
 from torch._inductor.virtualized import V
 
 from benchmarks.cost.kernels import Kernel
@@ -46,9 +48,15 @@ class Schedule:
             with V.set_graph_handler(graph), V.set_extern_kernel_nodes([]):
                 graph.run(*inputs)
                 graph._update_scheduler()
-                nodes = [(node.get_name(), node.get_read_write_buffers_sizes()) for node in graph.scheduler.nodes]
-        self.kernels.append([Kernel(name, size, 0, torch.float32) for name, size in nodes])
+                nodes = [node for node in graph.scheduler.nodes if _launches(node)]
+                sizes = [(node.get_name(), node.get_read_write_buffers_sizes()) for node in nodes]
+        self.kernels.append([Kernel(name, size, 0, torch.float32) for name, size in sizes])
         return make_boxed_func(lambda *_: [_empty(value) for value in results])
+
+
+def _launches(node: BaseSchedulerNode) -> bool:
+    """Whether it is a kernel: not a concatenation whose parts are written in place, nor one of another's results."""
+    return not isinstance(node, NopKernelSchedulerNode) and not isinstance(node.node, MultiOutput)
 
 
 def _empty(value: Any) -> Any:

@@ -12,7 +12,7 @@ from kaf_layer.checks import check_counts, check_precision, check_tokens
 from kaf_layer.keypoints import Keypoints
 from kaf_layer.matching.sinkhorn import log_sinkhorn
 from kaf_layer.positions import PositionType, check_position, relative_positions, tell_of_other_positions
-from kaf_layer.precision import at_least_float32, without_autocast
+from kaf_layer.precision import at_least_float32, single_under_autocast, without_autocast
 
 __all__ = ["KeypointMatcher"]
 
@@ -129,5 +129,5 @@ class KeypointMatcher(nn.Module):
         return f"iterations={self.iterations}, position={self.position!r}"
 
     def _encode(self, tokens: Annotated[Tensor, "B N E"], keypoints: Keypoints) -> Annotated[Tensor, "B N E"]:
-        tokens = tokens.masked_fill(~keypoints.valid[..., None], 0.0)
+        tokens = single_under_autocast(tokens).masked_fill(~keypoints.valid[..., None], 0.0)
         return tokens if self.position_encoder is None else tokens + self.position_encoder(keypoints)
