@@ -77,10 +77,11 @@ def cell_shares(
     size: Sequence[int],
     *,
     reduce: Reduce,
-) -> Annotated[Tensor, "B N C"]:
+) -> Annotated[Tensor, "B N W"]:
     """The weight of each token in its cell: the weighted sum of a cell's tokens is their reduction.
 
-    Slots that are not valid have weight 0. For the mean and the sum all channels have the same weight, and C is 1.
+    Slots that are not valid have weight 0. For the maximum each of the C channels has a weight of its own, and W is C.
+    For the mean and the sum W is 1.
 
     Args:
         tokens: one for each slot.

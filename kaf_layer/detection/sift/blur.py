@@ -68,7 +68,7 @@ def blur(images: Annotated[Tensor, "B *S"], kernels: Sequence[Kernels]) -> Itera
 
 
 def _blur(
-    images: Annotated[Tensor, "B *S"], matrices: Sequence[Annotated[Tensor, "blocks BLOCK window"]]
+    images: Annotated[Tensor, "B *S"], matrices: Sequence[Annotated[Tensor, "blocks_i BLOCK window_i"]]
 ) -> Annotated[Tensor, "B *S"]:
     # Convolutions of one channel are an order of magnitude slower on CPUs than this product of blocks of the (banded)
     # convolution matrix with overlapping windows, which are a view: each product takes lines along the last axis, and

@@ -15,7 +15,7 @@ Reduce = Callable[[Tensor, Tensor], Tensor]
 
 def is_extremum(
     gaussians: Annotated[Tensor, "B layers+3 *S"], threshold: float, border: int
-) -> Annotated[Tensor, "B layers *S"]:
+) -> Annotated[Tensor, "B layers *inner"]:
     """Whether each pixel within the border is an extremum, for each layer that lies between two others.
 
     Args:
@@ -30,7 +30,9 @@ def is_extremum(
     return is_maximum | is_minimum
 
 
-def extremal_strength(gaussians: Annotated[Tensor, "B layers+3 *S"], border: int) -> Annotated[Tensor, "B layers *S"]:
+def extremal_strength(
+    gaussians: Annotated[Tensor, "B layers+3 *S"], border: int
+) -> Annotated[Tensor, "B layers *inner"]:
     """The magnitude of the difference where it is an extremum, else 0. It halves the traffic, but is slow on a CPU."""
     inner, near = _differences(gaussians, border)
     neighbours = _cross if inner.ndim == 5 else _box_at_once

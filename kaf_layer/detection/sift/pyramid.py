@@ -132,7 +132,7 @@ def _planes(
                 first = _halve(plane, grid.halved())
 
 
-def _halve(images: Annotated[Tensor, "B *S"], halved: Sequence[bool]) -> Annotated[Tensor, "B *S"]:
+def _halve(images: Annotated[Tensor, "B *S"], halved: Sequence[bool]) -> Annotated[Tensor, "B *half"]:
     """Every second pixel along these axes, without the last of an odd number."""
     sizes = zip(images.shape[1:], halved, strict=True)
     return images[(slice(None), *(slice(0, size // 2 * 2, 2) if half else slice(None) for size, half in sizes))]
