@@ -1,7 +1,9 @@
 # Each target makes the environment it needs. A torch that $(PYTHON) already has (a CUDA build, say) is used as it
 # is, and so is its torchvision; else constraints.txt pins those we test with. A virtual environment's are not seen.
+# CONSTRAINTS=/dev/null takes the newest versions of everything, for a Python that the pinned ones do not support.
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 has = $(shell $(PYTHON) -c "import sys, $(1); sys.prefix == sys.base_prefix and print('yes')" 2>/dev/null)
 HAS_TORCH := $(call has,torch)
@@ -13,7 +15,7 @@ BACKBONES = dynamic-network-architectures segmentation-models-pytorch timm $(if 
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(if $(HAS_TORCH),--system-site-packages) $(VENV)
-	$(if $(HAS_TORCH),grep -v "^torch==",cat) constraints.txt > $(VENV)/constraints.txt
+	$(if $(HAS_TORCH),sed "/^torch==/d",cat) $(CONSTRAINTS) > $(VENV)/constraints.txt
 	$(BIN)/pip install --quiet -c $(VENV)/constraints.txt torch
 	$(BIN)/pip install --quiet -c $(VENV)/constraints.txt -e ".[dev,docs]"
 	$(BIN)/pip install --quiet --no-deps -c $(VENV)/constraints.txt $(BACKBONES)
@@ -56,9 +58,11 @@ benchmarks: $(VENV)/.installed  ## every benchmark at a small size, into outputs
 gpu:  ## on a machine with a GPU: tests, times, peak memory and trainings, or PART="diffusion network" of it
 	$(PYTHON) -m benchmarks.speed.gpu $(PART)
 
-lint: $(VENV)/.installed  ## ruff: rules and format
+lint: $(VENV)/.installed  ## ruff: rules and format; spelling; the workflows' security
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/zizmor --offline --quiet .github
 
 types: $(VENV)/.installed  ## mypy --strict on the package
 	$(BIN)/mypy
