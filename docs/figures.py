@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.context.task import IGNORED, Task, draw_task
-from examples.protocol.phantom import phantom
+from examples.protocol.volumes.phantom import phantom
 from examples.unet import KAFUNet
 from kaf_layer import Keypoints, SIFTDetector, match_keypoints, record_attention, sample_keypoints
 from kaf_layer.plotting import (

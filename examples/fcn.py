@@ -35,7 +35,9 @@ class FCN(nn.Module):
     ) -> None:
         super().__init__()
         widths = [width * 2 ** min(i, 3) for i in range(len(layers) + 1)]
-        fused = [w if layer is None else layer.fused_channels for w, layer in zip(widths, [*layers, None], strict=True)]
+        each = zip(widths, [*layers, None], strict=True)
+        # Typed loosely, as the attributes of a module are.
+        fused: list[Any] = [w if layer is None else layer.fused_channels for w, layer in each]
         stages = [
             nn.Sequential(nn.MaxPool2d(2) if i else nn.Identity(), conv_block(before, w), conv_block(w, w))
             for i, (before, w) in enumerate(zip([in_channels, *fused[:-1]], widths, strict=True))

@@ -62,6 +62,7 @@ def main() -> None:
         raise SystemExit(f"cannot read {path}")
     images = torch.from_numpy(cv2.cvtColor(image, cv2.COLOR_BGR2RGB)).movedim(-1, 0)[None]
     keypoints = OpenCVSIFT()(images)
+    assert keypoints.scales is not None
     for position, scale in zip(keypoints.positions[0, :10].tolist(), keypoints.scales[0, :10].tolist(), strict=True):
         print("x {:.2f}, y {:.2f}, scale {:.2f}".format(*position, scale))
     print(f"{int(keypoints.valid.sum())} keypoints; the strongest ten above")

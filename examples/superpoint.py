@@ -79,13 +79,16 @@ def suppress(heatmap: Tensor, radius: int) -> Tensor:
     """
     order = heatmap.flatten(1).argsort(dim=1, stable=True, descending=True).argsort(dim=1)
     rank = (order.shape[1] - order).view_as(heatmap).float()  # from 1: no two pixels are equal
-    window = {"kernel_size": 2 * radius + 1, "stride": 1, "padding": radius}
+
+    def largest(values: Tensor) -> Tensor:
+        return F.max_pool2d(values, 2 * radius + 1, stride=1, padding=radius)
+
     undecided, kept = torch.ones_like(rank), torch.zeros_like(rank)
     while undecided.any():
         left = rank * undecided
-        maxima = (left == F.max_pool2d(left, **window)) & (undecided > 0)
+        maxima = (left == largest(left)) & (undecided > 0)
         kept = kept + maxima
-        undecided = undecided * (1 - F.max_pool2d(maxima.float(), **window))
+        undecided = undecided * (1 - largest(maxima.float()))
     return heatmap * kept
 
 

@@ -54,7 +54,10 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         *shallow, deep = (width * 2**i for i in range(len(layers) + 1))
-        fused = [w if layer is None else layer.fused_channels for w, layer in zip(shallow, layers, strict=True)]
+        # Typed loosely, as the attributes of a module are.
+        fused: list[Any] = [
+            w if layer is None else layer.fused_channels for w, layer in zip(shallow, layers, strict=True)
+        ]
         factor = 1 if fused == shallow else 2
         stages: list[nn.Module] = [
             nn.Sequential(nn.MaxPool2d(2) if i else nn.Identity(), conv_block(before, w), conv_block(w, w))

@@ -102,7 +102,7 @@ class KAFUNet3d(UNet3d):
 
 def main() -> None:
     volumes = torch.rand(1, 1, 12, 48, 40)
-    thick = {"strides": [(1, 2, 2), (1, 2, 2), 2]}  # slices four times as thick as pixels are wide
+    thick: dict[str, Any] = {"strides": [(1, 2, 2), (1, 2, 2), 2]}  # slices four times as thick as pixels are wide
     keypoints = SIFTDetector(64, spatial_dims=3, spacing=(4.0, 1.0, 1.0), descriptors=False)(volumes)
     networks = {"UNet": UNet3d(**thick), "UNet (c2)": UNet3dC2(**thick), "KAF-UNet": KAFUNet3d(depth=2, **thick)}
     for name, model in networks.items():

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("examples.protocol.finetune", reason="the extra train is not here")
+pytest.importorskip("examples.protocol.experiments.finetuning", reason="the extra train is not here")
 from benchmarks.common import harness
 from benchmarks.context import added_maps
 from examples.protocol import finetune

@@ -77,7 +77,7 @@ def test_readme_has_the_counted_flops(row: str) -> None:
 
 
 def test_the_kaf_unet_is_ahead_where_the_readme_says() -> None:
-    comparison = pytest.importorskip("examples.protocol.comparison", reason="the extra train is not here")
+    comparison = pytest.importorskip("examples.protocol.results.comparison", reason="the extra train is not here")
     runs = results("sunnybrook-few-shot")
     of = {m: {k: [r for r in runs if (r["method"], r["M"]) == (m, k)] for k in (1, 2, 6)} for m in METHODS.values()}
     for other in ("unet", "unet-c2"):

@@ -6,7 +6,8 @@ from math import nan
 
 import pytest
 
-comparison = pytest.importorskip("examples.protocol.comparison", reason="the extra train is not here")
+comparison = pytest.importorskip("examples.protocol.results.comparison", reason="the extra train is not here")
+from examples.protocol import comparison as command  # noqa: E402  # after the skip
 
 
 def result(fold: int, scores: list[tuple[float, ...]], *, seed: int = 0, method: str = "a", labelled: int = 1) -> dict:
@@ -74,18 +75,18 @@ def test_a_file_of_results_is_compared(tmp_path, capsys) -> None:
     ]
     path = tmp_path / "results.json"
     path.write_text(json.dumps(results))
-    comparison.main([str(path), "--reference", "a"])
+    command.main([str(path), "--reference", "a"])
     lines = capsys.readouterr().out.splitlines()
     assert "| b | 0.500 ± 0.000 | 3 of 4 |" in lines
     assert "| a | 0.600 ± 0.141 | 0 of 4 |" in lines  # over folds, of means over seeds
     # Six subjects, of which three are level, as their seeds cancel.
     assert lines[-1].startswith("| b | +0.100, p = 0.25, 1 of 2 | ")
     assert lines[-1].endswith("|  |")
-    comparison.main([str(path), "--reference", "a", "--labelled", "1", "--folds", "1", "--seeds", "0"])
+    command.main([str(path), "--reference", "a", "--labelled", "1", "--folds", "1", "--seeds", "0"])
     assert "| b | 0.500 | 1 of 1 |" in capsys.readouterr().out.splitlines()
     levels = [run | {"settings": {"levels": 3 + 2 * run["seed"]}} for run in results]
     path.write_text(json.dumps(levels))
-    comparison.main([str(path), "--reference", "a", "--labelled", "1", "--levels", "5"])  # seed 1
+    command.main([str(path), "--reference", "a", "--labelled", "1", "--levels", "5"])  # seed 1
     assert "| a | 0.500 ± 0.141 | 0 of 2 |" in capsys.readouterr().out.splitlines()
     with pytest.raises(ValueError, match=r"--reference must be among .* got 'c'"):
-        comparison.main([str(path), "--reference", "c"])
+        command.main([str(path), "--reference", "c"])

@@ -18,9 +18,9 @@ from benchmarks.context import addition, attached, by_field, synthetic
 from benchmarks.context.networks import GlobalAttention
 from benchmarks.context.task import EDGE, FARTHEST, IGNORED, NEAREST, Task, draw_task
 from examples.protocol import cross_validate
-from examples.protocol.phantom import Volume
-from examples.protocol.splits import make_split
-from examples.protocol.stacks import prepare
+from examples.protocol.volumes.splits import make_split
+from examples.protocol.volumes.stacks import prepare
+from examples.protocol.volumes.volume import Volume
 from examples.unet import UNet
 from kaf_layer import GridDetector, Keypoints
 

@@ -12,8 +12,12 @@ from types import ModuleType
 import pytest
 import torch
 
-cross_validate = pytest.importorskip("examples.protocol.cross_validate", reason="the extra train is not here")
-from examples.protocol.recipes import parse  # noqa: E402  # after the skip
+cross_validation = pytest.importorskip(
+    "examples.protocol.experiments.cross_validation", reason="the extra train is not here"
+)
+from examples.protocol import cross_validate, curves, figures  # noqa: E402  # after the skip
+from examples.protocol.options import FigureOptions, FinetuneOptions, PretrainOptions, parse, table  # noqa: E402
+from examples.protocol.results import comparison, tables  # noqa: E402
 
 SMALL = ["--limit", "3", "--folds", "2", "--patch", "64", "64", "--width", "4", "--depth", "1", "--embed-dim", "8"]
 SMALL += ["--steps-per-epoch", "1", "--finetune", "--epochs 1 --batch 4", "--pretrain", "--epochs 1 --batch 2"]
@@ -47,7 +51,7 @@ def test_table_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert cross_validate.main([*arguments, *methods]) == results  # nothing is done twice
     assert (tmp_path / "fold1" / "kaf-unet+kaf" / "seed0" / "M1" / "weights.pt").stat().st_mtime_ns == kept
 
-    figures = pytest.importorskip("examples.protocol.figures", reason="the extra plot is not here")
+    drawing = pytest.importorskip("examples.protocol.drawing.figures", reason="the extra plot is not here")
     capsys.readouterr()
     runs = [str(tmp_path / "fold1" / name / "seed0" / "M1") for name in methods[1:]]
     figures.main(["--limit", "3", "--output", str(tmp_path / "figures"), "--runs", *runs])
@@ -61,17 +65,17 @@ def test_table_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         figures.main(["--limit", "3", "--output", str(tmp_path), "--runs", runs[0], str(other)])
     with pytest.raises(FileNotFoundError, match=r"result\.json"):
         figures.main(["--limit", "3", "--output", str(tmp_path), "--runs", str(tmp_path)])
-    figures_of_a_table(figures, tmp_path, results)
+    figures_of_a_table(drawing, tmp_path, results)
 
 
-def figures_of_a_table(figures: ModuleType, folder: Path, results: list[dict]) -> None:
+def figures_of_a_table(drawing: ModuleType, folder: Path, results: list[dict]) -> None:
     """The methods of a cross-validation side by side, with the Dice that their results say."""
     arguments = ["--limit", "3", "--table", str(folder), "--output", str(folder / "chosen")]
-    options = figures.parse_figures(["segmentations", *arguments, "--fold", "1"])
-    runs = [figures.named(path) for path in options.runs]
+    options = parse(FigureOptions, ["segmentations", *arguments, "--fold", "1"])
+    runs = [drawing.named(path) for path in drawing.folders(options)]
     assert [name for name, _ in runs] == ["SwinUNETR", "UNet,\npretrained by PCL", "KAF-UNet,\npretrained by KAF"]
-    stacks = figures.load(options, [run for _, run in runs])
-    drawn = figures.draw_segmentations(stacks, runs)
+    stacks = drawing.load(options, [run for _, run in runs])
+    drawn = drawing.draw_segmentations(stacks, runs)
     texts = [axis.texts[0].get_text() for axis in drawn.axes if axis.texts and "Dice" in axis.texts[0].get_text()]
     by_volume = zip(*(result["scores"] for result in results), strict=True)
     scores = [mean(score for score in row[1:] if not isnan(score)) for rows in by_volume for row in rows]
@@ -94,9 +98,9 @@ def test_distances_say_what_was_missed() -> None:
         return {"method": "unet", "fold": fold, "seed": seed, "M": 1, "hd95": [["a", *distances], ["b", *distances]]}
 
     results = [result(0, 0, 4.0, nan), result(0, 1, inf, nan), result(1, 0, 6.0, 8.0)]
-    assert cross_validate.distances(results)[-1] == f"| UNet | {mean([4, 7]):.1f} ± 2.1, 2 missed |"
-    assert cross_validate.distances([result(0, 0, inf, inf)])[-1] == "| UNet | none found, 4 missed |"
-    assert cross_validate.distances([{"fold": 0}]) == []
+    assert tables.distances(results)[-1] == f"| UNet | {mean([4, 7]):.1f} ± 2.1, 2 missed |"
+    assert tables.distances([result(0, 0, inf, inf)])[-1] == "| UNet | none found, 4 missed |"
+    assert tables.distances([{"fold": 0}]) == []
 
 
 def test_means_and_deviations() -> None:
@@ -113,7 +117,7 @@ def test_means_and_deviations() -> None:
         }
 
     results = [result(0, 0.5, 0.7), result(1, 0.7, 0.9)]
-    lines = cross_validate.table(results, {"Theirs": {"1": 0.25}, "Others'": {"6": 0.5}}).splitlines()
+    lines = tables.table(results, {"Theirs": {"1": 0.25}, "Others'": {"6": 0.5}}).splitlines()
     rows = [line for line in lines if line.startswith("| UNet")]
     assert rows[0] == f"| UNet | 2.00 M | {mean([0.6, 0.8]):.3f} ± 0.141 | 3 s |"
     assert rows[1] == "| UNet | 2.00 M | 0.600 ± 0.141 | 3 s |"
@@ -122,9 +126,9 @@ def test_means_and_deviations() -> None:
         "| Theirs | | 0.250 | |",
         "| Others' | |  | |",
     ]
-    assert cross_validate.spread([0.25]) == "0.250"
-    assert cross_validate.spread([0.25, float("nan"), 0.75]) == "0.500 ± 0.354"
-    assert cross_validate.spread([float("nan")]) == "nan"
+    assert comparison.spread([0.25]) == "0.250"
+    assert comparison.spread([0.25, float("nan"), 0.75]) == "0.500 ± 0.354"
+    assert comparison.spread([float("nan")]) == "nan"
 
 
 @pytest.mark.parametrize(
@@ -174,8 +178,8 @@ def test_what_belongs_to_all_scripts_is_not_given_to_one(tmp_path: Path, capsys:
 
 def test_options_of_fine_tuning_need_no_quotes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(cross_validate, "run_folds", lambda _, own, __: seen.append(own.finetune) or [])
-    monkeypatch.setattr(cross_validate, "report", lambda *_, **__: "")
+    monkeypatch.setattr(cross_validation, "run_folds", lambda _, own, __: seen.append(own.finetuning) or [])
+    monkeypatch.setattr(cross_validation, "report", lambda *_, **__: "")
     short = [*SMALL[: SMALL.index("--finetune")], "--labelled", "1", "--output", str(tmp_path)]
     cross_validate.main([*short, "--epochs", "2", "--lr", "0.01", "--finetune", "--batch 4"])
     assert seen == [["--epochs", "2", "--lr", "0.01", "--batch", "4"]]
@@ -217,10 +221,10 @@ def test_methods_with_options_and_seeds(tmp_path: Path) -> None:
     assert [r["settings"]["lr"] for r in results] == [0.003] * 4 + [0.01] * 2  # of fine-tuning alone
     assert "| KAF-UNet, --fusion add --detector none --lr 0.01 |" in text
     assert "KAF-UNet ahead of (Dice, mean over subjects; p; folds)" in text
-    curves = pytest.importorskip("examples.protocol.curves", reason="the extra plot is not here")
+    drawing = pytest.importorskip("examples.protocol.drawing.curves", reason="the extra plot is not here")
     curves.main([str(tmp_path)])
     assert (tmp_path / "curves.png").stat().st_size > 10_000
-    (axis,) = curves.draw_curves(results).axes
+    (axis,) = drawing.draw_curves(results).axes
     assert axis.lines[0].get_ydata() == pytest.approx([mean(r["losses"][0] for r in results[:2])])
     with pytest.raises(SystemExit):
         cross_validate.main([*arguments, "--methods", "unet", "--fussion add"])
@@ -228,7 +232,7 @@ def test_methods_with_options_and_seeds(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("preset", ["acdc", "chd"])
 def test_the_papers_rows_stand_beside_its_presets(preset: str) -> None:
-    rows = cross_validate.published(str(cross_validate.PUBLISHED / f"{preset}.json"))
+    rows = table.published(str(table.PUBLISHED / f"{preset}.json"))
     assert all("the paper's" in name and 0 < dice < 1 for name, row in rows.items() for dice in row.values())
     source = Path(__file__).parents[2] / "shared" / "paper" / f"{preset}.json"
     if not source.is_file():
@@ -254,7 +258,7 @@ def test_synapse_from_its_archive_to_the_table(tmp_path: Path) -> None:
     (result,) = cross_validate.main([*arguments, "--methods", "unet", "--finetune", short])
     assert result["settings"]["window_level"] == [-125, 275]
     assert [row[0][:3] for row in result["scores"]] == ["img"] * 2
-    rows = json.loads((cross_validate.PUBLISHED / "synapse.json").read_text())
+    rows = json.loads((table.PUBLISHED / "synapse.json").read_text())
     assert len(rows) == 8
     text = (tmp_path / "table" / "table.md").read_text()
     assert all(f"| {name} | | {row['2']:.3f} | |" in text for name, row in rows.items())
@@ -275,13 +279,13 @@ def test_the_ablations_are_commands(line: str) -> None:
     """Every line parses, for every script that it would start, with the presets of the paper."""
     for preset in ("acdc", "chd", "phantom"):
         arguments = ["--preset", preset, "--labelled", "6", "--output", "x", *shlex.split(line)]
-        own, shared = cross_validate.parser().parse_known_args(arguments)
+        own, shared, _ = table.parse_table(arguments)
         for name in own.methods:
-            model, pretraining, more = cross_validate.parts(name)
+            model, pretraining, more = table.parts(name)
             common = [*shared, "--model", model, "--output", "x", *more]
-            parse(cross_validate.finetune.parser(), [*common, *own.finetune])
+            parse(FinetuneOptions, [*common, *own.finetuning])
             if pretraining:
-                options = cross_validate.pretrain.parse_pretraining([*common, *own.pretrain, "--method", pretraining])
+                options = parse(PretrainOptions, [*common, *own.pretrain, "--method", pretraining])
                 assert options.method == pretraining
 
 

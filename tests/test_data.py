@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from examples.protocol.data import list_files, load_volumes, normalise, num_classes
-from examples.protocol.phantom import Volume, phantom
-from examples.protocol.recipes import parse, parser_of
-from examples.protocol.stacks import prepare, say
+from examples.protocol.options import Options, parse
+from examples.protocol.volumes.loading import list_files, load_volumes, normalise, num_classes
+from examples.protocol.volumes.phantom import phantom
+from examples.protocol.volumes.stacks import prepare, say
+from examples.protocol.volumes.volume import Volume
 from kaf_layer import GridDetector, Keypoints
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -278,7 +279,7 @@ def test_slices_on_scales_of_their_own() -> None:
     (plain,) = prepare([volume], GridDetector(3), patch=patch)
     for one, other in zip(stack.images.numpy(), plain.images.numpy(), strict=True):
         np.testing.assert_allclose(one, (other - other.mean()) / other.std(ddof=1), atol=1e-5)
-    assert parse(parser_of(None), ["--preset", "sunnybrook", "--output", "o"]).normalise == "slice"
+    assert parse(Options, ["--preset", "sunnybrook", "--output", "o"]).normalise == "slice"
 
 
 @pytest.mark.skipif(not (SHARED / "sunnybrook").is_dir(), reason="../shared/data/sunnybrook is not here")

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-pretrain = pytest.importorskip("examples.protocol.pretrain", reason="the extra train is not here")
-from test_pretrain import run, volumes  # noqa: E402  # after the skip
+pytest.importorskip("examples.protocol.experiments.pretraining", reason="the extra train is not here")
+from test_pretrain import run, volumes  # after the skip
 
-from examples.protocol import files, training  # noqa: E402
-from examples.protocol.stacks import Stack, prepare  # noqa: E402
-from kaf_layer import GridDetector  # noqa: E402
+from examples.protocol import files
+from examples.protocol.training import checkpoints
+from examples.protocol.volumes.stacks import Stack, prepare
+from kaf_layer import GridDetector
 
 KILLS = int(os.environ.get("KILLS", "3"))
 EPOCHS = ["--model", "unet", "--epochs", "12", "--method", "pirl", "--patch", "64", "64"]  # PIRL has a memory too
@@ -181,7 +182,7 @@ def test_code_in_a_pickle_does_not_run(tmp_path: Path, writer: object) -> None:
     path, made = tmp_path / "weights.pt", tmp_path / "made"
     writer({"encoder.weight": Hostile(made)}, path)
     with pytest.raises(ValueError, match=r"weights\.pt holds other things than plain tensors, such as code.* not run"):
-        training.load_pretrained(torch.nn.Linear(2, 2), path)
+        checkpoints.load_pretrained(torch.nn.Linear(2, 2), path)
     assert not made.exists()
 
 

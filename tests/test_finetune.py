@@ -1,6 +1,5 @@
 """Fine-tuning: resumed runs, several processes, pretrained weights, splits and bad input."""
 
-import argparse
 import json
 import os
 import subprocess
@@ -15,18 +14,21 @@ import torch
 from torch import nn
 
 from examples.protocol import files
-from examples.protocol.splits import make_split, read_split, write_split
+from examples.protocol.volumes.splits import make_split, read_split, write_split
 from examples.unet import UNet
 
-finetune = pytest.importorskip("examples.protocol.finetune", reason="the extra train is not here")
-from examples.protocol import augmentation, training  # noqa: E402  # after the skip
-from examples.protocol.detectors import build_detector  # noqa: E402
-from examples.protocol.networks import build_model  # noqa: E402
-from examples.protocol.phantom import Volume  # noqa: E402
-from examples.protocol.recipes import parse  # noqa: E402
-from examples.protocol.stacks import Stack, prepare  # noqa: E402
-from kaf_layer import GridDetector  # noqa: E402
-from kaf_layer.attention import TransformerBlock  # noqa: E402
+pytest.importorskip("examples.protocol.experiments.finetuning", reason="the extra train is not here")
+from examples.protocol import finetune  # after the skip
+from examples.protocol.experiments.inference import predict
+from examples.protocol.models.detectors import build_detector
+from examples.protocol.models.networks import build_model
+from examples.protocol.options import FinetuneOptions, parse, read_settings
+from examples.protocol.training import augmentation, checkpoints, loop
+from examples.protocol.training.batches import draw_batches
+from examples.protocol.volumes.stacks import Stack, prepare
+from examples.protocol.volumes.volume import Volume
+from kaf_layer import GridDetector
+from kaf_layer.attention import TransformerBlock
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--patch", "32", "32", "--width", "4", "--classes", "3", "--depth", "1", "--embed-dim", "8", "--folds", "2"]
@@ -56,7 +58,7 @@ def run(folder: Path, stacks: list[Stack], *more: str) -> dict:
 @contextmanager
 def killed_after(checkpoints: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What runs inside dies where it would write one checkpoint more."""
-    save, saved = training.save, []
+    save, saved = loop.save, []
 
     def killed(content: object, path: Path) -> None:
         if len(saved) == checkpoints:
@@ -65,7 +67,7 @@ def killed_after(checkpoints: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         save(content, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "save", killed)
+        patch.setattr(loop, "save", killed)
         with pytest.raises(KeyboardInterrupt):
             yield
 
@@ -174,11 +176,11 @@ def test_the_result_is_of_the_unseen_subjects(stacks: list[Stack], tmp_path: Pat
     assert result["settings"]["subjects"] == {"train": fold.train[:1], "test": fold.test}
     assert json.loads((tmp_path / "result.json").read_text())["dice"] == result["dice"]
     # Dice by hand, over the stacked slices of the whole volume.
-    model = build_model(argparse.Namespace(**result["settings"]))
+    model = build_model(read_settings(FinetuneOptions, result["settings"], output=tmp_path))
     model.load_state_dict(weights(tmp_path))
     for name, *scores in result["scores"]:
         (stack,) = (s for s in stacks if s.volume.subject == name)
-        predicted, label = finetune.predict(model, stack), stack.volume.label
+        predicted, label = predict(model, stack), stack.volume.label
         assert predicted.shape == label.shape
         for c, score in enumerate(scores, start=1):
             a, b = predicted == c, label == c
@@ -188,7 +190,7 @@ def test_the_result_is_of_the_unseen_subjects(stacks: list[Stack], tmp_path: Pat
 def test_pretrained_weights_that_fit_in_part(tmp_path: Path) -> None:
     source, target = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4)), nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 5))
     files.save(source.state_dict(), tmp_path / "w.pt")
-    text = training.load_pretrained(target, tmp_path / "w.pt")
+    text = checkpoints.load_pretrained(target, tmp_path / "w.pt")
     assert text.splitlines()[1:] == [
         "  loaded 2: 0.weight, 0.bias",
         "  skipped 2: 1.weight (4, 3), 1.bias (4,)",
@@ -196,57 +198,57 @@ def test_pretrained_weights_that_fit_in_part(tmp_path: Path) -> None:
     ]
     assert target[0].weight.equal(source[0].weight)
     with pytest.raises(ValueError, match=r"w\.pt has nothing that fits"):
-        training.load_pretrained(nn.Linear(7, 7), tmp_path / "w.pt")
+        checkpoints.load_pretrained(nn.Linear(7, 7), tmp_path / "w.pt")
     files.save(UNet(width=4).state_dict(), tmp_path / "w.pt")
     with pytest.raises(ValueError, match=r"it holds \['encoder.* \(4, 1, 3, 3\)'.* the network .* \(8, 1, 3, 3\)'"):
-        training.load_pretrained(UNet(width=8), tmp_path / "w.pt")
+        checkpoints.load_pretrained(UNet(width=8), tmp_path / "w.pt")
     with pytest.raises(FileNotFoundError, match=r"there is no file .*none\.pt"):
-        finetune.digest(tmp_path / "none.pt")
+        checkpoints.digest(tmp_path / "none.pt")
 
 
 def test_the_papers_recipe() -> None:
     for preset, lr, epochs in (("acdc", 5e-4, 200), ("chd", 5e-5, 100)):
-        options = parse(finetune.parser(), ["--preset", preset, "--output", "x"])
+        options = parse(FinetuneOptions, ["--preset", preset, "--output", "x"])
         assert (options.lr, options.epochs, options.batch, options.folds) == (lr, epochs, 10, 5)
-        assert (options.scales, options.fusion, options.loss) == ([0, 1, 2, 3], "concat", "ce")
+        assert (options.scales, options.fusion, options.loss) == ((0, 1, 2, 3), "concat", "ce")
         assert (options.resize, options.levels, options.depth, options.detector) == (1.0, 5, 6, "sift")
-    assert parse(finetune.parser(), ["--preset", "acdc", "--output", "x", "--lr", "0.1"]).lr == 0.1
+    assert parse(FinetuneOptions, ["--preset", "acdc", "--output", "x", "--lr", "0.1"]).lr == 0.1
 
 
 def test_the_learning_rate_falls_along_a_cosine() -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.002)
     oracle = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10)
     for step in range(11):
-        assert training.cosine(0.002, step / 10) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
+        assert loop.cosine(0.002, step / 10) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
         optimizer.step()
         oracle.step()
 
 
 @pytest.mark.parametrize(("count", "size", "steps"), [(7, 3, 5), (3, 10, 2), (10, 5, 2)])
 def test_every_sample_is_drawn_before_any_is_drawn_again(count: int, size: int, steps: int) -> None:
-    batches = training.draw_batches(count, size, steps, seed=1)
-    assert [len(batch) for batch in batches] == [size] * steps
-    drawn = list(chain(*batches))
+    chosen = draw_batches(count, size, steps, seed=1)
+    assert [len(batch) for batch in chosen] == [size] * steps
+    drawn = list(chain(*chosen))
     for start in range(0, len(drawn), count):
         part = drawn[start : start + count]
         assert len(set(part)) == len(part)
-    assert training.draw_batches(count, size, steps, seed=1) == batches
-    assert training.draw_batches(count, size, steps, seed=2) != batches
+    assert draw_batches(count, size, steps, seed=1) == chosen
+    assert draw_batches(count, size, steps, seed=2) != chosen
 
 
 def test_ablations_by_flag() -> None:
     flags = ["--output", "x", "--width", "4", "--embed-dim", "8", "--scales", "1", "3", "--depth", "3"]
-    options = parse(finetune.parser(), flags)
+    options = parse(FinetuneOptions, flags)
     layers = build_model(options).encoder.layers
     assert list(layers) == ["1", "3"]
     blocks = [m for m in layers.modules() if isinstance(m, TransformerBlock)]
     assert len(blocks) == 2 * 3
     image = torch.zeros(1, 1, 24, 36)
-    options = parse(finetune.parser(), [*flags, "--detector", "grid", "--spacing", "12"])
+    options = parse(FinetuneOptions, [*flags, "--detector", "grid", "--spacing", "12"])
     assert build_detector(options)(image).valid.sum() == 6
-    options = parse(finetune.parser(), [*flags, "--detector", "none"])
+    options = parse(FinetuneOptions, [*flags, "--detector", "none"])
     assert not build_detector(options)(image).valid.any()
-    options = parse(finetune.parser(), [*flags[:6], "--levels", "3", "--depth", "1"])
+    options = parse(FinetuneOptions, [*flags[:6], "--levels", "3", "--depth", "1"])
     assert list(build_model(options).encoder.layers) == ["0", "1"]
 
 
@@ -269,7 +271,7 @@ def test_ablations_by_flag() -> None:
 )
 def test_options_that_do_not_fit_together(flags: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        parse(finetune.parser(), ["--output", "x", *flags])
+        parse(FinetuneOptions, ["--output", "x", *flags])
 
 
 def test_losses(stacks: list[Stack], tmp_path: Path) -> None:
@@ -370,6 +372,6 @@ def test_the_same_weights_are_the_same_file(tmp_path: Path, monkeypatch: pytest.
     for process in (1, 22):
         monkeypatch.setattr(files.os, "getpid", lambda process=process: process)
         files.save({"weight": torch.arange(5.0)}, tmp_path / f"{process}.pt")
-        digests.add(finetune.digest(tmp_path / f"{process}.pt"))
+        digests.add(checkpoints.digest(tmp_path / f"{process}.pt"))
     assert len(digests) == 1
-    assert finetune.digest(None) is None
+    assert checkpoints.digest(None) is None

@@ -105,13 +105,13 @@ def test_errors() -> None:
 
 @pytest.mark.parametrize("name", ["disk", "aliked", "keynet"])
 def test_in_the_protocol_with_weights_from_a_file(tmp_path: Path, name: str) -> None:
-    detectors = pytest.importorskip("examples.protocol.detectors", reason="the extra train is not here")
-    recipes = pytest.importorskip("examples.protocol.recipes")
+    detectors = pytest.importorskip("examples.protocol.models.detectors", reason="the extra train is not here")
+    options_of = pytest.importorskip("examples.protocol.options")
     torch.manual_seed(1)
     state = detectors.LEARNT[name](20).state_dict()
     torch.save({"extractor": state} if name == "disk" else state, tmp_path / "weights.pth")
     arguments = ["--output", "x", "--detector", name, "--detector-weights", str(tmp_path / "weights.pth")]
-    options = recipes.parse(recipes.parser_of(None), [*arguments, "--max-keypoints", "20"])
+    options = options_of.parse(options_of.Options, [*arguments, "--max-keypoints", "20"])
     detector = detectors.build_detector(options)
     assert detector.max_keypoints == 20
     assert all(value.equal(state[key]) for key, value in detector.feature.state_dict().items())

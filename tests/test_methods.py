@@ -1,6 +1,5 @@
 """Pretraining methods: their losses against libraries and loops, what they are given, and that they learn."""
 
-import argparse
 from pathlib import Path
 
 import pytest
@@ -9,20 +8,22 @@ import torch.nn.functional as F
 from common import random_keypoints
 from torch import Tensor
 
-pretrain = pytest.importorskip("examples.protocol.pretrain", reason="the extra train is not here")
-from examples.protocol import augmentation, files  # noqa: E402  # after the skip
-from examples.protocol.methods import METHODS, caid, glcl, pirl, rotation, simclr, ssl  # noqa: E402
-from examples.protocol.methods.base import join  # noqa: E402
-from examples.protocol.networks import build_model, weights_of  # noqa: E402
-from examples.protocol.phantom import Volume  # noqa: E402
-from examples.protocol.stacks import Stack, prepare  # noqa: E402
-from kaf_layer import GridDetector, Keypoints  # noqa: E402
+pytest.importorskip("examples.protocol.experiments.pretraining", reason="the extra train is not here")
+from examples.protocol import files, pretrain  # after the skip
+from examples.protocol.methods import METHODS, caid, glcl, pirl, rotation, simclr, ssl
+from examples.protocol.methods.base import join
+from examples.protocol.models.networks import build_model, weights_of
+from examples.protocol.options import PretrainOptions, parse
+from examples.protocol.training import augmentation
+from examples.protocol.volumes.stacks import Stack, prepare
+from examples.protocol.volumes.volume import Volume
+from kaf_layer import GridDetector, Keypoints
 
 SMALL = ["--patch", "48", "36", "--levels", "3", "--width", "8", "--embed-dim", "16", "--depth", "1", "--folds", "2"]
 
 
-def options(*more: str) -> argparse.Namespace:
-    return pretrain.parse_pretraining([*SMALL, "--output", "x", *more])
+def options(*more: str) -> PretrainOptions:
+    return parse(PretrainOptions, [*SMALL, "--output", "x", *more])
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,10 @@ nibabel = pytest.importorskip("nibabel", reason="the extra train is not here")
 pytest.importorskip("monai", reason="the extra train is not here")
 from test_data import write  # noqa: E402  # after the skip
 
-from examples.protocol.data import load_volumes  # noqa: E402
-from examples.protocol.nifti import Nifti, axes, codes_of, distance, in_plane, read_nifti, reorient  # noqa: E402
-from examples.protocol.recipes import parse, parser_of  # noqa: E402
+from examples.protocol.options import Options, parse  # noqa: E402
+from examples.protocol.options.choices import axes  # noqa: E402
+from examples.protocol.volumes.loading import load_volumes  # noqa: E402
+from examples.protocol.volumes.nifti import Nifti, codes_of, distance, in_plane, read_nifti, reorient  # noqa: E402
 
 SPACING = (1.5, 2.0, 8.0)  # along R, A and S
 WORLD = ("LR", "PA", "IS")
@@ -156,10 +157,10 @@ def test_options(capsys: pytest.CaptureFixture[str]) -> None:
     for text in ("RA", "RRS", "ras", "RASX", "RAX"):
         with pytest.raises(argparse.ArgumentTypeError, match=f"three letters such as RAS or LPS, .* got '{text}'"):
             axes(text)
-    options = parse(parser_of(None), ["--output", "x", "--window-level", "-125", "275"])
-    assert (options.window_level, options.orientation, options.ignore_affine) == ([-125, 275], None, False)
+    options = parse(Options, ["--output", "x", "--window-level", "-125", "275"])
+    assert (options.window_level, options.orientation, options.ignore_affine) == ((-125, 275), None, False)
     with pytest.raises(ValueError, match="--window-level must be LOW HIGH, the lower end first, got 275 -125"):
-        parse(parser_of(None), ["--output", "x", "--window-level", "275", "-125"])
+        parse(Options, ["--output", "x", "--window-level", "275", "-125"])
     with pytest.raises(SystemExit):
-        parse(parser_of(None), ["--output", "x", "--orientation", "up"])
+        parse(Options, ["--output", "x", "--orientation", "up"])
     assert "argument --orientation: must be three letters" in capsys.readouterr().err

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from examples.protocol.phantom import LABELS, Volume, phantom, plot
+from examples.protocol.volumes.phantom import LABELS, phantom
+from examples.protocol.volumes.volume import Volume
 
 SUBJECTS = 6
 RV, MYO, LV = 1, 2, 3
@@ -114,7 +115,8 @@ def test_the_right_ventricle_lies_on_the_septum(volumes: list[Volume]) -> None:
 
 def test_the_contact_sheet_is_a_picture(tmp_path: Path, volumes: list[Volume]) -> None:
     image = pytest.importorskip("matplotlib.image")
-    plot(volumes[:2], tmp_path / "new" / "phantom.png", columns=3)
+    sheets = pytest.importorskip("examples.protocol.drawing.sheets")
+    sheets.plot(volumes[:2], tmp_path / "new" / "phantom.png", columns=3)
     picture = image.imread(tmp_path / "new" / "phantom.png")
     assert picture.shape[:2] == (480, 600)
     assert picture[..., :3].std() > 0.1

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 nibabel = pytest.importorskip("nibabel", reason="the extra train is not here")
-predict = pytest.importorskip("examples.protocol.predict", reason="the extras train and plot are not here")
+prediction = pytest.importorskip(
+    "examples.protocol.experiments.prediction", reason="the extras train and plot are not here"
+)
 from test_nifti import stored, write_pair  # noqa: E402  # after the skip
 
-from examples.protocol import finetune  # noqa: E402
+from examples.protocol import finetune, predict  # noqa: E402
 
 SMALL = ["--model", "unet", "--patch", "32", "24", "--width", "8", "--levels", "3", "--classes", "3", "--folds", "2"]
 SMALL += ["--detector", "none", "--loss", "dice_ce", "--lr", "0.01", "--batch", "4", "--epochs", "4"]
@@ -87,7 +89,7 @@ def test_predictions_lie_on_their_images(weights: Path, volumes: Path, capsys: p
 
 def test_what_was_killed_goes_on(weights: Path, volumes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(weights, volumes, "--output", str(volumes.parent / "whole"))
-    segment, seen = predict.segment, []
+    segment, seen = prediction.segment, []
 
     def killed(source: object, *rest: object) -> dict:
         seen.append(source)
@@ -95,7 +97,7 @@ def test_what_was_killed_goes_on(weights: Path, volumes: Path, monkeypatch: pyte
             raise KeyboardInterrupt
         return segment(source, *rest)
 
-    monkeypatch.setattr(predict, "segment", killed)
+    monkeypatch.setattr(prediction, "segment", killed)
     with pytest.raises(KeyboardInterrupt):
         run(weights, volumes)
     kept = {path: path.stat().st_mtime_ns for path in (volumes.parent / "predicted").glob("*.nii.gz")}

@@ -5,17 +5,19 @@ from pathlib import Path
 import pytest
 import torch
 
-pretrain = pytest.importorskip("examples.protocol.pretrain", reason="the extra train is not here")
-from test_finetune import killed_after, weights  # noqa: E402
+pytest.importorskip("examples.protocol.experiments.pretraining", reason="the extra train is not here")
+from test_finetune import killed_after, weights
 
-from examples.protocol import training  # noqa: E402  # after the skip
-from examples.protocol.detectors import no_keypoints  # noqa: E402
-from examples.protocol.methods.kaf import KAF  # noqa: E402
-from examples.protocol.networks import build_model  # noqa: E402
-from examples.protocol.phantom import Volume  # noqa: E402
-from examples.protocol.recipes import load_stacks, parse  # noqa: E402
-from examples.protocol.stacks import Stack, prepare, stack_matches  # noqa: E402
-from kaf_layer import GridDetector, Matches  # noqa: E402
+from examples.protocol import pretrain  # after the skip
+from examples.protocol.experiments.inputs import load_stacks
+from examples.protocol.methods.kaf import KAF
+from examples.protocol.models.detectors import no_keypoints
+from examples.protocol.models.networks import build_model
+from examples.protocol.options import PretrainOptions, parse
+from examples.protocol.training import checkpoints
+from examples.protocol.volumes.stacks import Stack, prepare, stack_matches
+from examples.protocol.volumes.volume import Volume
+from kaf_layer import GridDetector, Matches
 
 SMALL = ["--patch", "32", "32", "--width", "4", "--depth", "1", "--embed-dim", "8", "--folds", "2", "--batch", "3"]
 SMALL += ["--epochs", "3", "--steps-per-epoch", "1", "--save-every", "1"]
@@ -39,9 +41,9 @@ def run(folder: Path, stacks: list[Stack], *more: str) -> dict[str, torch.Tensor
 
 def test_the_papers_recipe(stacks: list[Stack], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for preset, threshold in (("acdc", 0.35), ("chd", 0.1)):
-        options = pretrain.parse_pretraining(["--preset", preset, "--output", "x"])
+        options = parse(PretrainOptions, ["--preset", preset, "--output", "x"])
         assert (options.lr, options.batch, options.epochs, options.folds) == (0.002, 32, 50, 5)
-        assert (options.weights, options.temperature, options.threshold) == ([1, 1, 0.01], 0.1, threshold)
+        assert (options.weights, options.temperature, options.threshold) == ((1, 1, 0.01), 0.1, threshold)
     run(tmp_path, stacks)
     optimizer = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["optimizer"]
     assert optimizer["param_groups"][0]["momentum"] == 0.9
@@ -50,7 +52,7 @@ def test_the_papers_recipe(stacks: list[Stack], tmp_path: Path, capsys: pytest.C
 
 
 def test_neighbours_pair_slices_of_one_volume(stacks: list[Stack], capsys: pytest.CaptureFixture[str]) -> None:
-    pairs = KAF.samples(stacks, pretrain.parse_pretraining([*SMALL, "--output", "x"]))
+    pairs = KAF.samples(stacks, parse(PretrainOptions, [*SMALL, "--output", "x"]))
     assert "s1: a slice without a neighbour" in capsys.readouterr().err
     assert [(stack.volume.subject, a, b) for stack, a, b, _ in pairs] == [
         ("s0", 0, 1),
@@ -94,9 +96,9 @@ def test_an_unfinished_run_is_not_replaced_by_another(
 @pytest.mark.parametrize("model", ["unet", "fcn", "kaf-fcn", "kaf-unet", "swin-unet", "swin-unetr"])
 def test_an_encoders_weights_fit_its_network(stacks: list[Stack], tmp_path: Path, model: str) -> None:
     learnt = run(tmp_path, stacks, "--model", model, "--scales", "1", "3")
-    options = parse(pretrain.parser(), [*SMALL, "--output", str(tmp_path), "--model", model, "--scales", "1", "3"])
+    options = parse(PretrainOptions, [*SMALL, "--output", str(tmp_path), "--model", model, "--scales", "1", "3"])
     network = build_model(options)
-    report = training.load_pretrained(network, tmp_path / "weights.pt")
+    report = checkpoints.load_pretrained(network, tmp_path / "weights.pt")
     assert f"loaded {len(learnt)}: {'network.swinViT' if model == 'swin-unetr' else 'encoder.stages.0'}" in report
     assert "skipped 0: nothing" in report
     assert len(learnt) == len(network.encoder.state_dict())
@@ -108,8 +110,8 @@ def test_slices_without_keypoints(
 ) -> None:
     flat = volumes((3, 2))
     flat[0].image[1:] = 0
-    monkeypatch.setattr("examples.protocol.recipes.load_volumes", lambda *_, **__: flat)
-    stacks = load_stacks(parse(pretrain.parser(), [*SMALL, "--output", "x"]))
+    monkeypatch.setattr("examples.protocol.experiments.inputs.load_volumes", lambda *_, **__: flat)
+    stacks = load_stacks(parse(PretrainOptions, [*SMALL, "--output", "x"]))
     assert "s0: no keypoints in slices 1, 2" in capsys.readouterr().err
     assert all(value.isfinite().all() for value in run(tmp_path / "some", stacks).values())
     stacks = prepare(flat, no_keypoints, patch=(32, 32))

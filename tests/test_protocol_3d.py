@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("examples.protocol.finetune", reason="the extra train is not here")
-from examples.protocol import cross_validate, finetune, pretrain  # after the skip
-from examples.protocol.augmentation import Augmentation
-from examples.protocol.detectors import redetector
-from examples.protocol.phantom import Volume
-from examples.protocol.recipes import parse
-from examples.protocol.stacks import Stack, prepare
+pytest.importorskip("examples.protocol.experiments.finetuning", reason="the extra train is not here")
+from examples.protocol import cross_validate, finetune  # after the skip
+from examples.protocol.models.detectors import redetector
+from examples.protocol.models.networks import build_model
+from examples.protocol.options import FinetuneOptions, PretrainOptions, parse
+from examples.protocol.training.augmentation import Augmentation
+from examples.protocol.volumes.stacks import Stack, prepare
+from examples.protocol.volumes.volume import Volume
 from kaf_layer import GridDetector
 
 OPTIONS = ["--spatial-dims", "3", "--patch", "16", "24", "20", "--width", "4", "--classes", "2", "--levels", "3"]
@@ -76,13 +77,13 @@ def test_networks_learn_from_volumes(model: str, stacks: list[Stack], tmp_path: 
 @pytest.mark.parametrize(("detector", "slots"), [("sift", 16), ("none", 1)])
 def test_detectors(detector: str, slots: int, stacks: list[Stack]) -> None:
     chosen = ["--detector", detector, "--max-keypoints", "16"]
-    find = redetector(parse(finetune.parser(), [*OPTIONS, *chosen, "--output", "x"]))
+    find = redetector(parse(FinetuneOptions, [*OPTIONS, *chosen, "--output", "x"]))
     assert find(stacks[0].images).positions.shape == (1, slots, 3)
 
 
 def test_swin_unetr_for_volumes(stacks: list[Stack]) -> None:
     flags = [*OPTIONS, "--model", "swin-unetr", "--patch", "64", "32", "32", "--window", "3", "--output", "x"]
-    model = finetune.build_model(parse(finetune.parser(), flags)).eval()
+    model = build_model(parse(FinetuneOptions, flags)).eval()
     assert model(torch.rand(1, 1, 64, 32, 32), stacks[0].keypoints[0]).shape == (1, 2, 64, 32, 32)
     sizes = {len(table) for name, table in model.named_parameters() if name.endswith("relative_position_bias_table")}
     assert sizes == {(2 * 3 - 1) ** 3}
@@ -110,9 +111,9 @@ def test_a_table_of_phantoms(tmp_path: Path) -> None:
 )
 def test_options_that_do_not_fit_together(flags: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        parse(finetune.parser(), [*OPTIONS, *flags, "--output", "x"])
+        parse(FinetuneOptions, [*OPTIONS, *flags, "--output", "x"])
 
 
 def test_pretraining_is_of_slices() -> None:
     with pytest.raises(ValueError, match="pretraining learns from slices, got --spatial-dims 3"):
-        pretrain.parse_pretraining(["--preset", "hippocampus", "--output", "x"])
+        parse(PretrainOptions, ["--preset", "hippocampus", "--output", "x"])

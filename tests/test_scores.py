@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-scores = pytest.importorskip("examples.protocol.scores", reason="the extra train is not here")
+scores = pytest.importorskip("examples.protocol.results.scores", reason="the extra train is not here")
 
 
 def surface(region: Tensor) -> list[tuple[int, ...]]:

@@ -5,8 +5,8 @@ import pytest
 import torch
 from scipy import ndimage
 
-from examples.protocol.phantom import Volume
-from examples.protocol.situs import situs
+from examples.protocol.volumes.situs import situs
+from examples.protocol.volumes.volume import Volume
 
 SUBJECTS = 12
 

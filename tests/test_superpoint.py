@@ -134,14 +134,14 @@ def test_the_layout_of_the_published_weights() -> None:
 
 
 def test_in_the_protocol_with_weights_from_a_file(tmp_path: Path) -> None:
-    detectors = pytest.importorskip("examples.protocol.detectors", reason="the extra train is not here")
-    recipes = pytest.importorskip("examples.protocol.recipes")
+    detectors = pytest.importorskip("examples.protocol.models.detectors", reason="the extra train is not here")
+    options_of = pytest.importorskip("examples.protocol.options")
     torch.manual_seed(1)
     state = SuperPoint().state_dict()
     file = tmp_path / "superpoint.pth"
     torch.save(state, file)
     arguments = ["--output", "x", "--detector", "superpoint", "--detector-weights", str(file), "--max-keypoints", "20"]
-    options = recipes.parse(recipes.parser_of(None), arguments)
+    options = options_of.parse(options_of.Options, arguments)
     detector = detectors.build_detector(options)
     assert detector(images()).positions.shape == (3, 20, 2)
     assert all(value.equal(state[key]) for key, value in detector.state_dict().items())
@@ -152,4 +152,4 @@ def test_in_the_protocol_with_weights_from_a_file(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"--detector-weights are for disk, .*superpoint, which need them, got superpoint"
     ):
-        recipes.parse(recipes.parser_of(None), ["--output", "x", "--detector", "superpoint"])
+        options_of.parse(options_of.Options, ["--output", "x", "--detector", "superpoint"])

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 pytest.importorskip("monai", reason="the extra train is not here")
 
-from examples.protocol.networks import build_model
-from examples.protocol.recipes import parse, parser_of
-from examples.protocol.token_loss import WithTokenLogits, token_loss
+from examples.protocol.models.networks import build_model
+from examples.protocol.models.token_loss import WithTokenLogits, token_loss
+from examples.protocol.options import Options, parse
 from kaf_layer import KAFLayer, Keypoints
 
 NETWORK = [
@@ -56,7 +56,7 @@ def test_token_loss_is_the_mean_over_keypoints() -> None:
 
 def test_tokens_learn_their_classes() -> None:
     """The tokens are those that the layers return, and the network's own logits stay what they are."""
-    network = build_model(parse(parser_of(None), [*NETWORK, "--classes", "2"]))
+    network = build_model(parse(Options, [*NETWORK, "--classes", "2"]))
     learner = WithTokenLogits(network, 8, 2)
     keypoints = random_keypoints((16, 24), (7, 5), dtype=torch.float32)
     images, labels = torch.rand(2, 1, 16, 24), torch.randint(2, (2, 16, 24))
@@ -73,7 +73,7 @@ def test_tokens_learn_their_classes() -> None:
 
 
 def test_shared_attention() -> None:
-    models = [build_model(parse(parser_of(None), [*NETWORK, *more])) for more in ([], ["--share-attention"])]
+    models = [build_model(parse(Options, [*NETWORK, *more])) for more in ([], ["--share-attention"])]
     layers = [[m for m in model.modules() if isinstance(m, KAFLayer)] for model in models]
     assert [len({id(layer.transformer) for layer in each}) for each in layers] == [2, 1]
     assert [len({id(layer.embed) for layer in each}) for each in layers] == [2, 2]
@@ -97,4 +97,4 @@ def count(module: nn.Module) -> int:
 )
 def test_bad_options(options: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        parse(parser_of(None), [*options, "--output", str(tmp_path)])
+        parse(Options, [*options, "--output", str(tmp_path)])

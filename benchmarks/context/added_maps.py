@@ -9,23 +9,23 @@ batch. An added map that is the same in all images, and as good without the feat
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from monai.losses import DiceCELoss
 from torch import Tensor, nn
 
 from benchmarks.common import harness
-from examples.protocol import finetune
-from examples.protocol.augmentation import Augmentation
-from examples.protocol.detectors import build_detector
+from examples.protocol.experiments.inputs import prepare_volumes, read_volumes
 from examples.protocol.files import load
-from examples.protocol.networks import build_model
-from examples.protocol.recipes import parse, read_volumes
-from examples.protocol.stacks import prepare
+from examples.protocol.models.networks import build_model
+from examples.protocol.options import FinetuneOptions, read_settings
+from examples.protocol.options.choices import LOSSES
+from examples.protocol.training.augmentation import Augmentation
+from examples.protocol.training.batches import Batch, gather, slices_of
 from kaf_layer import KAFLayer, KAFOutput
 
 SLICES = 6
@@ -60,7 +60,7 @@ def blind(layer: KAFLayer) -> Iterator[None]:
 
 
 @torch.no_grad()
-def measure(model: nn.Module, batch: finetune.Batch, criterion: nn.Module) -> Iterator[dict[str, object]]:
+def measure(model: nn.Module, batch: Batch, criterion: nn.Module) -> Iterator[dict[str, object]]:
     """A row for each added layer."""
     model.train()
     for module in model.modules():
@@ -105,21 +105,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, help="that the run was trained on")
     own = parser.parse_args(arguments)
     checkpoint = load(own.run / "checkpoint.pt")
-    now = vars(parse(finetune.parser(), ["--output", "unused"])) | checkpoint["settings"]
-    options = argparse.Namespace(**now | {"data": own.data, "patch": tuple(checkpoint["settings"]["patch"])})
+    options = read_settings(FinetuneOptions, checkpoint["settings"], output=own.run, data=own.data)
     model = build_model(options)
     model.load_state_dict(checkpoint["module"])
     if not added_layers(model):
         raise ValueError(f"{own.run} must be a run with --fusion add, got --model {options.model}")
-    chosen = options.subjects["train"]
+    chosen = checkpoint["settings"]["subjects"]["train"]
     volumes = [volume for volume in read_volumes(options) if volume.subject in chosen]
-    by_slice = options.normalise == "slice"
-    stacks = prepare(volumes, build_detector(options), patch=options.patch, resize=options.resize, by_slice=by_slice)
-    samples = [(stack, z) for stack in stacks for z in range(len(stack.images))]
+    samples = slices_of(prepare_volumes(volumes, options))
     torch.manual_seed(0)
     picked = [samples[i] for i in torch.randperm(len(samples))[:SLICES].tolist()]
-    batch = finetune.Batch(*Augmentation()(*finetune.gather(picked, torch.device("cpu"))))
-    criterion = finetune.DiceCELoss(to_onehot_y=True, softmax=True, lambda_dice=finetune.LOSSES[options.loss])
+    batch = Batch(*Augmentation()(*gather(picked, torch.device("cpu"))))
+    criterion = DiceCELoss(to_onehot_y=True, softmax=True, lambda_dice=LOSSES[options.loss])
     steps = options.steps_per_epoch or -(-len(samples) // options.batch)
     notes = (
         f"{options.model}, {options.levels} levels, --position {options.position}, {', '.join(chosen)}; after "

@@ -21,15 +21,17 @@ from monai.networks.nets import UNet
 from torch import nn
 
 from benchmarks.common import harness
-from examples.protocol.augmentation import Augmentation
-from examples.protocol.comparison import difference, runs_ahead, spread
+from examples.protocol.experiments.inference import evaluate
+from examples.protocol.experiments.inputs import load_split, load_stacks
 from examples.protocol.files import read_json, write_json
-from examples.protocol.finetune import evaluate, gather
-from examples.protocol.networks import WithoutKeypoints
-from examples.protocol.recipes import load_split, load_stacks, parse, parser_of
-from examples.protocol.scores import mean_score
-from examples.protocol.stacks import Stack
-from examples.protocol.training import cosine, draw_batches
+from examples.protocol.models.networks import WithoutKeypoints
+from examples.protocol.options import Options, parse
+from examples.protocol.results.comparison import difference, runs_ahead, spread
+from examples.protocol.results.scores import mean_score
+from examples.protocol.training.augmentation import Augmentation
+from examples.protocol.training.batches import draw_batches, gather
+from examples.protocol.training.loop import cosine
+from examples.protocol.volumes.stacks import Stack
 from kaf_layer import GridDetector, KAFLayer, attach
 
 BEFORE, WITHOUT, WITH = "UNet", "fine-tuned", "fine-tuned with layers attached"
@@ -88,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=400, help="of training, and again of fine-tuning")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     options = parser.parse_args(arguments)
-    protocol = parse(parser_of(None), ["--preset", "sunnybrook", "--data", str(options.data), "--output", "unused"])
+    protocol = parse(Options, ["--preset", "sunnybrook", "--data", str(options.data), "--output", "unused"])
     spacing = protocol.spacing * protocol.resize  # of the grid, in pixels of the resized slices
     stacks = load_stacks(protocol)
     split = load_split(protocol, [stack.volume for stack in stacks])

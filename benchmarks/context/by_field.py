@@ -49,7 +49,8 @@ DATA_SETS = {"sunnybrook": DataSet((3, 4, 5), METHODS), "lumbar": DataSet((4, 5)
 def by_field(options: argparse.Namespace) -> None:
     """Cross-validates every method with every number of levels, unless given runs, and reports Dice by their field."""
     from examples.protocol import cross_validate
-    from examples.protocol.comparison import difference, runs_ahead
+    from examples.protocol.results.comparison import difference, runs_ahead
+    from examples.protocol.results.tables import over_folds
 
     rows, given = [], [run for file in options.results for run in read_json(file)]
     count, output, methods = options.labelled, options.output / options.part, DATA_SETS[options.part].methods
@@ -67,7 +68,7 @@ def by_field(options: argparse.Namespace) -> None:
         field = 9 * 2 ** (levels - 1) - 4  # two convolutions 3x3 on each level, and halvings between
         for name in filter(of.get, methods):  # files of runs may lack some
             row = {"network": methods[name], "levels": levels, "receptive field / edge": field / edge}
-            row["Dice"] = mean(cross_validate.over_folds(of[name], None))
+            row["Dice"] = mean(over_folds(of[name], None))
             d = difference(of[name], of["unet"]) if name != "unet" else None
             row["ahead of UNet"] = f"{d.dice:+.3f}, p = {d.p:.2g}" if d else ""
             row["in folds"] = f"{d.ahead} of {d.folds}" if d else ""

@@ -40,7 +40,7 @@ def swin() -> nn.Module:
     """MONAI's SwinUNETR, whose layers see windows of 7, of pixels half to a 32nd as fine as the image's."""
     from monai.networks.nets import SwinUNETR
 
-    from examples.protocol.networks import WithoutKeypoints
+    from examples.protocol.models.networks import WithoutKeypoints
 
     return WithoutKeypoints(SwinUNETR(1, 2, feature_size=12, spatial_dims=2))
 

@@ -19,14 +19,16 @@ from monai.bundle import ConfigParser
 from monai.losses import DiceCELoss
 from torch import nn
 
-from examples.protocol.augmentation import Augmentation
-from examples.protocol.data import load_volumes
+from examples.protocol.experiments.finetuning import versions
+from examples.protocol.experiments.inference import evaluate
 from examples.protocol.files import read_json, save, write_json
-from examples.protocol.finetune import evaluate, gather, versions
-from examples.protocol.networks import WithoutKeypoints
-from examples.protocol.scores import mean_score
-from examples.protocol.stacks import Stack, prepare
-from examples.protocol.training import cosine, draw_batches
+from examples.protocol.models.networks import WithoutKeypoints
+from examples.protocol.results.scores import mean_score
+from examples.protocol.training.augmentation import Augmentation
+from examples.protocol.training.batches import draw_batches, gather
+from examples.protocol.training.loop import cosine
+from examples.protocol.volumes.loading import load_volumes
+from examples.protocol.volumes.stacks import Stack, prepare
 
 BUNDLE = Path(__file__).parent
 SPLIT = BUNDLE.parents[1] / "benchmarks" / "results" / "sunnybrook-split.json"

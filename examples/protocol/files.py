@@ -10,7 +10,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 
 
@@ -80,6 +79,7 @@ def read_json(path: Path) -> Any:
 
 def save(content: Any, path: Path) -> None:
     """Writes tensors, numbers and texts: the same bytes for the same content, whatever the file's name."""
+    import torch  # here, since the commands read JSON before they load torch, which takes seconds
 
     def writer(temporary: Path) -> None:
         with temporary.open("wb") as file:  # given a name, torch would put it into the file
@@ -92,6 +92,8 @@ def load(path: Path) -> Any:
     """Reads a file of plain tensors, numbers and texts; code that a file holds does not run."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
+    import torch
+
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -84,11 +84,14 @@ def test_bundle_weights_load_and_segment() -> None:
     assert not set(about["train"]) & set(about["test"])
     if not SUNNYBROOK.is_dir():
         pytest.skip("../shared/data/sunnybrook is not here")
-    train, finetune = pytest.importorskip("examples.bundle.train"), pytest.importorskip("examples.protocol.finetune")
+    train, inference = (
+        pytest.importorskip("examples.bundle.train"),
+        pytest.importorskip("examples.protocol.experiments.inference"),
+    )
     subject, expected = about["model"]["scores"][0]
     stacks = train.load_slices(SUNNYBROOK, network.detector)
     stack = next(stack for stack in stacks if stack.volume.subject == subject)
-    (score,) = finetune.evaluate(train.WithoutKeypoints(network), [stack], classes=2)[0]
+    (score,) = inference.evaluate(train.WithoutKeypoints(network), [stack], classes=2)[0]
     assert score == pytest.approx(expected, abs=0.01)
 
 

@@ -1,18 +1,19 @@
 """What all methods of pretraining share: an encoder, what a batch is drawn from, how it is drawn, and a loss."""
 
-import argparse
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from examples.protocol.augmentation import Augmentation
-from examples.protocol.detectors import no_keypoints
-from examples.protocol.finetune import gather
-from examples.protocol.stacks import Stack
+from examples.protocol.models.detectors import no_keypoints
+from examples.protocol.options import PretrainOptions
+from examples.protocol.training.augmentation import Augmentation
+from examples.protocol.training.batches import gather
+from examples.protocol.volumes.stacks import Stack
 from kaf_layer import Keypoints
+from kaf_layer.augmentation import move_keypoints
 
 
 class Slice(NamedTuple):
@@ -30,19 +31,15 @@ class Pretraining(nn.Module):
     which returns the "loss" and what else is to be shown, and which ``parts`` of the network it has trained.
     """
 
-    title: str
-    temperature = 0.1  # the paper's, where a method has one
-    weights: tuple[float, float, float] | None = None  # of the parts of Eq. 3, if a method fixes them
-
-    def __init__(self, network: nn.Module, samples: Sequence[Any], options: argparse.Namespace) -> None:
+    def __init__(self, network: nn.Module, samples: Sequence[Any], options: PretrainOptions) -> None:
         super().__init__()
         del samples
-        self.encoder: nn.Module = network.encoder
+        self.encoder = cast("nn.Module", network.encoder)
         self.channels, self.stride = probe(self.encoder, options.levels)
         self.embed_dim: int = options.embed_dim
 
     @staticmethod
-    def samples(stacks: Sequence[Stack], options: argparse.Namespace) -> list[Any]:  # noqa: ARG004
+    def samples(stacks: Sequence[Stack], options: PretrainOptions) -> list[Any]:  # noqa: ARG004
         slices = [(stack, z) for stack in stacks for z in range(len(stack.images))]
         return [Slice(stack, z, number) for number, (stack, z) in enumerate(slices)]
 
@@ -83,6 +80,19 @@ def numbers(samples: Sequence[Slice], device: torch.device) -> Tensor:
 def join(batches: Sequence[Keypoints]) -> Keypoints:
     """Several batches as one."""
     return Keypoints.stack([batch[i] for batch in batches for i in range(len(batch))])
+
+
+def crop(
+    images: Tensor, keypoints: Keypoints, corner: tuple[int, int], size: tuple[int, int]
+) -> tuple[Tensor, Keypoints]:
+    """The part of images (B, C, H, W) of a size (h, w) whose corner is at (top, left), and the keypoints in it."""
+    (top, left), (height, width) = corner, size
+
+    def move(positions: Tensor) -> Tensor:  # by numbers, since a tensor of them would be a copy that a GPU waits for
+        x, y = positions.unbind(-1)
+        return torch.stack([x - left, y - top], dim=-1)
+
+    return images[:, :, top : top + height, left : left + width], move_keypoints(keypoints, move, size)
 
 
 def pooled(features: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ Instance discrimination, and beside it a decoder that restores what was augmente
 takes, this is SimSiam (Chen and He, 2021), which needs neither large batches nor negatives.
 """
 
-import argparse
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from examples.protocol.augmentation import Augmentation, vary
-from examples.protocol.finetune import gather
 from examples.protocol.methods.base import Pretraining, Slice, pooled
+from examples.protocol.options import PretrainOptions
+from examples.protocol.training.augmentation import Augmentation, vary
+from examples.protocol.training.batches import gather
 from kaf_layer import Keypoints
 
 CONTEXT = 10.0  # the weight of the restoration
@@ -26,9 +26,7 @@ class CAiD(Pretraining):
     The decoder sees the encoder's last map alone, so that all that is restored has gone through it.
     """
 
-    title = "CAiD"
-
-    def __init__(self, network: nn.Module, samples: Sequence[Slice], options: argparse.Namespace) -> None:
+    def __init__(self, network: nn.Module, samples: Sequence[Slice], options: PretrainOptions) -> None:
         super().__init__(network, samples, options)
         width = self.embed_dim
         self.projector = nn.Sequential(

@@ -6,16 +6,16 @@ and their size, and the temperature. They train the decoder after the encoder, w
 once, and the local contrast gives the encoder no gradient.
 """
 
-import argparse
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from examples.protocol.augmentation import Augmentation, vary
 from examples.protocol.methods.base import Pretraining, Slice, head, pooled, views
+from examples.protocol.options import PretrainOptions
+from examples.protocol.training.augmentation import Augmentation, vary
 from examples.unet import Decoder
 from kaf_layer import Keypoints
 
@@ -26,9 +26,7 @@ REGIONS, REGION = 13, 3  # how many of a map, and pixels to a side of each
 class GlobalGLCL(Pretraining):
     """Slices of one quarter of a volume, of any volume, are alike, and unlike those of other quarters."""
 
-    title = "GLCL-global"
-
-    def __init__(self, network: nn.Module, samples: Sequence[Slice], options: argparse.Namespace) -> None:
+    def __init__(self, network: nn.Module, samples: Sequence[Slice], options: PretrainOptions) -> None:
         super().__init__(network, samples, options)
         self.contrast_temperature: float = options.temperature
         self.projector = head(self.channels, self.embed_dim, self.embed_dim)
@@ -48,15 +46,13 @@ class GLCL(GlobalGLCL):
     All blocks of a UNet's decoder but the last learn, three of four, as theirs.
     """
 
-    title = "GLCL-full"
-
-    def __init__(self, network: nn.Module, samples: Sequence[Slice], options: argparse.Namespace) -> None:
+    def __init__(self, network: nn.Module, samples: Sequence[Slice], options: PretrainOptions) -> None:
         super().__init__(network, samples, options)
         decoder = getattr(network, "decoder", None)
         if not isinstance(decoder, Decoder):
             raise ValueError(f"glcl pretrains the decoder of a UNet, got --model {options.model}; try glcl-global")
         self.ups, self.blocks = decoder.ups[:-1], decoder.blocks[:-1]
-        channels = self.ups[-1].out_channels
+        channels = cast("nn.ConvTranspose2d", self.ups[-1]).out_channels
         self.local_head = nn.Sequential(
             nn.Conv2d(channels, channels, 1), nn.ReLU(), nn.Conv2d(channels, self.embed_dim, 1)
         )

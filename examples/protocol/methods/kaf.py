@@ -1,17 +1,17 @@
 """The paper's own pretraining, all of Eq. 3, and PCL (Zeng et al. 2021), its first part alone."""
 
-import argparse
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from examples.protocol.augmentation import Augmentation
-from examples.protocol.finetune import gather
 from examples.protocol.methods.base import Pretraining
-from examples.protocol.stacks import Stack, match_slices, say, stack_matches
+from examples.protocol.options import PretrainOptions
+from examples.protocol.training.augmentation import Augmentation
+from examples.protocol.training.batches import gather
+from examples.protocol.volumes.stacks import Stack, match_slices, say, stack_matches
 from kaf_layer import KAFPretrainingLoss, Keypoints, Matches
 
 Pair = tuple[Stack, int, int, Matches]  # two slices of a volume, and the partners of their keypoints
@@ -20,23 +20,25 @@ Pair = tuple[Stack, int, int, Matches]  # two slices of a volume, and the partne
 class KAF(Pretraining):
     """Learns from pairs of neighbouring slices; a network without tokens by the positional contrast alone."""
 
-    title = "KAF"
-
-    def __init__(self, network: nn.Module, samples: Sequence[Pair], options: argparse.Namespace) -> None:
+    def __init__(self, network: nn.Module, samples: Sequence[Pair], options: PretrainOptions) -> None:
         super().__init__(network, samples, options)
-        tokens = options.embed_dim * len(self.encoder.layers) if options.model.startswith("kaf") else 0
+        tokens = (
+            options.embed_dim * len(cast("nn.ModuleList", self.encoder.layers))
+            if options.model.startswith("kaf")
+            else 0
+        )
         self.loss = KAFPretrainingLoss(
             self.channels,
             tokens,
             embed_dim=options.embed_dim,
-            weights=tuple(options.weights) if tokens else (1.0, 0.0, 0.0),
+            weights=options.weights if tokens else (1.0, 0.0, 0.0),
             temperature=options.temperature,
             threshold=options.threshold,
             gather_distributed=True,
         )
 
     @staticmethod
-    def samples(stacks: Sequence[Stack], options: argparse.Namespace) -> list[Pair]:
+    def samples(stacks: Sequence[Stack], options: PretrainOptions) -> list[Pair]:
         """Each slice with the next; the only slice of a volume with itself."""
         pairs = []
         for stack in tqdm(stacks, desc="matches", leave=False):
@@ -65,6 +67,3 @@ class KAF(Pretraining):
 
 class PCL(KAF):
     """The contrast of slices by their positions."""
-
-    title = "PCL"
-    weights = (1.0, 0.0, 0.0)

@@ -1,6 +1,5 @@
 """PIRL (Misra and van der Maaten, "Self-supervised learning of pretext-invariant representations", 2020): jigsaws."""
 
-import argparse
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,10 +8,10 @@ import torch.nn.functional as F
 from accelerate.utils import gather
 from torch import Tensor, nn
 
-from examples.protocol.augmentation import Augmentation
-from examples.protocol.methods.base import Pretraining, Slice, head, join, numbers, views
+from examples.protocol.methods.base import Pretraining, Slice, crop, head, join, numbers, views
+from examples.protocol.options import PretrainOptions
+from examples.protocol.training.augmentation import Augmentation
 from kaf_layer import Keypoints
-from kaf_layer.augmentation import move_keypoints
 
 GRID = 3  # patches to a side
 
@@ -24,11 +23,9 @@ class PIRL(Pretraining):
     there are other slices, weighted one half for the slice and one half for its jigsaw.
     """
 
-    title = "PIRL"
-    temperature = 0.07
     memory: Tensor
 
-    def __init__(self, network: nn.Module, samples: Sequence[Slice], options: argparse.Namespace) -> None:
+    def __init__(self, network: nn.Module, samples: Sequence[Slice], options: PretrainOptions) -> None:
         super().__init__(network, samples, options)
         self.contrast_temperature: float = options.temperature
         self.head = head(self.channels, self.embed_dim)
@@ -89,10 +86,9 @@ def cut(images: Tensor, keypoints: Keypoints, divisor: int) -> tuple[Tensor, Key
     pieces, moved = [], []
     for row in range(GRID):
         for column in range(GRID):
-            top, left = row * cells[0], column * cells[1]
-            shift = keypoints.positions.new_tensor([left, top])
-            pieces.append(images[:, :, top : top + height, left : left + width])
-            moved.append(move_keypoints(keypoints, lambda p, shift=shift: p - shift, (height, width)))
+            piece, inside = crop(images, keypoints, (row * cells[0], column * cells[1]), (height, width))
+            pieces.append(piece)
+            moved.append(inside)
     stacked = torch.stack(pieces, dim=1).flatten(0, 1)
     joined = join(moved)  # piece by piece; the images are image by image
     return stacked, joined[torch.arange(len(stacked)).view(GRID**2, -1).T.flatten()]

@@ -1,6 +1,5 @@
 """Rotation (Gidaris et al., "Unsupervised representation learning by predicting image rotations", 2018)."""
 
-import argparse
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from examples.protocol.augmentation import Augmentation
-from examples.protocol.methods.base import Pretraining, Slice, head, join, views
+from examples.protocol.methods.base import Pretraining, Slice, crop, head, join, views
+from examples.protocol.options import PretrainOptions
+from examples.protocol.training.augmentation import Augmentation
 from kaf_layer import Keypoints
 from kaf_layer.augmentation import move_keypoints
 
@@ -20,9 +20,7 @@ class Rotation(Pretraining):
     Of a patch that is not square, its middle is turned.
     """
 
-    title = "Rotation"
-
-    def __init__(self, network: nn.Module, samples: Sequence[Slice], options: argparse.Namespace) -> None:
+    def __init__(self, network: nn.Module, samples: Sequence[Slice], options: PretrainOptions) -> None:
         super().__init__(network, samples, options)
         self.head = head(self.channels, 4)
 
@@ -41,9 +39,7 @@ def middle(images: Tensor, keypoints: Keypoints) -> tuple[Tensor, Keypoints]:
     """The largest square about the centre of images (B, C, H, W)."""
     edge = min(images.shape[2:])
     top, left = ((size - edge) // 2 for size in images.shape[2:])
-    shift = keypoints.positions.new_tensor([left, top])
-    cut = images[:, :, top : top + edge, left : left + edge]
-    return cut, move_keypoints(keypoints, lambda positions: positions - shift, (edge, edge))
+    return crop(images, keypoints, (top, left), (edge, edge))
 
 
 def turn(images: Tensor, keypoints: Keypoints, times: int) -> tuple[Tensor, Keypoints]:

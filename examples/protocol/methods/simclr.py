@@ -4,15 +4,15 @@ Its loss NT-Xent is our PCLLoss where only the views of one slice are positives:
 slices' numbers, divided by how many there are.
 """
 
-import argparse
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from examples.protocol.augmentation import Augmentation
 from examples.protocol.methods.base import Pretraining, Slice, head, numbers, views
+from examples.protocol.options import PretrainOptions
+from examples.protocol.training.augmentation import Augmentation
 from kaf_layer import Keypoints, PCLLoss
 
 
@@ -31,9 +31,7 @@ class InstanceContrast(nn.Module):
 class SimCLR(Pretraining):
     """Two views of each slice find each other among the views of the batch, those of other processes too."""
 
-    title = "SimCLR"
-
-    def __init__(self, network: nn.Module, samples: Sequence[Slice], options: argparse.Namespace) -> None:
+    def __init__(self, network: nn.Module, samples: Sequence[Slice], options: PretrainOptions) -> None:
         super().__init__(network, samples, options)
         self.projector = head(self.channels, self.embed_dim, self.embed_dim)
         self.contrast = InstanceContrast(len(samples), temperature=options.temperature)

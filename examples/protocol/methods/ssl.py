@@ -5,7 +5,6 @@ three losses with equal weights, the L1 norm of what is painted, and the share t
 volumes, turned about their long axis; this one learns from slices.
 """
 
-import argparse
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from examples.protocol.augmentation import Augmentation
 from examples.protocol.methods.base import Pretraining, Slice, head, join, numbers, pooled, views
 from examples.protocol.methods.caid import decoder
 from examples.protocol.methods.rotation import middle, turn
 from examples.protocol.methods.simclr import InstanceContrast
+from examples.protocol.options import PretrainOptions
+from examples.protocol.training.augmentation import Augmentation
 from kaf_layer import Keypoints
 
 SHARE = 0.3  # of each image that is cut out
@@ -26,9 +26,7 @@ SHARE = 0.3  # of each image that is cut out
 class SSL(Pretraining):
     """From a slice that was turned and has holes: paints the holes, tells the turn, finds the slice's other view."""
 
-    title = "inpainting, rotation and contrast"
-
-    def __init__(self, network: nn.Module, samples: Sequence[Slice], options: argparse.Namespace) -> None:
+    def __init__(self, network: nn.Module, samples: Sequence[Slice], options: PretrainOptions) -> None:
         super().__init__(network, samples, options)
         self.decoder = decoder(self.channels, self.stride)
         self.turn_head = head(self.channels, 4)

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from examples.protocol.data import normalise
-from examples.protocol.phantom import Volume
+from examples.protocol.volumes.loading import normalise
+from examples.protocol.volumes.volume import Volume
 from kaf_layer import KeypointDetector, Keypoints, Matches, match_keypoints
 from kaf_layer.augmentation import move_keypoints
 

@@ -1,6 +1,5 @@
 """The detectors of keypoints that ``--detector`` names."""
 
-import argparse
 from collections.abc import Callable
 
 import kornia.feature as KF
@@ -8,11 +7,12 @@ from torch import Tensor, nn
 
 from examples.kornia_detector import KorniaDetector
 from examples.protocol.files import load
+from examples.protocol.options import Options
 from examples.superpoint import SuperPoint
 from kaf_layer import GridDetector, KeypointDetector, Keypoints, SIFTDetector
 
-DETECTORS = ("sift", "grid", "none", "disk", "dedode", "aliked", "keynet", "superpoint")
-LEARNT: dict[str, Callable[[int], nn.Module]] = {  # of at most so many keypoints; weights come from --detector-weights
+# Each is built for a largest number of keypoints; its weights come from --detector-weights.
+FEATURES: dict[str, Callable[[int], nn.Module]] = {
     "disk": lambda _: KF.DISK(),
     "dedode": lambda _: KF.DeDoDe(descriptor_model="B"),
     "aliked": lambda count: KF.ALIKED(max_num_keypoints=count),
@@ -23,9 +23,10 @@ LEARNT: dict[str, Callable[[int], nn.Module]] = {  # of at most so many keypoint
 }
 
 
-def build_detector(options: argparse.Namespace) -> KeypointDetector:
-    if options.detector in LEARNT:
-        feature = LEARNT[options.detector](options.max_keypoints)
+def build_detector(options: Options) -> KeypointDetector:
+    if options.detector in FEATURES:
+        feature = FEATURES[options.detector](options.max_keypoints)
+        assert options.detector_weights is not None  # the options are refused without them
         weights = load(options.detector_weights)
         try:
             feature.load_state_dict(weights.get("extractor", weights))  # DISK's file holds other things beside it
@@ -39,7 +40,7 @@ def build_detector(options: argparse.Namespace) -> KeypointDetector:
     return GridDetector(options.spacing) if options.detector == "grid" else no_keypoints
 
 
-def redetector(options: argparse.Namespace) -> KeypointDetector | None:
+def redetector(options: Options) -> KeypointDetector | None:
     """What finds keypoints anew in augmented images: those of a grid, and in volumes all."""
     if options.detector == "grid" and options.spatial_dims == 2:
         return GridDetector(options.spacing * options.resize)

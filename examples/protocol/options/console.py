@@ -1,4 +1,4 @@
-"""What the scripts show for --help, and how they end where their user made a mistake."""
+"""What the commands show for --help, and how they end after a mistake of the user."""
 
 import argparse
 import sys
@@ -7,22 +7,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-OURS = Path(__file__).resolve().parents[2]  # the examples and, in a clone, the package
+OURS = Path(__file__).resolve().parents[3]  # the examples and, in a clone, the package
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the description's lines, and shows every default that is a value."""
+    """Keeps the lines of the description, and shows every default that is a value."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default is False or "default" in (action.help or ""):
+        if action.default in (None, False, []) or "default" in (action.help or ""):
             return action.help
         return super()._get_help_string(action)
 
 
 def run(main: Callable[[], Any]) -> None:
-    """Runs a script; an error that the examples or the package raise on purpose becomes "error: ..." and status 2.
+    """Runs a command. An error that the examples or the package raise on purpose becomes "error: ..." and status 2.
 
-    Any other error is a fault in the code, and keeps its traceback.
+    Any other error is a fault in the code and keeps its traceback.
     """
     try:
         main()

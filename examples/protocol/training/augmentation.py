@@ -63,7 +63,10 @@ class VolumeAugmentation(nn.Module):
     def forward(self, images: Tensor, keypoints: Any, labels: Tensor | None = None) -> Any:
         parameters = self.affine.forward_parameters(images.shape)
         matrix = self.affine.compute_transformation(images, parameters, self.affine.flags)[:, :3]
-        warp = partial(warp_affine3d, M=matrix, dsize=images.shape[2:], padding_mode="reflection", align_corners=False)
+        depth, height, width = images.shape[2:]
+        warp = partial(
+            warp_affine3d, M=matrix, dsize=(depth, height, width), padding_mode="reflection", align_corners=False
+        )
         if labels is not None:
             labels = warp(labels[:, None].to(images), flags="nearest")[:, 0].to(labels.dtype)
         return warp(images), keypoints, labels

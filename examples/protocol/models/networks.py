@@ -1,28 +1,16 @@
 """The networks that ``--model`` names, from (images, keypoints) to logits."""
 
-import argparse
-
 import torch
 from torch import Tensor, nn
 
 from examples.fcn import FCN
+from examples.protocol.options import Options
 from examples.unet import UNet, UNetC2
 from examples.unet3d import UNet3d, UNet3dC2
 from kaf_layer import KAFEncoderOutput, KAFLayer, Keypoints
 
-MODELS = {
-    "unet": "UNet",
-    "unet-c2": "UNet (c2)",
-    "fcn": "FCN",
-    "kaf-fcn": "KAF-FCN",
-    "kaf-unet": "KAF-UNet",
-    "swin-unet": "Swin-Unet",
-    "swin-unetr": "SwinUNETR",
-}
-VOLUMETRIC = ("unet", "unet-c2", "kaf-unet", "swin-unetr")  # with --spatial-dims 3
 
-
-def build_model(options: argparse.Namespace) -> nn.Module:
+def build_model(options: Options) -> nn.Module:
     """The network of one's choice, with an ``encoder`` from (images, keypoints) to KAFEncoderOutput."""
     classes, width = options.classes, options.width
     if options.model == "swin-unetr":
@@ -50,7 +38,7 @@ def build_model(options: argparse.Namespace) -> nn.Module:
     return (FCN if options.model.endswith("fcn") else UNet)(1, classes, width=width, layers=layers)
 
 
-def build_layer(channels: int, options: argparse.Namespace) -> KAFLayer:
+def build_layer(channels: int, options: Options) -> KAFLayer:
     return KAFLayer(
         channels,
         embed_dim=options.embed_dim,
@@ -73,7 +61,7 @@ class WithoutKeypoints(nn.Module):
 
     @property
     def encoder(self) -> "SwinEncoder":
-        return SwinEncoder(self.network.swinViT)
+        return SwinEncoder(self.network.get_submodule("swinViT"))
 
 
 class SwinEncoder(nn.Module):

@@ -4,18 +4,16 @@ Axes are named as nibabel names them: "RAS" says that the first axis points to t
 front, the third to the head.
 """
 
-import argparse
 import gzip
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from examples.protocol.files import write
+from examples.protocol.options.choices import DIRECTIONS
 
-DIRECTIONS = (("L", "R"), ("P", "A"), ("I", "S"))
-STORED = "stored"  # an orientation that leaves every volume as it is in its file
 TOLERANCE = 0.1  # voxels by which the affines of an image and its label may differ: headers are rounded
 
 
@@ -40,7 +38,7 @@ def read_nifti(path: Path) -> Nifti:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:
-        image = nibabel.load(path)
+        image: Any = nibabel.load(path)  # its types know no arrays
         array = np.asanyarray(image.dataobj)
     except (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError) as error:
         raise ValueError(f"{path} cannot be read, it may be truncated: {error}") from error
@@ -60,7 +58,7 @@ def write_nifti(volume: Nifti, path: Path, *, like: Path | None = None) -> None:
     """
     import nibabel
 
-    model = nibabel.Nifti1Image(*volume) if like is None else nibabel.load(like)
+    model: Any = nibabel.Nifti1Image(*volume) if like is None else nibabel.load(like)
     header = model.header.copy()
     header.set_data_dtype(volume.array.dtype)
     header.set_slope_inter(1, 0)
@@ -95,13 +93,6 @@ def in_plane(codes: str) -> str:
     """
     positive = ["RAS"[[code in pair for pair in DIRECTIONS].index(True)] for code in codes]
     return "".join(sorted(positive[:2], key="RAS".index)) + positive[2]
-
-
-def axes(text: str) -> str:
-    """Checks what ``--orientation`` is given."""
-    if text == STORED or (len(text) == 3 and all(sum(c in pair for c in text) == 1 for pair in DIRECTIONS)):
-        return text
-    raise argparse.ArgumentTypeError(f'must be three letters such as RAS or LPS, or "{STORED}", got {text!r}')
 
 
 def reorient(volume: Nifti, codes: str) -> Nifti:

@@ -1,0 +1,131 @@
+"""Fine-tuning: a network trained on the slices of few labelled subjects, and tested on the volumes of unseen ones."""
+
+import platform
+from contextlib import nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from monai.losses import DiceCELoss
+from torch import Tensor, nn
+
+import kaf_layer
+from examples.protocol.experiments.inference import score_all
+from examples.protocol.experiments.inputs import fold_of, keep_split, load_split, load_stacks
+from examples.protocol.files import claimed, read_json, save, write_json
+from examples.protocol.models.detectors import redetector
+from examples.protocol.models.networks import build_model
+from examples.protocol.models.token_loss import WithTokenLogits, token_loss
+from examples.protocol.options import FinetuneOptions
+from examples.protocol.options.choices import LOSSES
+from examples.protocol.results.scores import mean_score, missed
+from examples.protocol.training.augmentation import Augmentation
+from examples.protocol.training.batches import Sample, gather, slices_of
+from examples.protocol.training.checkpoints import Settings, check_unfinished, digest, load_pretrained, refuse_other
+from examples.protocol.training.loop import seed_of, settings_of, start, train
+from examples.protocol.volumes.loading import axes_of
+from examples.protocol.volumes.stacks import Stack
+from examples.unet import UNet
+
+
+def finetune(options: FinetuneOptions, stacks: list[Stack] | None = None) -> dict[str, Any]:
+    """Returns what result.json holds.
+
+    Args:
+        options: of the command line.
+        stacks: the slices, if they are loaded already.
+    """
+    accelerator = start(options)
+    with claimed(options.output) if accelerator.is_main_process else nullcontext():
+        return run(options, accelerator, stacks)
+
+
+def run(options: FinetuneOptions, accelerator: Accelerator, stacks: list[Stack] | None) -> dict[str, Any]:
+    """Trains, tests and writes; the folder is claimed by the caller."""
+    stacks = load_stacks(options) if stacks is None else stacks
+    split = load_split(options, (stack.volume for stack in stacks))
+    fold = fold_of(split, options.fold)
+    chosen = fold.labelled(options.labelled)
+    subjects = {"train": chosen, "test": fold.test}
+    settings = settings_of(options, accelerator, subjects=subjects, digest=digest(options.pretrained))
+    done = finished(options.output, settings)
+    if options.resume and done:
+        return done
+    if not done:
+        check_unfinished(options, settings, accelerator.print)
+    training = [stack for stack in stacks if stack.volume.subject in chosen]
+    unseen = [stack for stack in stacks if stack.volume.subject in fold.test]
+
+    torch.manual_seed(seed_of(options.seed))
+    model = build_model(options)
+    if options.pretrained:
+        accelerator.print(load_pretrained(model, options.pretrained))
+    learner = WithTokenLogits(cast("UNet", model), options.embed_dim, options.classes) if options.token_loss else model
+    augment = Augmentation(
+        drop_keypoints=options.drop_keypoints, detector=redetector(options), spatial_dims=options.spatial_dims
+    )
+    criterion = DiceCELoss(to_onehot_y=True, softmax=True, lambda_dice=LOSSES[options.loss])
+
+    def compute(module: nn.Module, samples: list[Sample]) -> dict[str, Tensor]:
+        images, keypoints, labels = augment(*gather(samples, accelerator.device))
+        output = module(images, keypoints)
+        logits = output.pixels if options.token_loss else output
+        values = {"loss": criterion(logits, labels[:, None]), "dice": overlap(logits, labels)}
+        if options.token_loss:
+            values["tokens"] = token_loss(output.tokens, keypoints, labels)
+            values["loss"] = values["loss"] + options.token_loss * values["tokens"]
+        return values
+
+    optimizer = torch.optim.Adam(learner.parameters(), lr=options.lr)
+    _, history = train(learner, slices_of(training), compute, optimizer, accelerator, options, settings)
+    result: dict[str, Any] = {}
+    if accelerator.is_main_process:
+        scores = score_all(model, unseen, classes=options.classes)
+        result = {
+            "dice": mean_score([row.dice for row in scores]),
+            "scores": [[stack.volume.subject, *row.dice] for stack, row in zip(unseen, scores, strict=True)],
+            "hd95": [[stack.volume.subject, *row.hd95] for stack, row in zip(unseen, scores, strict=True)],
+            "axes": axes_of(stacks[0].volume),
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "training_seconds": round(history.seconds, 1),
+            "losses": [round(loss, 5) for loss in history.losses],
+            "settings": settings,
+            "versions": versions(),
+        }
+        save(model.state_dict(), options.output / "weights.pt")
+        keep_split(split, options)
+        write_json(result, options.output / "result.json")
+        trained = f"after {history.seconds:.0f} s of training"
+        distance = f"{mean_score([row.hd95 for row in scores]):.1f} mm"
+        lost = f", {n} classes missed" if (n := missed([row.hd95 for row in scores])) else ""
+        print(f"{options.output}: Dice {result['dice']:.3f}, HD95 {distance}{lost} on {len(unseen)} volumes {trained}")
+    accelerator.wait_for_everyone()
+    return result
+
+
+def finished(output: Path, settings: Settings) -> dict[str, Any] | None:
+    """The result of a run with these very settings, if there is one.
+
+    Raises:
+        ValueError: if --output holds the result of a run with other settings.
+    """
+    path = output / "result.json"
+    if not path.is_file():
+        return None
+    result: dict[str, Any] = read_json(path)
+    refuse_other(result["settings"], settings, output)
+    return result if result["settings"] == settings else None
+
+
+def overlap(logits: Tensor, labels: Tensor) -> Tensor:
+    """Dice of all the foreground of a batch, to watch while training."""
+    predicted = logits.argmax(1)
+    right = (predicted == labels) & (labels > 0)
+    return 2 * right.sum() / ((predicted > 0).sum() + (labels > 0).sum()).clamp(min=1)
+
+
+def versions() -> dict[str, str]:
+    others = {name: version(name) for name in ("torch", "monai", "kornia", "accelerate", "numpy")}
+    return {"python": platform.python_version(), "kaf-layer": kaf_layer.__version__} | others

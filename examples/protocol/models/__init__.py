@@ -1,0 +1,1 @@
+"""What the options name: networks, detectors, and the loss on tokens."""

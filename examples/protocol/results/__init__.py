@@ -1,0 +1,1 @@
+"""What runs are judged by: scores, comparisons and tables."""

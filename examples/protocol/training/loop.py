@@ -1,0 +1,133 @@
+"""The training loop that pretraining and fine-tuning share: epochs, checkpoints, logs, and what they start from.
+
+Every epoch draws its batches and augmentations from a seed of its own, so that a run that is killed and
+resumed from its last checkpoint gives, on a CPU, bit for bit the weights of one that was not.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from examples.protocol.files import save
+from examples.protocol.options import FinetuneOptions, Options, PretrainOptions
+from examples.protocol.training.batches import draw_batches
+from examples.protocol.training.checkpoints import History, Settings, restore
+
+Sample = TypeVar("Sample")
+
+
+def train(
+    module: nn.Module,
+    samples: Sequence[Sample],
+    compute: Callable[[nn.Module, list[Sample]], dict[str, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    options: FinetuneOptions | PretrainOptions,
+    settings: Settings,
+) -> tuple[nn.Module, History]:
+    """Trains on all samples, by a learning rate that falls to zero along a cosine.
+
+    Args:
+        module: what learns.
+        samples: what batches are drawn from.
+        compute: from the module and a batch's samples to its "loss", and whatever else is to be shown, by name.
+        optimizer: of the module's parameters, with the learning rates to start from.
+        accelerator: devices, precision and processes.
+        options: of the command line.
+        settings: what decides the run's result; a checkpoint with other settings is not resumed.
+
+    Returns:
+        the module, as it was given, and the training's history.
+
+    Raises:
+        FloatingPointError: if an epoch's loss is not finite; the last checkpoint stays.
+    """
+    if options.batch % accelerator.num_processes:
+        raise ValueError(
+            f"--batch must be a multiple of the processes, {accelerator.num_processes}, got {options.batch}"
+        )
+    checkpoint = options.output / "checkpoint.pt"
+    resumed = options.resume and checkpoint.is_file()
+    before = restore(checkpoint, module, optimizer, settings) if resumed else History(0.0, [])
+    first, losses = len(before.losses), before.losses
+    began = time.perf_counter() - before.seconds
+    module, optimizer = accelerator.prepare(module, optimizer)
+    is_main, rank = accelerator.is_main_process, accelerator.process_index
+    steps = options.steps_per_epoch or math.ceil(len(samples) / options.batch)
+    processes = "1 process" if accelerator.num_processes == 1 else f"{accelerator.num_processes} processes"
+    accelerator.print(f"{len(samples)} samples, {processes} on {accelerator.device}")
+    bar = tqdm(total=options.epochs * steps, initial=first * steps, desc=options.output.name, disable=not is_main)
+    writer = SummaryWriter(str(options.output), purge_step=first + 1) if is_main else None
+    for epoch in range(first, options.epochs):
+        module.train()
+        torch.manual_seed(seed_of(options.seed, epoch, rank))
+        batches = draw_batches(len(samples), options.batch, steps, seed=seed_of(options.seed, epoch))
+        totals: dict[str, Tensor] = {}
+        for i, batch in enumerate(batches):
+            progress = (epoch * steps + i) / (options.epochs * steps)
+            for group in optimizer.param_groups:
+                group["lr"] = cosine(group.setdefault("initial_lr", group["lr"]), progress)
+            values = compute(module, [samples[j] for j in batch[rank :: accelerator.num_processes]])
+            accelerator.backward(values["loss"])
+            optimizer.step()
+            optimizer.zero_grad()
+            totals = {name: totals.get(name, 0) + value.detach() / steps for name, value in values.items()}
+            bar.update()
+        means = {name: float(value) for name, value in totals.items()}
+        if not math.isfinite(means["loss"]):
+            advice = f"try a lower --lr than {options.lr}, or --mixed-precision no"
+            raise FloatingPointError(f"the training loss of epoch {epoch + 1} is {means['loss']}: {advice}")
+        losses.append(means["loss"])
+        bar.set_postfix({name: f"{value:.3f}" for name, value in means.items()})
+        if writer:
+            log(writer, means, epoch + 1)
+            if (epoch + 1) % options.save_every == 0 or epoch + 1 == options.epochs:
+                state = accelerator.unwrap_model(module).state_dict()
+                fields = {"module": state, "optimizer": optimizer.state_dict()}
+                fields |= {"settings": dict(settings), "seconds": time.perf_counter() - began, "losses": losses}
+                save(fields, checkpoint)
+    bar.close()
+    if writer:
+        writer.close()
+    accelerator.wait_for_everyone()
+    return accelerator.unwrap_model(module), History(time.perf_counter() - began, losses)
+
+
+def log(writer: SummaryWriter, values: Mapping[str, float], epoch: int) -> None:
+    """Adds numbers to TensorBoard's logs, on the disk when this returns."""
+    try:
+        for name, value in values.items():
+            writer.add_scalar(name, value, epoch)
+        writer.flush()
+    except OSError as error:
+        raise OSError(f"logs in {writer.log_dir} cannot be written: {error}; then go on with --resume") from error
+
+
+def start(options: Options, **handlers: Any) -> Accelerator:
+    """Devices, precision and processes, as ``torchrun`` or ``accelerate launch`` determines them."""
+    # Without being told, several processes on a machine without an accelerator would each think it is alone.
+    cpu = not torch.accelerator.is_available()
+    return Accelerator(mixed_precision=options.mixed_precision, cpu=cpu, **handlers)
+
+
+def settings_of(options: Options, accelerator: Accelerator, **content: Any) -> dict[str, Any]:
+    """What decides a run's result: its options, with the precision in use, and what is compared by content."""
+    return dict(sorted((options.settings() | {"mixed_precision": accelerator.mixed_precision} | content).items()))
+
+
+def cosine(lr: float, progress: float) -> float:
+    """From the learning rate down to zero as progress goes from 0 to 1."""
+    return lr * (1 + math.cos(math.pi * progress)) / 2
+
+
+def seed_of(*numbers: int) -> int:
+    """A seed from several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
