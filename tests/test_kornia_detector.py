@@ -108,7 +108,7 @@ def test_in_the_protocol_with_weights_from_a_file(tmp_path: Path, name: str) -> 
     detectors = pytest.importorskip("examples.protocol.models.detectors", reason="the extra train is not here")
     options_of = pytest.importorskip("examples.protocol.options")
     torch.manual_seed(1)
-    state = detectors.LEARNT[name](20).state_dict()
+    state = detectors.FEATURES[name](20).state_dict()
     torch.save({"extractor": state} if name == "disk" else state, tmp_path / "weights.pth")
     arguments = ["--output", "x", "--detector", name, "--detector-weights", str(tmp_path / "weights.pth")]
     options = options_of.parse(options_of.Options, [*arguments, "--max-keypoints", "20"])

@@ -1,4 +1,4 @@
-"""The paper's table: Dice on unseen subjects, of networks trained on M labelled ones, over folds.
+r"""The paper's table: Dice on unseen subjects, of networks trained on M labelled ones, over folds.
 
     python -m examples.protocol.cross_validate --output outputs/table --methods unet kaf-unet  # on phantoms
     python -m examples.protocol.cross_validate --output outputs/acdc --preset acdc --data ACDC/training \

@@ -1,4 +1,4 @@
-"""Draws the paper's figures for one's own data and networks.
+r"""Draws the paper's figures for one's own data and networks.
 
     python -m examples.protocol.figures --output outputs/figures  # on phantoms, all that need no network
     python -m examples.protocol.figures threshold --output outputs/figures  # one of them

@@ -1,4 +1,4 @@
-"""Trains a network on the slices of few labelled subjects, and tests it on the volumes of unseen ones.
+r"""Trains a network on the slices of few labelled subjects, and tests it on the volumes of unseen ones.
 
     python -m examples.protocol.finetune --output outputs/finetune --labelled 2                     # phantoms
     python -m examples.protocol.finetune --preset acdc --data ACDC/training --fold 0 --labelled 6 \
