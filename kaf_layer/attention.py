@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.types import Device
 from torch.utils.checkpoint import checkpoint
 
 from kaf_layer.checks import check_counts, check_precision, check_tokens
@@ -45,6 +46,8 @@ class KeypointTransformer(nn.Module):
             possible too. None means "absolute", the only encoding for "propagation" blocks.
         spatial_dims: the number of coordinates of a position.
         recompute: whether to compute each block again in the backward pass instead of saving its activations.
+        device: where the weights are made; torch's default if None.
+        dtype: the type of the weights; torch's default if None.
 
     Raises:
         ValueError: if ``embed_dim`` is not a multiple of ``num_heads``, an option is unknown, "rotary" or "both" is
@@ -66,8 +69,11 @@ class KeypointTransformer(nn.Module):
         position: PositionType | None = None,
         spatial_dims: int = 2,
         recompute: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         if block not in get_args(BlockType):
             raise ValueError(f"block must be one of {get_args(BlockType)}, got {block=}")
         check_counts(embed_dim=embed_dim, spatial_dims=spatial_dims)
@@ -82,19 +88,21 @@ class KeypointTransformer(nn.Module):
             )
         has_encoder, is_rotary = self.position in ("both", "absolute"), self.position in ("both", "rotary")
         self.position_encoder = (
-            PositionEncoder(embed_dim, block=block, spatial_dims=spatial_dims) if has_encoder else None
+            PositionEncoder(embed_dim, block=block, spatial_dims=spatial_dims, **factory) if has_encoder else None
         )
         if block == "transformer":
             rotary_dims = spatial_dims if is_rotary else 0
             self.blocks = nn.ModuleList(
-                TransformerBlock(embed_dim, num_heads=num_heads, rotary_dims=rotary_dims, recompute=recompute)
+                TransformerBlock(
+                    embed_dim, num_heads=num_heads, rotary_dims=rotary_dims, recompute=recompute, **factory
+                )
                 for _ in range(depth)
             )
-            self.norm: Any = nn.LayerNorm(embed_dim)
+            self.norm: Any = nn.LayerNorm(embed_dim, **factory)
         else:
             # The authors run every layer twice on the same tokens: two updates at 0.1 are one at 0.19.
             self.blocks = nn.ModuleList(
-                PropagationBlock(embed_dim, num_heads=num_heads, momentum=0.19, recompute=recompute)
+                PropagationBlock(embed_dim, num_heads=num_heads, momentum=0.19, recompute=recompute, **factory)
                 for _ in range(depth)
             )
             self.norm = nn.Identity()
@@ -156,16 +164,27 @@ class PositionEncoder(nn.Module):
         torch.Size([2, 5, 32])
     """
 
-    def __init__(self, embed_dim: int, *, block: BlockType = "transformer", spatial_dims: int = 2) -> None:
+    def __init__(
+        self,
+        embed_dim: int,
+        *,
+        block: BlockType = "transformer",
+        spatial_dims: int = 2,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         hidden = (32, 64, 128, 256)
         self.block: BlockType = block
         self.spatial_dims = spatial_dims
-        self.linears = nn.ModuleList(nn.Linear(*sizes) for sizes in zip((spatial_dims, *hidden), hidden, strict=False))
+        sizes = zip((spatial_dims, *hidden), hidden, strict=False)
+        self.linears = nn.ModuleList(nn.Linear(before, after, **factory) for before, after in sizes)
         self.norms = nn.ModuleList(
-            nn.LayerNorm(size) if block == "transformer" else MaskedBatchNorm(size) for size in hidden
+            nn.LayerNorm(size, **factory) if block == "transformer" else MaskedBatchNorm(size, **factory)
+            for size in hidden
         )
-        self.out = nn.Linear(hidden[-1], embed_dim)
+        self.out = nn.Linear(hidden[-1], embed_dim, **factory)
 
     def forward(self, keypoints: Keypoints) -> Tokens:
         """The encoded positions (B, N, E)."""
@@ -192,15 +211,25 @@ class Attention(nn.Module):
     With ``rotary_dims``, the number of coordinates, queries and keys are rotated by the positions of the tokens.
     """
 
-    def __init__(self, embed_dim: int, *, num_heads: int, rotary_dims: int = 0) -> None:
+    def __init__(
+        self,
+        embed_dim: int,
+        *,
+        num_heads: int,
+        rotary_dims: int = 0,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         check_counts(embed_dim=embed_dim, num_heads=num_heads)
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim must be a multiple of num_heads, got {embed_dim=} and {num_heads=}")
         self.num_heads = num_heads
-        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
-        self.out = nn.Linear(embed_dim, embed_dim)
-        self.rotary = RotaryEncoder(embed_dim // num_heads, spatial_dims=rotary_dims) if rotary_dims else None
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim, **factory)
+        self.out = nn.Linear(embed_dim, embed_dim, **factory)
+        head_dim = embed_dim // num_heads
+        self.rotary = RotaryEncoder(head_dim, spatial_dims=rotary_dims, **factory) if rotary_dims else None
 
     def forward(
         self, tokens: Tokens, mask: Mask | None, source: Tokens | None = None, positions: Positions | None = None
@@ -239,14 +268,24 @@ class TransformerBlock(nn.Module):
     """A pre-norm Transformer block: attention, then an MLP of four times the width."""
 
     def __init__(
-        self, embed_dim: int = 256, *, num_heads: int = 4, rotary_dims: int = 0, recompute: bool = False
+        self,
+        embed_dim: int = 256,
+        *,
+        num_heads: int = 4,
+        rotary_dims: int = 0,
+        recompute: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.recompute = recompute
-        self.attention_norm = nn.LayerNorm(embed_dim)
-        self.attention = Attention(embed_dim, num_heads=num_heads, rotary_dims=rotary_dims)
-        self.mlp_norm = nn.LayerNorm(embed_dim)
-        self.mlp = nn.Sequential(nn.Linear(embed_dim, 4 * embed_dim), nn.GELU(), nn.Linear(4 * embed_dim, embed_dim))
+        self.attention_norm = nn.LayerNorm(embed_dim, **factory)
+        self.attention = Attention(embed_dim, num_heads=num_heads, rotary_dims=rotary_dims, **factory)
+        self.mlp_norm = nn.LayerNorm(embed_dim, **factory)
+        self.mlp = nn.Sequential(
+            nn.Linear(embed_dim, 4 * embed_dim, **factory), nn.GELU(), nn.Linear(4 * embed_dim, embed_dim, **factory)
+        )
 
     def forward(
         self,
@@ -279,13 +318,16 @@ class PropagationBlock(nn.Module):
         rotary_dims: int = 0,
         momentum: float = 0.1,
         recompute: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.recompute = recompute
-        self.attention = Attention(embed_dim, num_heads=num_heads, rotary_dims=rotary_dims)
-        self.expand = nn.Linear(2 * embed_dim, 2 * embed_dim)
-        self.norm = MaskedBatchNorm(2 * embed_dim, momentum=momentum)
-        self.contract = nn.Linear(2 * embed_dim, embed_dim)
+        self.attention = Attention(embed_dim, num_heads=num_heads, rotary_dims=rotary_dims, **factory)
+        self.expand = nn.Linear(2 * embed_dim, 2 * embed_dim, **factory)
+        self.norm = MaskedBatchNorm(2 * embed_dim, momentum=momentum, **factory)
+        self.contract = nn.Linear(2 * embed_dim, embed_dim, **factory)
 
     def forward(
         self,

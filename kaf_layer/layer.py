@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, NamedTuple, NoReturn, get_args
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.types import Device
 
 from kaf_layer.attention import BlockType, KeypointTransformer
 from kaf_layer.checks import check_counts, check_features, check_precision, raise_torchscript_error
@@ -49,6 +50,8 @@ class KAFLayer(nn.Module):
             learned gain for each channel that starts at zero, so that the layer starts as the exact identity.
         spatial_dims: 2 or 3.
         recompute: whether to compute each attention block again in the backward pass instead of saving its activations.
+        device: where the weights are made; torch's default if None.
+        dtype: the type of the weights; torch's default if None.
 
     Attributes:
         fused_channels: the channels of the result.
@@ -82,8 +85,11 @@ class KAFLayer(nn.Module):
         fusion: FusionMode = "concat",
         spatial_dims: int = 2,
         recompute: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         out_channels = in_channels if out_channels is None else out_channels
         check_counts(in_channels=in_channels, out_channels=out_channels, embed_dim=embed_dim)
         if fusion not in get_args(FusionMode):
@@ -94,7 +100,7 @@ class KAFLayer(nn.Module):
         self.fused_channels = in_channels + (out_channels if fusion == "concat" else 0)
         self.fusion: FusionMode = fusion
         self.sampler = KeypointSampler(sampling, masked=False)  # the Transformer masks its tokens
-        self.embed = nn.Linear(in_channels, embed_dim)
+        self.embed = nn.Linear(in_channels, embed_dim, **factory)
         self.transformer = KeypointTransformer(
             embed_dim,
             depth=depth,
@@ -103,14 +109,20 @@ class KAFLayer(nn.Module):
             position=position,
             spatial_dims=spatial_dims,
             recompute=recompute,
+            **factory,
         )
         self.diffusion = KeypointDiffusion(
-            embed_dim, out_channels, hidden_channels=hidden_channels, reduce=reduce, spatial_dims=spatial_dims
+            embed_dim,
+            out_channels,
+            hidden_channels=hidden_channels,
+            reduce=reduce,
+            spatial_dims=spatial_dims,
+            **factory,
         )
         if fusion == "add":
             # LayerScale (Touvron et al., 2021) from zero, as in ReZero. If the last convolution were zero instead, one
             # step of Adam would make its map, a sum over hundreds of inputs, larger than the features.
-            self.gain = nn.Parameter(torch.zeros(out_channels))
+            self.gain = nn.Parameter(torch.zeros(out_channels, **factory))
 
     def forward(self, features: Annotated[Tensor, "B C *S"], keypoints: Keypoints) -> KAFOutput:
         """Fuses a feature map with attention between keypoints.

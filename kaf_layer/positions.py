@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.types import Device
 
 from kaf_layer.checks import check_counts
 from kaf_layer.keypoints import Keypoints
@@ -81,6 +82,8 @@ class RotaryEncoder(nn.Module):
     Args:
         head_dim: W, the channels of a head; even.
         spatial_dims: the number of coordinates of a position.
+        device: where the weights are made; torch's default if None.
+        dtype: the type of the weights; torch's default if None.
 
     Raises:
         ValueError: if ``head_dim`` is odd.
@@ -92,8 +95,11 @@ class RotaryEncoder(nn.Module):
         torch.Size([1, 4, 5, 16])
     """
 
-    def __init__(self, head_dim: int, *, spatial_dims: int = 2) -> None:
+    def __init__(
+        self, head_dim: int, *, spatial_dims: int = 2, device: Device = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         check_counts(head_dim=head_dim, spatial_dims=spatial_dims)
         if head_dim % 2:
             raise ValueError(
@@ -101,8 +107,8 @@ class RotaryEncoder(nn.Module):
                 f'embed_dim / num_heads, got {head_dim}; or choose position="absolute" or "none"'
             )
         # Radians for half the longest edge. Wavelengths from six images down to a tenth of an image.
-        magnitudes = torch.logspace(0, 1, head_dim // 2, base=30.0)
-        directions = nn.functional.normalize(torch.randn(head_dim // 2, spatial_dims), dim=1)
+        magnitudes = torch.logspace(0, 1, head_dim // 2, base=30.0, **factory)
+        directions = nn.functional.normalize(torch.randn(head_dim // 2, spatial_dims, **factory), dim=1)
         self.frequencies = nn.Parameter(magnitudes[:, None] * directions)
 
     def forward(self, heads: Heads, positions: Annotated[Tensor, "B N D"]) -> Heads:

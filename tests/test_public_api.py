@@ -1,14 +1,18 @@
 """What users' code and checkpoints rely on: names, and the keys of state dicts. A change here is a breaking change."""
 
 import importlib
+import inspect
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
+import kaf_layer
 from examples.unet import KAFUNet
 from kaf_layer import GridDetector, KAFLayer, SIFTDetector
 from kaf_layer.interop import attach
@@ -102,6 +106,43 @@ def test_plotting_is_there_and_loads_matplotlib_when_it_draws() -> None:
 @pytest.mark.parametrize(("build", "expected"), STATE_DICTS.values(), ids=STATE_DICTS)
 def test_state_dict_keys(build: Callable[[], nn.Module], expected: set[str]) -> None:
     assert set(build().state_dict()) == expected
+
+
+WITH_WEIGHTS: dict[str, Callable[..., nn.Module]] = {
+    "KAFLayer": partial(KAFLayer, 4, fusion="add", position="both", depth=1),
+    "KAFLayer-propagation": partial(KAFLayer, 4, block="propagation", spatial_dims=3, depth=1),
+    "KeypointTransformer": partial(kaf_layer.KeypointTransformer, 16, depth=1),
+    "KeypointDiffusion": partial(kaf_layer.KeypointDiffusion, 16, 4),
+    "KeypointMatcher": partial(kaf_layer.KeypointMatcher, 16, position="both", depth=1),
+    "KeypointMatchLoss": partial(KeypointMatchLoss, 16, depth=1),
+    "KAFPretrainingLoss": partial(KAFPretrainingLoss, 12, 24, embed_dim=16, matcher_depth=1),
+}
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("name", WITH_WEIGHTS)
+def test_weights_are_made_on_a_device_in_a_type(name: str, device: str) -> None:
+    """Both as in torch.nn; without them as torch's defaults say. Weights made on "meta" can be loaded."""
+    build = WITH_WEIGHTS[name]
+    for options, dtype in (({}, torch.float32), ({"dtype": torch.float64}, torch.float64)):
+        state = build(device=device, **options).state_dict()
+        assert {tensor.device.type for tensor in state.values()} == {device}
+        assert {tensor.dtype for tensor in state.values() if tensor.is_floating_point()} == {dtype}
+    with torch.device(device):
+        assert {tensor.device.type for tensor in build().state_dict().values()} == {device}
+    trained, loaded = build(dtype=torch.float64), build(device=device, dtype=torch.float64).to_empty(device="cpu")
+    loaded.load_state_dict(trained.state_dict())
+    assert all(torch.equal(tensor, trained.state_dict()[key]) for key, tensor in loaded.state_dict().items())
+
+
+def test_every_module_with_weights_takes_a_device_and_a_type() -> None:
+    modules = [value for name in kaf_layer.__all__ if inspect.isclass(value := getattr(kaf_layer, name))]
+    takes = {
+        module.__name__
+        for module in modules
+        if issubclass(module, nn.Module) and {"device", "dtype"} <= set(inspect.signature(module).parameters)
+    }
+    assert takes | {"KeypointMatchLoss"} == {name.split("-")[0] for name in WITH_WEIGHTS}  # which hands options on
 
 
 def test_encoders_name_layers_by_their_stages() -> None:

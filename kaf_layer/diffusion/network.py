@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
+from torch.types import Device
 
 from kaf_layer.checks import check_counts, check_floats, check_precision, check_tokens
 from kaf_layer.diffusion.sparse import (
@@ -74,6 +75,8 @@ class KeypointDiffusion(nn.Module):
         hidden_channels: the channels between the two convolutions.
         reduce: how tokens in one cell are combined: ``"mean"``, ``"sum"`` or ``"amax"``.
         spatial_dims: 2 or 3.
+        device: where the weights are made; torch's default if None.
+        dtype: the type of the weights; torch's default if None.
 
     Raises:
         ValueError: if ``reduce`` or ``spatial_dims`` has another value.
@@ -98,8 +101,11 @@ class KeypointDiffusion(nn.Module):
         hidden_channels: int = 64,
         reduce: Reduce = "mean",
         spatial_dims: int = 2,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         if spatial_dims not in (2, 3):
             raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims=}")
         check_counts(in_channels=in_channels, out_channels=out_channels, hidden_channels=hidden_channels)
@@ -109,9 +115,9 @@ class KeypointDiffusion(nn.Module):
         self.in_channels, self.out_channels = in_channels, out_channels
         self.reduce: Reduce = reduce
         self.method: Method | None = None
-        self.conv1 = conv(in_channels, hidden_channels, 3, padding=1)
-        self.norm = norm(hidden_channels)
-        self.conv2 = conv(hidden_channels, out_channels, 3, padding=1)
+        self.conv1 = conv(in_channels, hidden_channels, 3, padding=1, **factory)
+        self.norm = norm(hidden_channels, **factory)
+        self.conv2 = conv(hidden_channels, out_channels, 3, padding=1, **factory)
 
     def forward(
         self,

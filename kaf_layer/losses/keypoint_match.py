@@ -68,7 +68,7 @@ class KeypointMatchLoss(nn.Module):
         embed_dim: E, the channels of a token.
         positive_weight: the weight of matched pairs; the default is the authors'.
         negative_weight: the weight of keypoints without a partner.
-        **matcher: further options of the :class:`~kaf_layer.KeypointMatcher`, such as ``depth``.
+        **matcher: further options of the :class:`~kaf_layer.KeypointMatcher`, such as ``depth`` or ``device``.
 
     Shape:
         - tokens_a: (B, N_a, E), one for each slot of keypoints_a.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.types import Device
 
 from kaf_layer.checks import check_counts, check_floats, check_keypoints, check_precision
 from kaf_layer.keypoints import Keypoints
@@ -56,6 +57,8 @@ class KAFPretrainingLoss(nn.Module):
         num_heads: the number of attention heads; divides ``embed_dim``.
         iterations: the iterations of the matcher's Sinkhorn algorithm.
         spatial_dims: the number of coordinates of a keypoint's position.
+        device: where the weights are made; torch's default if None.
+        dtype: the type of the weights; torch's default if None.
 
     Shape:
         - bottleneck: (2 B, C, *S).
@@ -95,8 +98,11 @@ class KAFPretrainingLoss(nn.Module):
         num_heads: int = 4,
         iterations: int = 100,
         spatial_dims: int = 2,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         if len(weights) != 3 or min(weights) < 0 or not any(weights):
             raise ValueError(f"weights must be three numbers, none negative and not all zero, got {weights=}")
         if any(weights[1:]) and token_channels < 1:
@@ -107,12 +113,17 @@ class KAFPretrainingLoss(nn.Module):
         check_counts(bottleneck_channels=bottleneck_channels, embed_dim=embed_dim)
         self.weights = weights
         self.contrast = PCLLoss(temperature=temperature, threshold=threshold, gather_distributed=gather_distributed)
-        self.norm = nn.BatchNorm1d(bottleneck_channels) if weights[0] and batch_norm else None
-        self.projector = _mlp(bottleneck_channels, embed_dim) if weights[0] else None
-        self.token_mlp = _mlp(token_channels, embed_dim) if any(weights[1:]) else None
+        self.norm = nn.BatchNorm1d(bottleneck_channels, **factory) if weights[0] and batch_norm else None
+        self.projector = _mlp(bottleneck_channels, embed_dim, **factory) if weights[0] else None
+        self.token_mlp = _mlp(token_channels, embed_dim, **factory) if any(weights[1:]) else None
         self.match = (
             KeypointMatchLoss(
-                embed_dim, depth=matcher_depth, num_heads=num_heads, iterations=iterations, spatial_dims=spatial_dims
+                embed_dim,
+                depth=matcher_depth,
+                num_heads=num_heads,
+                iterations=iterations,
+                spatial_dims=spatial_dims,
+                **factory,
             )
             if weights[2]
             else None
@@ -162,8 +173,9 @@ class KAFPretrainingLoss(nn.Module):
         return f"weights={self.weights}"
 
 
-def _mlp(in_channels: int, embed_dim: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(in_channels, embed_dim), nn.ReLU(), nn.Linear(embed_dim, embed_dim))
+def _mlp(in_channels: int, embed_dim: int, **factory: Any) -> nn.Sequential:
+    first, last = nn.Linear(in_channels, embed_dim, **factory), nn.Linear(embed_dim, embed_dim, **factory)
+    return nn.Sequential(first, nn.ReLU(), last)
 
 
 def _pooled(bottleneck: Annotated[Tensor, "2B C *S"], projector: nn.Sequential) -> Annotated[Tensor, "2B C"]:

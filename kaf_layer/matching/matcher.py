@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
+from torch.types import Device
 
 from kaf_layer.attention import PositionEncoder, PropagationBlock, key_mask
 from kaf_layer.checks import check_counts, check_precision, check_tokens
@@ -31,6 +32,8 @@ class KeypointMatcher(nn.Module):
         position: how attention knows where keypoints are, as in :class:`~kaf_layer.KeypointTransformer`. Queries and
             keys are rotated within an image only, since differences between positions in two images mean nothing.
         spatial_dims: the number of coordinates of a position.
+        device: where the weights are made; torch's default if None.
+        dtype: the type of the weights; torch's default if None.
 
     Shape:
         - tokens_a: (B, N_a, E), one for each slot of keypoints_a.
@@ -58,8 +61,11 @@ class KeypointMatcher(nn.Module):
         iterations: int = 100,
         position: PositionType = "absolute",
         spatial_dims: int = 2,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         check_counts(embed_dim=embed_dim, iterations=iterations)
         check_counts(depth=depth, least=0)
         self.embed_dim, self.iterations = embed_dim, iterations
@@ -67,16 +73,18 @@ class KeypointMatcher(nn.Module):
         self.spatial_dims = spatial_dims
         has_encoder, is_rotary = position in ("both", "absolute"), position in ("both", "rotary")
         self.position_encoder = (
-            PositionEncoder(embed_dim, block="propagation", spatial_dims=spatial_dims) if has_encoder else None
+            PositionEncoder(embed_dim, block="propagation", spatial_dims=spatial_dims, **factory)
+            if has_encoder
+            else None
         )
         self.blocks = nn.ModuleList(
             PropagationBlock(
-                embed_dim, num_heads=num_heads, rotary_dims=spatial_dims if is_rotary and i % 2 == 0 else 0
+                embed_dim, num_heads=num_heads, rotary_dims=spatial_dims if is_rotary and i % 2 == 0 else 0, **factory
             )
             for i in range(depth)
         )
-        self.out = nn.Linear(embed_dim, embed_dim)
-        self.dustbin = nn.Parameter(torch.tensor(1.0))
+        self.out = nn.Linear(embed_dim, embed_dim, **factory)
+        self.dustbin = nn.Parameter(torch.tensor(1.0, **factory))
         self.register_load_state_dict_pre_hook(tell_of_other_positions)
 
     def forward(
