@@ -64,7 +64,7 @@ lint: $(VENV)/.installed  ## ruff: rules and format; spelling; the workflows' se
 	$(BIN)/codespell
 	$(BIN)/zizmor --offline --quiet .github
 
-types: $(VENV)/.installed  ## mypy --strict on the package
+types: $(VENV)/.installed  ## mypy --strict on the package, the examples and the benchmarks
 	$(BIN)/mypy
 
 build: $(VENV)/.installed  ## sdist and wheel, checked, the wheel imported in an empty environment

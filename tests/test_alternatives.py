@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from common import random_keypoints
 
+from benchmarks.common.measuring import count_flops
 from benchmarks.cost import alternatives
 
 N, C = 24 * 32, 256
@@ -38,7 +39,7 @@ def test_deformable_attention_samples_where_it_says() -> None:
     ids=["non-local", "deformable", "points"],
 )
 def test_flops(layer: torch.nn.Module, expected: int) -> None:
-    assert alternatives.harness.count_flops(lambda: layer(torch.rand(1, C, 24, 32), KEYPOINTS[:1])) == expected
+    assert count_flops(lambda: layer(torch.rand(1, C, 24, 32), KEYPOINTS[:1])) == expected
 
 
 def test_strided_attention_reaches_everywhere() -> None:

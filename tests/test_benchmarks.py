@@ -19,7 +19,8 @@ pytest.importorskip("tqdm")
 
 import benchmarks
 from benchmarks.common import harness
-from benchmarks.common.harness import compare, count_flops, markdown, report, saved_bytes
+from benchmarks.common.harness import markdown, report
+from benchmarks.common.measuring import compare, count_flops, saved_bytes
 from benchmarks.common.networks import NETWORKS
 from benchmarks.cost import flops, launches, memory, sweep
 from benchmarks.speed import layers as speed

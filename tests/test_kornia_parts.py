@@ -11,7 +11,9 @@ from benchmarks.common import harness
 def test_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in ("cv2", "skimage"):
         pytest.importorskip(package)
-    kornia_parts = pytest.importorskip("kornia_parts", reason="an older Kornia lacks some of the parts")
+    kornia_parts = pytest.importorskip(
+        "benchmarks.detection.kornia_parts", reason="an older Kornia lacks some of the parts"
+    )
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     monkeypatch.setattr(kornia_parts, "EDGE", 96)
     monkeypatch.setattr(kornia_parts, "COUNT", 40)

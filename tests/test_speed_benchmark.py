@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.common import harness
-from benchmarks.speed import fusion, network_step
+from benchmarks.speed import fusion, network_step, passes
 from benchmarks.speed import layers as speed
 from benchmarks.speed.plain import PlainDiffusion
 from kaf_layer import KeypointDiffusion
@@ -26,7 +26,7 @@ def rows_of(results, name: str) -> list[dict]:
 def test_the_baseline_computes_the_same():
     plain, ours = PlainDiffusion(256, 4).double(), KeypointDiffusion(256, 4).double()
     ours.load_state_dict(plain.state_dict())
-    keypoints, tokens = speed.random_keypoints(2, 9, 16), torch.randn(2, 9, 256, dtype=torch.float64)
+    keypoints, tokens = passes.random_keypoints(2, 9, 16), torch.randn(2, 9, 256, dtype=torch.float64)
     assert keypoints.cells((16, 16)).sort().values.diff().gt(0).all()
     torch.testing.assert_close(
         ours(tokens, keypoints, (16, 16)), plain(tokens, keypoints, (16, 16)), rtol=1e-10, atol=1e-10
@@ -34,7 +34,7 @@ def test_the_baseline_computes_the_same():
 
 
 def test_the_diffusion_table(monkeypatch):
-    monkeypatch.setattr(speed, "compare", lambda runs, repeats: dict(zip(runs, (3.0 * repeats, 2.0), strict=True)))
+    monkeypatch.setattr(passes, "compare", lambda runs, repeats: dict(zip(runs, (3.0 * repeats, 2.0), strict=True)))
     row = speed.diffusion(torch.float32, 512, 1, 64, repeats=1)
     assert row["map"] == "64x64, 256"
     assert row["forward"] == row["forward+backward"] == 1.5
@@ -49,7 +49,7 @@ def test_the_diffusion_table(monkeypatch):
 
 
 def test_a_dense_network_without_a_fast_backward_pass(monkeypatch):
-    monkeypatch.setattr(speed, "compare", lambda runs, repeats: dict(zip(runs, (3.0 * repeats, 2.0), strict=True)))
+    monkeypatch.setattr(passes, "compare", lambda runs, repeats: dict(zip(runs, (3.0 * repeats, 2.0), strict=True)))
     rows = []
     for limit in (2**31, 4 * 256 * 12**3):
         monkeypatch.setattr(speed, "SLOW_BYTES", limit)
@@ -60,7 +60,7 @@ def test_a_dense_network_without_a_fast_backward_pass(monkeypatch):
 
 
 def test_the_other_tables(results, monkeypatch):
-    for module in (speed, network_step):
+    for module in (passes, network_step):
         monkeypatch.setattr(
             module, "compare", lambda runs, repeats: {name: (run(), 1.0 * repeats)[1] for name, run in runs.items()}
         )
@@ -86,7 +86,7 @@ def test_the_fusion_table(results, monkeypatch):
         outputs.append([run() for run in runs.values()])
         return dict(zip(runs, (3.0, 2.0), strict=True))
 
-    monkeypatch.setattr(speed, "compare", once)
+    monkeypatch.setattr(passes, "compare", once)
     fusion.main(["--edges", "128", "--batch", "2"])  # where both convolutions are sparse
     rows = rows_of(results, "fusion")
     assert [(row["fusion"], row["layout"]) for row in rows] == [

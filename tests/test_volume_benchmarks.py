@@ -16,8 +16,7 @@ from benchmarks.common.networks import VOLUMETRIC
 from benchmarks.cost import flops, memory, sweep
 from benchmarks.detection import volumes
 from benchmarks.detection.volumetric import Points, Volume, laplacian, laplacian_turned, sift
-from benchmarks.speed import layers as speed
-from benchmarks.speed import volume_stack
+from benchmarks.speed import passes, volume_stack
 from benchmarks.speed.plain import PlainDiffusion
 from kaf_layer import KeypointDiffusion
 
@@ -63,7 +62,7 @@ def test_dense_diffusion_by_its_formula(results, monkeypatch):
 def test_the_baseline_computes_the_same():
     plain, ours = (cls(256, 4, spatial_dims=3).double() for cls in (PlainDiffusion, KeypointDiffusion))
     ours.load_state_dict(plain.state_dict())
-    keypoints, tokens = speed.random_keypoints(2, 9, 6, 3), torch.randn(2, 9, 256, dtype=torch.float64)
+    keypoints, tokens = passes.random_keypoints(2, 9, 6, 3), torch.randn(2, 9, 256, dtype=torch.float64)
     assert keypoints.cells((6, 6, 6)).sort().values.diff().gt(0).all()
     torch.testing.assert_close(ours(tokens, keypoints, (6,) * 3), plain(tokens, keypoints, (6,) * 3), rtol=0, atol=1e-9)
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: their options, alternating runs, medians, saved bytes, FLOPs, tables with versions."""
+"""What every benchmark begins and ends with: its options, and a table with notes and versions."""
 
 from __future__ import annotations
 
@@ -7,21 +7,15 @@ import json
 import os
 import platform
 import re
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from statistics import median
 
 import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = ROOT / "benchmarks" / "results"  # what the README and the site show
-RESULTS = Path(os.environ.get("RESULTS", ROOT / "outputs" / "benchmarks"))  # where tables go, unless --publish is given
-Run = Callable[[], object]
+RESULTS = Path(os.environ.get("RESULTS", ROOT / "outputs" / "benchmarks"))  # where tables go without --publish
 Row = dict[str, object]
 
 
@@ -34,78 +28,28 @@ class Publish(argparse.Action):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the defaults, and keeps the description's lines."""
+    """Keeps the lines of the description, and shows every default that is a value."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        shown = action.default is not None and action.default is not False
+        return super()._get_help_string(action) if shown else action.help
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser with the options of all benchmarks."""
+    """Returns a parser with the options that all benchmarks have."""
     made = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
     made.add_argument(
         "--publish",
         action=Publish,
         nargs=0,
         default=argparse.SUPPRESS,
-        help="save in benchmarks/results, which the README and the site show, and not in outputs/benchmarks",
+        help="save in benchmarks/results, which the README and the site show, instead of outputs/benchmarks",
     )
     return made
 
 
-def compare(runs: dict[str, Run], *, repeats: int = 11, warmup: int = 2) -> dict[str, float]:
-    """Median seconds of each run; the runs alternate, so that a noisy machine is noisy to all of them alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(-warmup, repeats):
-        for name, run in runs.items():
-            elapsed = _cuda_seconds(run) if torch.cuda.is_available() else _cpu_seconds(run)
-            if repeat >= 0:
-                seconds[name].append(elapsed)
-    return {name: median(values) for name, values in seconds.items()}
-
-
-def _cpu_seconds(run: Run) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def _cuda_seconds(run: Run) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    start.record()
-    run()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1e3
-
-
-def saved_bytes(run: Run, *, aside: Iterable[Tensor] = ()) -> int:
-    """Bytes that the forward pass saves for the backward pass: unique storages, parameters and ``aside`` not counted.
-
-    ``aside`` holds what is there anyway, such as the inputs.
-    """
-    excluded = {tensor.untyped_storage() for tensor in aside}
-    storages: set[torch.UntypedStorage] = set()  # kept alive, so that no two are taken for one
-
-    def pack(tensor: Tensor) -> Tensor:
-        owner = tensor if tensor._base is None else tensor._base  # a linear layer saves a view of its weight
-        if not isinstance(owner, nn.Parameter):
-            storages.add(tensor.untyped_storage())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = run()
-    del result
-    return sum(storage.nbytes() for storage in storages - excluded)
-
-
-def count_flops(run: Run) -> int:
-    """FLOPs, a multiply-add being 2, under the MATH attention backend (the fused CPU kernel would count as zero)."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
-
-
 def device_name() -> str:
-    """The name of the GPU, or of the processor with the number of threads."""
+    """Returns the name of the GPU, or of the processor with the number of threads."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
@@ -114,7 +58,7 @@ def device_name() -> str:
 
 
 def environment(*packages: str) -> dict[str, str]:
-    """The device's name and the versions of Python, torch and the packages named."""
+    """Returns the device's name and the versions of Python, torch and the given packages."""
     versions = {name: _version(name) for name in ("torch", *packages)}
     return {"device": device_name(), "python": platform.python_version(), **versions}
 
@@ -127,7 +71,7 @@ def _version(package: str) -> str:
 
 
 def markdown(rows: list[Row]) -> str:
-    """A Markdown table; the first row's keys are the header."""
+    """Returns a Markdown table. The keys of the first row are its header."""
     header = list(rows[0])
     lines = [header, ["---"] * len(header), *([_cell(row[key]) for key in header] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -140,9 +84,14 @@ def _cell(value: object) -> str:
 
 
 def report(name: str, rows: Iterable[Row], *, notes: str, packages: Iterable[str] = (), measured: bool = True) -> str:
-    """Saves a table with its notes and versions, as Markdown and JSON under RESULTS, after each row; then prints it.
+    """Saves a table with its notes and versions as Markdown and JSON after each row, and prints it at the end.
 
-    What is ``measured`` bears the device's name; what is counted is the same on every device.
+    Args:
+        name: of the files in RESULTS.
+        rows: of the table. They may come from a generator that measures.
+        notes: a text that says what the numbers mean.
+        packages: whose versions are recorded, besides torch's.
+        measured: whether the numbers depend on the device. Then the table and the name of its files say which it was.
     """
     where = environment(*packages)
     if not measured:
@@ -159,5 +108,5 @@ def report(name: str, rows: Iterable[Row], *, notes: str, packages: Iterable[str
         content = {"environment": where, "notes": notes, "rows": done}
         Path(f"{path}.json").write_text(json.dumps(content, indent=1) + "\n")
         Path(f"{path}.md").write_text(text)
-    print(f"{text}\nSaved as {path}.md and .json" if done else f"{name}: nothing to measure", flush=True)
+    print(f"{text}\nSaved as {path}.md and .json" if done else f"{name}: there was nothing to measure", flush=True)
     return text

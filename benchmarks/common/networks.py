@@ -1,6 +1,6 @@
-"""The networks that flops.py and memory.py compare, by name; each is built from its number of self-attentions.
+"""The networks that flops.py and memory.py compare, by name. Each is built from its number of self-attentions.
 
-Networks of other libraries import them when they are built, so that one that is missing stops no other.
+A network of another library imports that library when it is built, so a missing library affects no other network.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ SCALES = 4
 
 
 class Network(nn.Module):
-    """What is compared: ``configuration`` says how it is built; it maps its ``inputs`` to feature maps."""
+    """A network to compare. It maps its ``inputs`` to feature maps; ``configuration`` describes it in a table."""
 
     configuration: str
     spatial_dims = 2
 
     def inputs(self, edge: int, batch: int = 1) -> tuple[object, ...]:
-        """For images, or volumes, as long in every axis, on the current default device; by default the images."""
+        """Returns inputs for images or volumes of this edge on the default device. Here they are the images."""
         return (torch.rand(batch, 1, *(edge,) * self.spatial_dims),)
 
 
 def keypoints(edge: int, batch: int = 1, spatial_dims: int = 2) -> Keypoints:
+    """Draws keypoints uniformly in images or volumes of this edge."""
     positions, size = torch.rand(batch, KEYPOINTS, spatial_dims) * edge, (edge,) * spatial_dims
     return Keypoints(positions, torch.ones(batch, KEYPOINTS, dtype=torch.bool), size, padded=False)
 
 
 class KAFLayers(Network):
-    """KAF layers on the UNet's four scales, without the UNet: the maps are given, and need gradients."""
+    """The KAF layers of a UNet's four scales without the UNet. Their inputs are its maps, which need gradients."""
 
     def __init__(
         self, attentions: int, *, block: BlockType = "transformer", dense: bool = False, spatial_dims: int = 2
     ) -> None:
         super().__init__()
         depth, self.spatial_dims = attentions // SCALES, spatial_dims
-        self.layers = nn.ModuleList(
-            KAFLayer(WIDTH * 2**i, depth=depth, block=block, spatial_dims=spatial_dims) for i in range(SCALES)
-        )
+        layers = [KAFLayer(WIDTH * 2**i, depth=depth, block=block, spatial_dims=spatial_dims) for i in range(SCALES)]
+        self.layers = nn.ModuleList(layers)
         if dense:
-            for layer in self.layers:
+            for layer in layers:
                 layer.diffusion.method = "dense"
         diffusion = "dense diffusion" if dense else "diffusion where the keypoints are"
         self.configuration = (
@@ -68,7 +68,7 @@ class KAFLayers(Network):
 
 
 class Diffusion(Network):
-    """The diffusion alone, on the finest map of a volume; it has no attention."""
+    """The diffusion alone, on the finest map of a volume. It has no attention."""
 
     spatial_dims = 3
 
@@ -87,7 +87,7 @@ class Diffusion(Network):
 
 
 class KAFUNetEncoder(Network):
-    """The whole encoder of the KAF-UNet: its layers, and the convolutions around them."""
+    """The whole encoder of the KAF-UNet: its KAF layers and the convolutions around them."""
 
     def __init__(self, attentions: int, *, spatial_dims: int = 2) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class Swin(Network):
 
         super().__init__()
         self.spatial_dims = spatial_dims
-        # MONAI takes its (zero) drop path rates from a tensor, and a fake tensor has no values to give.
+        # MONAI reads its drop path rates, all zero, from a tensor. A fake tensor has no values.
         with patch("torch.linspace", np.linspace):
             self.swin = SwinTransformer(
                 in_chans=1,
@@ -134,17 +134,17 @@ class Swin(Network):
 
 
 def swin_t(attentions: int) -> Swin:
-    """Grows as from Swin-T (2, 2, 6, 2) to Swin-S (2, 2, 18, 2) (Liu et al., 2021): in the third stage."""
+    """Swin-T, of depths (2, 2, 6, 2), made deeper in its third stage, as in Swin-S (Liu et al., 2021)."""
     return Swin(patch_size=4, embed_dim=96, depths=(2, 2, attentions - 6, 2))
 
 
 def swin_unetr(attentions: int, *, embed_dim: int = 48, spatial_dims: int = 2) -> Swin:
-    """The encoder of SwinUNETR (Hatamizadeh et al., 2022), as deep in every stage."""
+    """The encoder of SwinUNETR (Hatamizadeh et al., 2022) with equally deep stages."""
     return Swin(patch_size=2, embed_dim=embed_dim, depths=(attentions // 4,) * 4, spatial_dims=spatial_dims)
 
 
 class TorchvisionSwin(Network):
-    """torchvision's Swin-T, deepened as :func:`swin_t`; it takes three channels."""
+    """torchvision's Swin-T, made deeper as in :func:`swin_t`. It takes three channels."""
 
     def __init__(self, attentions: int) -> None:
         import examples.torchvision_operators  # noqa: F401  # before torchvision
@@ -154,7 +154,7 @@ class TorchvisionSwin(Network):
 
         super().__init__()
         depths = [2, 2, attentions - 6, 2]
-        with patch("torch.nn.init.trunc_normal_"):  # looks at the values
+        with patch("torch.nn.init.trunc_normal_"):  # it reads values, which a fake tensor does not have
             self.features = SwinTransformer(
                 [4, 4], 96, depths, [3, 6, 12, 24], [7, 7], stochastic_depth_prob=0.0
             ).features
@@ -168,7 +168,7 @@ class TorchvisionSwin(Network):
 
 
 class GlobalAttention(Network):
-    """All pixels of the UNet's deepest map attend to each other, in the blocks that our keypoints use."""
+    """All pixels of the UNet's deepest map attend to each other, in the same blocks as our keypoints."""
 
     def __init__(self, attentions: int) -> None:
         super().__init__()
@@ -219,21 +219,21 @@ VOLUMETRIC: dict[str, Callable[[int], Network]] = {
 def build_all(
     builders: dict[str, Callable[[int], Network]], attentions: int
 ) -> tuple[dict[str, Network], dict[str, str]]:
-    """The networks, and of those that cannot be built the reason."""
+    """Returns the networks by name and, for those that cannot be built, the reason."""
     networks, reasons = {}, {}
     for name, build in builders.items():
         try:
             networks[name] = build(attentions)
-        except Exception as error:  # noqa: PERF203  # a library that is missing or broken, in whatever way
+        except Exception as error:  # noqa: PERF203  # a missing or broken library can raise anything
             reasons[name] = reason_of(error)
     return networks, reasons
 
 
 def reason_of(error: Exception) -> str:
-    """Why a network was not measured, in a line."""
+    """Returns one line that says why a network was not measured."""
     return f"not measured: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def backward(features: list[Tensor]) -> None:
-    """The backward pass of the sum over all maps."""
+    """Runs the backward pass of the sum over all maps."""
     torch.stack([feature.sum() for feature in features]).sum().backward()

@@ -1,1 +1,1 @@
-"""When does long-range context help? Accuracy and Dice, beside a baseline trained in the same way."""
+"""When does long-range context help? Accuracy and Dice, next to a baseline that was trained in the same way."""

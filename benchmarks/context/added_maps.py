@@ -1,16 +1,18 @@
-"""What added layers put into a network in training: how large their maps are, and what they know.
+"""Measures what added layers contribute to a network in training: how large their maps are, and what they depend on.
 
     python -m benchmarks.context.added_maps RUN --data ../shared/data/lumbar
 
-RUN is a folder of examples/protocol/finetune.py, or of a training that was killed: it needs checkpoint.pt, with
---fusion add. Takes six slices of the subjects that it was trained on, moved as in training, with the statistics of that
-batch. An added map that is the same in all images, and as good without the features, tells only places in the image.
+RUN is the folder of a finished or interrupted run of examples/protocol/finetune.py with --fusion add. It must hold
+checkpoint.pt. The input is six slices of the run's training subjects, augmented as in training; batch statistics are
+those of these slices. If an added map is the same in all images, and as good without the features, it carries only
+positions in the image.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ def added_layers(model: nn.Module) -> list[KAFLayer]:
 
 @contextmanager
 def edited(layer: KAFLayer, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """The layer with another map added, made of its own."""
+    """Replaces the map that the layer adds by a function of it."""
 
     def hook(_: nn.Module, arguments: tuple[Any, ...], output: KAFOutput) -> KAFOutput:
         return KAFOutput(arguments[0] + edit(output.features - arguments[0]), output.tokens)
@@ -51,7 +53,7 @@ def edited(layer: KAFLayer, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
 
 @contextmanager
 def blind(layer: KAFLayer) -> Iterator[None]:
-    """The layer with tokens that know where they are, and nothing of the features."""
+    """Gives the layer tokens that contain their positions but no features."""
     handle = layer.embed.register_forward_hook(lambda module, _, output: module.bias.expand_as(output))
     try:
         yield
@@ -59,13 +61,18 @@ def blind(layer: KAFLayer) -> Iterator[None]:
         handle.remove()
 
 
+def note(seen: dict[str, Tensor], _: nn.Module, arguments: tuple[Any, ...]) -> None:
+    """Keeps the features that a layer receives."""
+    seen["features"] = arguments[0]
+
+
 @torch.no_grad()
 def measure(model: nn.Module, batch: Batch, criterion: nn.Module) -> Iterator[dict[str, object]]:
-    """A row for each added layer."""
+    """Yields a row for each added layer."""
     model.train()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.momentum = 0.0  # the running averages stay as they are
+            module.momentum = 0.0  # leaves the running averages as they are
 
     def loss() -> float:
         return float(criterion(model(batch.images, batch.keypoints), batch.labels[:, None]))
@@ -73,8 +80,8 @@ def measure(model: nn.Module, batch: Batch, criterion: nn.Module) -> Iterator[di
     before = loss()
     for number, layer in enumerate(added_layers(model), start=1):
         seen: dict[str, Tensor] = {}
-        handle = layer.register_forward_pre_hook(lambda _, arguments, seen=seen: seen.update(features=arguments[0]))
-        with edited(layer, lambda added, seen=seen: seen.setdefault("added", added)):
+        handle = layer.register_forward_pre_hook(partial(note, seen))
+        with edited(layer, partial(seen.setdefault, "added")):
             loss()
         handle.remove()
         features, added = seen["features"], seen["added"]
@@ -101,8 +108,8 @@ def measure(model: nn.Module, batch: Batch, criterion: nn.Module) -> Iterator[di
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = harness.parser(__doc__)
-    parser.add_argument("run", type=Path, help="a folder with checkpoint.pt")
-    parser.add_argument("--data", type=Path, help="that the run was trained on")
+    parser.add_argument("run", type=Path, help="folder with checkpoint.pt")
+    parser.add_argument("--data", type=Path, help="data that the run was trained on")
     own = parser.parse_args(arguments)
     checkpoint = load(own.run / "checkpoint.pt")
     options = read_settings(FinetuneOptions, checkpoint["settings"], output=own.run, data=own.data)
@@ -120,8 +127,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     steps = options.steps_per_epoch or -(-len(samples) // options.batch)
     notes = (
         f"{options.model}, {options.levels} levels, --position {options.position}, {', '.join(chosen)}; after "
-        f"{len(checkpoint['losses']) * steps} steps; {len(picked)} slices. Sizes are root mean squares, in training; "
-        "the share of the added map's power that its mean over the images has; losses of these slices."
+        f"{len(checkpoint['losses']) * steps} steps; {len(picked)} slices. Sizes are root mean squares in training "
+        "mode. The share that is the same in all images is that of the added map's power in its mean over the images. "
+        "Losses are those of these slices."
     )
     harness.report("added-maps", list(measure(model, batch, criterion)), notes=notes, packages=["monai"])
 

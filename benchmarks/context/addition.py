@@ -1,16 +1,17 @@
-"""How fast does an added map grow? Behind a gain that starts at zero, and behind a last convolution that does.
+"""Measures how fast an added map grows, behind a gain or a last convolution that starts at zero.
 
     python -m benchmarks.context.addition  # about three minutes on two cores
 
-Trains UNets with KAF layers that add, on the task of task.py, and reports the size of the added map against
-the features' own (root mean squares at the keypoints, the largest of the layers) and the loss, beside
-the loss of the UNet without layers. Both kinds of layers start as the exact identity.
+It trains UNets with KAF layers that add, on the task in task.py. It reports the size of the added map relative to the
+features (root mean squares at the keypoints, largest of the layers) and the loss, next to the loss of the UNet without
+layers. Both kinds of layers start as the exact identity.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import mean
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,22 +27,22 @@ from kaf_layer.sampling import sample_keypoints
 
 
 class ZeroConvolution(KAFLayer):
-    """Addition without a gain: the last convolution is what starts at zero."""
+    """Addition without a gain: the last convolution starts at zero instead."""
 
-    def __init__(self, channels: int, **options: int) -> None:
+    def __init__(self, channels: int, **options: Any) -> None:
         super().__init__(channels, fusion="add", **options)
         nn.init.ones_(self.gain).requires_grad_(False)
         for parameter in self.diffusion.conv2.parameters():
             nn.init.zeros_(parameter)
 
 
-def with_layers(layer: type[KAFLayer], **options: object) -> nn.Module:
-    with torch.random.fork_rng():  # the rest starts as it does without layers
+def with_layers(layer: type[KAFLayer], **options: Any) -> nn.Module:
+    with torch.random.fork_rng():  # the other weights start as they do without layers
         layers = [layer(WIDTH * 2**i, **ATTENTION, **options) for i in range(LEVELS - 1)]
     return UNet(1, 2, width=WIDTH, layers=layers)
 
 
-NETWORKS = {
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "UNet": LEARNERS["UNet"],
     "zero convolution": lambda: with_layers(ZeroConvolution),
     "gain": lambda: with_layers(KAFLayer, fusion="add"),
@@ -49,7 +50,7 @@ NETWORKS = {
 
 
 def watch(network: nn.Module) -> dict[nn.Module, float]:
-    """The ratio of added map to features in each KAF layer, new after every forward pass."""
+    """Returns the ratio of added map to features in each KAF layer. Every forward pass updates it."""
     ratios: dict[nn.Module, float] = {}
 
     def note(layer: nn.Module, inputs: tuple[Tensor, Keypoints], output: KAFOutput) -> None:
@@ -64,7 +65,7 @@ def watch(network: nn.Module) -> dict[nn.Module, float]:
 
 
 def grow(network: nn.Module, task: Task, *, steps: int, lr: float) -> list[tuple[float, float]]:
-    """The largest ratio and the loss, at each step of a training."""
+    """Trains, and returns the largest ratio and the loss of each step."""
     generator = torch.Generator().manual_seed(0)
     ratios, optimizer, history = watch(network), torch.optim.Adam(network.parameters(), lr=lr), []
     for _ in range(steps):
@@ -79,9 +80,9 @@ def grow(network: nn.Module, task: Task, *, steps: int, lr: float) -> list[tuple
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = harness.parser(__doc__)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--images", type=int, default=400)
-    parser.add_argument("--lr", type=float, default=3e-3, help="of Adam")
+    parser.add_argument("--steps", type=int, default=100, help="steps of training")
+    parser.add_argument("--images", type=int, default=400, help="images to train on")
+    parser.add_argument("--lr", type=float, default=3e-3, help="learning rate of Adam")
     options = parser.parse_args(arguments)
     task, histories = draw_task(options.images, seed=0), {}
     for name, build in NETWORKS.items():
@@ -96,8 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             row[f"loss, {name}"] = mean(loss for _, loss in history[max(0, step - 10) : step])
         rows.append(row)
     notes = (
-        f"Adam {options.lr:g}, batch 8, seed 0; root mean squares at the keypoints, the largest of the layers; the "
-        "loss is the mean of the last 10 steps."
+        f"Adam {options.lr:g}, batch 8, seed 0. Sizes are root mean squares at the keypoints, the largest of the "
+        "layers. The loss is the mean of the last 10 steps."
     )
     harness.report("addition", rows, notes=notes)
 

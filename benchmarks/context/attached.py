@@ -1,9 +1,9 @@
-"""Do KAF layers help a network that is trained already? MONAI's UNet, fine-tuned with layers attached and without.
+"""Measures whether KAF layers help a trained network: MONAI's UNet, fine-tuned with and without attached layers.
 
     python -m benchmarks.context.attached --data ../shared/data/sunnybrook  # about 15 minutes on a core for each seed
 
-For each fold the UNet is trained on the labelled subjects, then fine-tuned on them twice, from the same weights with
-the same batches: as it is, and with KAF layers behind its two finer scales. Everything else is as in
+In each fold the UNet is trained on the labelled subjects. It is then fine-tuned on them twice, from the same weights
+and with the same batches: as it is, and with KAF layers behind its two finer scales. Everything else is as in
 examples/protocol/cross_validate.py --preset sunnybrook.
 """
 
@@ -14,6 +14,7 @@ from copy import deepcopy
 from itertools import product
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import torch
 from monai.losses import DiceCELoss
@@ -38,7 +39,7 @@ BEFORE, WITHOUT, WITH = "UNet", "fine-tuned", "fine-tuned with layers attached"
 
 
 def fit(network: nn.Module, stacks: Sequence[Stack], *, steps: int, lr: float, seed: int) -> None:
-    """Dice plus cross-entropy on augmented batches of 6 slices; the learning rate falls to zero along a cosine."""
+    """Trains with Dice and cross-entropy on augmented batches of 6 slices. The learning rate falls along a cosine."""
     torch.manual_seed(seed)
     slices = [(stack, z) for stack in stacks for z in range(len(stack.images))]
     augment, criterion = Augmentation(), DiceCELoss(to_onehot_y=True, softmax=True)
@@ -55,8 +56,8 @@ def fit(network: nn.Module, stacks: Sequence[Stack], *, steps: int, lr: float, s
 
 def run_fold(
     stacks: list[Stack], chosen: Sequence[str], tested: Sequence[str], *, steps: int, seed: int, spacing: float
-) -> dict:
-    """The scores of the three networks on the volumes of one fold."""
+) -> dict[str, Any]:
+    """Returns the scores of the three networks on the volumes of one fold."""
     training, unseen = ([s for s in stacks if s.volume.subject in names] for names in (chosen, tested))
     torch.manual_seed(seed)
     unet = UNet(spatial_dims=2, in_channels=1, out_channels=2, channels=(8, 16, 32), strides=(2, 2))
@@ -75,8 +76,8 @@ def run_fold(
     return {"scores": scores, "gains": gains}
 
 
-def of_network(run: dict, name: str) -> dict:
-    """A run's scores of one network, and its Dice, as a result of cross-validation holds them."""
+def of_network(run: dict[str, Any], name: str) -> dict[str, Any]:
+    """Returns one network's scores and Dice of a run, in the form of a result of cross-validation."""
     scores = run["scores"][name]
     return run | {"scores": scores, "dice": mean_score([row[1:] for row in scores])}
 
@@ -84,11 +85,11 @@ def of_network(run: dict, name: str) -> dict:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = harness.parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="Sunnybrook's folder")
-    parser.add_argument("--output", type=Path, default=Path("outputs/attached"), help="a folder for single folds")
-    parser.add_argument("--folds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--output", type=Path, default=Path("outputs/attached"), help="folder for single folds")
+    parser.add_argument("--folds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="folds to test")
     parser.add_argument("--labelled", type=int, default=2, metavar="M", help="subjects to train on")
-    parser.add_argument("--steps", type=int, default=400, help="of training, and again of fine-tuning")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--steps", type=int, default=400, help="steps of training, and again of fine-tuning")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of training")
     options = parser.parse_args(arguments)
     protocol = parse(Options, ["--preset", "sunnybrook", "--data", str(options.data), "--output", "unused"])
     spacing = protocol.spacing * protocol.resize  # of the grid, in pixels of the resized slices
@@ -117,8 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     gain = mean(mean(result["gains"]) for result in results)
     notes = (
         f"Sunnybrook, M = {options.labelled}, folds {options.folds}, seeds {options.seeds}: {options.steps} steps of "
-        f"training and as many of fine-tuning, Adam 3e-3 with a cosine. Dice: mean ± deviation over folds; p of a "
-        f"Wilcoxon signed-rank test over subjects. The gains of the layers grew from 0 to {gain:.2f} on average."
+        f"training and as many of fine-tuning, Adam 3e-3 with a cosine. Dice: mean ± deviation over folds. p: Wilcoxon "
+        f"signed-rank test over subjects. The gains of the layers grew from 0 to {gain:.2f} on average."
     )
     harness.report("attached", rows, notes=notes, packages=["monai"])
 

@@ -1,13 +1,13 @@
-"""When does long-range attention help? Gain of Dice by the receptive field of the backbone.
+"""Measures the gain of Dice by the receptive field of the backbone.
 
     python -m benchmarks.context.by_field sunnybrook --data ../shared/data/sunnybrook  # hours; each run in minutes
     python -m benchmarks.context.by_field lumbar --data ../shared/data/lumbar          # a day of a core
 
 sunnybrook: Dice of unseen subjects on the whole field of view, for UNets of 3, 4 and 5 levels, whose receptive fields
-are smaller and larger than the image; of added layers also with a loss on their tokens. lumbar: the same for five
-vertebrae, which look alike, for UNets of 4 and 5 levels and layers with each encoding of positions. A run that was
-stopped goes on where it was when the same command is given again. The results are also drawn, as context.png next to
-the tables.
+are smaller and larger than the image. Added layers are also trained with a loss on their tokens. lumbar: the same for
+five vertebrae, which look alike, for UNets of 4 and 5 levels and layers with each encoding of positions. If the command
+is interrupted, it resumes where it was when it is run again. The results are also drawn, as context.png next to the
+tables.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ POSITIONS = {
 
 
 class DataSet(NamedTuple):
-    """Of which Dice is measured by receptive field: the levels of the UNets, and the methods beside them."""
+    """What is measured on a data set: the levels of the UNets, and the methods by their names in the table."""
 
     levels: Sequence[int]
     methods: dict[str, str]
@@ -47,7 +47,7 @@ DATA_SETS = {"sunnybrook": DataSet((3, 4, 5), METHODS), "lumbar": DataSet((4, 5)
 
 
 def by_field(options: argparse.Namespace) -> None:
-    """Cross-validates every method with every number of levels, unless given runs, and reports Dice by their field."""
+    """Cross-validates each method with each number of levels, unless runs are given, and reports Dice by field."""
     from examples.protocol import cross_validate
     from examples.protocol.results.comparison import difference, runs_ahead
     from examples.protocol.results.tables import over_folds
@@ -65,8 +65,8 @@ def by_field(options: argparse.Namespace) -> None:
             results = cross_validate.main([*arguments, "--jobs", str(options.jobs)])
         of = {name: [result for result in results if result["method"] == name] for name in methods}
         edge = results[0]["settings"]["patch"][0]
-        field = 9 * 2 ** (levels - 1) - 4  # two convolutions 3x3 on each level, and halvings between
-        for name in filter(of.get, methods):  # files of runs may lack some
+        field = 9 * 2 ** (levels - 1) - 4  # two 3x3 convolutions on each level, with halvings between levels
+        for name in filter(of.get, methods):  # given runs may lack some
             row = {"network": methods[name], "levels": levels, "receptive field / edge": field / edge}
             row["Dice"] = mean(over_folds(of[name], None))
             d = difference(of[name], of["unet"]) if name != "unet" else None
@@ -77,14 +77,14 @@ def by_field(options: argparse.Namespace) -> None:
             rows.append(row)
     notes = (
         f"{options.part.capitalize()}, M = {count}, folds {options.folds}, seeds {options.seeds}; "
-        "the field is that of the deepest block. Differences and p of a Wilcoxon signed-rank test are over subjects, "
-        "each the mean of its volumes."
+        "the receptive field is that of the deepest block. Differences and p-values (Wilcoxon signed-rank test) are "
+        "over subjects; each counts by the mean of its volumes."
     )
     harness.report(f"context-{options.part}", rows, notes=notes, packages=["monai"])
 
 
 def gains(results: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> list[float]:
-    """How far the first are ahead of the others in each fold, by the mean over seeds of Dice."""
+    """Returns by how much Dice of the first exceeds that of the others in each fold, each a mean over seeds."""
     folds = sorted({result["fold"] for result in results})
     dice = [[mean(r["dice"] for r in runs if r["fold"] == fold) for fold in folds] for runs in (results, others)]
     return [ours - theirs for ours, theirs in zip(*dice, strict=True)]
@@ -92,15 +92,15 @@ def gains(results: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = harness.parser(__doc__)
-    parser.add_argument("part", choices=tuple(DATA_SETS))
-    parser.add_argument("--output", type=Path, default=Path("outputs/context"), help="a folder for single runs")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--data", type=Path, help="the folder of the volumes")
-    parser.add_argument("--results", type=Path, nargs="+", default=[], help="of runs that are there, not to train")
-    parser.add_argument("--levels", type=int, nargs="+", help="of the UNets")
+    parser.add_argument("part", choices=tuple(DATA_SETS), help="the data set")
+    parser.add_argument("--output", type=Path, default=Path("outputs/context"), help="folder for single runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of training")
+    parser.add_argument("--data", type=Path, help="folder of the volumes")
+    parser.add_argument("--results", type=Path, nargs="+", default=[], help="finished runs to use instead of training")
+    parser.add_argument("--levels", type=int, nargs="+", help="levels of the UNets; by default those of the data set")
     parser.add_argument("--labelled", type=int, default=2, metavar="M", help="subjects to train on")
-    parser.add_argument("--folds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="to test")
-    parser.add_argument("--jobs", type=int, default=1, help="folds at a time")
+    parser.add_argument("--folds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="folds to test")
+    parser.add_argument("--jobs", type=int, default=1, help="folds that run in parallel")
     options = parser.parse_args(arguments)
     if options.data is None and not options.results:
         parser.error(f"{options.part} needs --data, the folder of its volumes")

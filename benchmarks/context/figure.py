@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from statistics import mean, stdev
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -24,7 +25,7 @@ STYLES = {
 
 
 def draw() -> None:
-    """A panel for each part whose results are there, one below the other."""
+    """Draws a panel for each table that exists, one below the other."""
     panels = {"context-synthetic-cpu": draw_synthetic}
     panels |= {"context-sunnybrook-cpu": draw_gains, "context-lumbar-cpu": draw_gains}
     found = {name: path for name in panels if (path := harness.RESULTS / f"{name}.json").is_file()}
@@ -35,9 +36,9 @@ def draw() -> None:
         figure.savefig(harness.RESULTS / "context.png", dpi=150)
 
 
-def draw_synthetic(axes: Axes, content: dict) -> None:
-    """A line for each network, so that none hides another; a dot for each range of distances."""
-    steps = re.search(r"(\d+) steps", content["notes"])[1]
+def draw_synthetic(axes: Axes, content: dict[str, Any]) -> None:
+    """Draws a line for each network, so that none hides another, with a dot for each range of distances."""
+    steps = told_in(content["notes"], r"(\d+) steps")[0]
     rows = content["rows"]
     for place, row in enumerate(rows):
         accuracies = [value for name, value in row.items() if name[0].isdigit()]
@@ -52,8 +53,8 @@ def draw_synthetic(axes: Axes, content: dict) -> None:
     axes.set_title("Synthetic: the class depends on a distant marker", loc="left", fontsize=10.5)
 
 
-def draw_gains(axes: Axes, content: dict) -> None:
-    """Gains over the UNet with as many levels: means over folds, with standard errors."""
+def draw_gains(axes: Axes, content: dict[str, Any]) -> None:
+    """Draws gains over the UNet with as many levels: means over folds with standard errors."""
     rows = content["rows"]
     levels = list(dict.fromkeys(row["levels"] for row in rows))
     axes.axhline(0, color="#6b6b6b", lw=0.8)
@@ -63,7 +64,7 @@ def draw_gains(axes: Axes, content: dict) -> None:
         gains = [[float(gain) for gain in row["by fold"].split()] for row in own]
         errors = [stdev(gain) / len(gain) ** 0.5 if len(gain) > 1 else 0.0 for gain in gains]
         places = [levels.index(row["levels"]) + 0.56 * ((i + 0.5) / len(shown) - 0.5) for row in own]
-        style = {"fmt": marker, "color": colour, "ms": 6, "capsize": 3, "lw": 1.4, "label": network}
+        style: dict[str, Any] = {"fmt": marker, "color": colour, "ms": 6, "capsize": 3, "lw": 1.4, "label": network}
         axes.errorbar(places, [mean(gain) for gain in gains], errors, **style)
     unets = {row["levels"]: row for row in rows if row["network"] == "UNet"}
     names = [
@@ -72,6 +73,14 @@ def draw_gains(axes: Axes, content: dict) -> None:
     ]
     axes.set_xticks(range(len(levels)), names, fontsize=8.5)
     axes.set(xlim=(-0.5, len(levels) - 0.5), ylabel="Dice ahead of the UNet")
-    data, labelled = re.match(r"(\w+), M = (\d+)", content["notes"]).groups()
+    data, labelled = told_in(content["notes"], r"(\w+), M = (\d+)")
     axes.set_title(f"{data}, {labelled} labelled subjects: gain by receptive field", loc="left", fontsize=10.5)
     axes.legend(frameon=False, fontsize=9)
+
+
+def told_in(notes: str, pattern: str) -> tuple[str, ...]:
+    """Returns the groups of a pattern that the notes of a table contain."""
+    found = re.search(pattern, notes)
+    if found is None:
+        raise ValueError(f"the notes must contain {pattern}, got {notes}")
+    return found.groups()

@@ -1,8 +1,9 @@
-"""The networks that learn the synthetic task, all small and alike but for the way in which they look far."""
+"""The networks that learn the synthetic task. They are small, and differ in how they see distant pixels."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +13,13 @@ from examples.unet import KAFUNet, UNet, UNetC2
 from kaf_layer import GridDetector, KAFOutput, Keypoints, KeypointTransformer
 
 LEVELS, WIDTH = 3, 8
-ATTENTION = {"embed_dim": 64, "depth": 2}
+ATTENTION: dict[str, Any] = {"embed_dim": 64, "depth": 2}
 
 
 class GlobalAttention(nn.Module):
-    """A peer of a KAF layer: all patches of the map attend to each other, and their tokens join the map's pixels.
+    """Is used like a KAF layer: all patches of the map attend to each other, and their tokens are concatenated with it.
 
-    Patches are embedded as in a ViT (Dosovitskiy et al., 2021); the blocks are those of the KAF layer.
+    Patches are embedded as in a ViT (Dosovitskiy et al., 2021). The blocks are those of the KAF layer.
     """
 
     def __init__(self, channels: int, *, patch: int, embed_dim: int, depth: int) -> None:
@@ -37,7 +38,7 @@ class GlobalAttention(nn.Module):
 
 
 def swin() -> nn.Module:
-    """MONAI's SwinUNETR, whose layers see windows of 7, of pixels half to a 32nd as fine as the image's."""
+    """Builds MONAI's SwinUNETR, whose layers see windows of 7 pixels at strides 2 to 32."""
     from monai.networks.nets import SwinUNETR
 
     from examples.protocol.models.networks import WithoutKeypoints
@@ -46,7 +47,7 @@ def swin() -> nn.Module:
 
 
 def global_attention() -> nn.Module:
-    """All patches of 16x16 image pixels attend to each other, on the scales of the KAF layers."""
+    """Builds a UNet in which all patches of 16x16 image pixels attend to each other, on the scales of KAF layers."""
     layers = [GlobalAttention(WIDTH * 2**i, patch=16 // 2**i, **ATTENTION) for i in range(LEVELS - 1)]
     return UNet(1, 2, width=WIDTH, layers=layers)
 

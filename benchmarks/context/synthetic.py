@@ -1,9 +1,9 @@
-"""When does long-range attention help? Accuracy against distance, on a task that needs distance and nothing else.
+"""Measures accuracy by distance, on a task that needs distance and nothing else.
 
     python -m benchmarks.context.synthetic  # about half an hour on two cores
 
-The task is that of task.py. A run that was stopped goes on where it was when the same command is given again. The
-results are also drawn, as context.png next to the tables.
+The task is in task.py. If the command is interrupted, it resumes where it was when it is run again. The results are
+also drawn, as context.png next to the tables.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.common import harness
+from benchmarks.common.measuring import count_flops
 from benchmarks.context.figure import draw
 from benchmarks.context.networks import LEVELS, NETWORKS, WIDTH
 from benchmarks.context.task import EDGE, FARTHEST, IGNORED, NEAREST, Task, draw_task
@@ -31,7 +32,7 @@ BINS = (NEAREST, 28, 40, 52, 64, FARTHEST)  # of the distance, in pixels
 
 @torch.no_grad()
 def receptive_radius(network: nn.Module, *, edge: int = 256) -> int:
-    """How far, in pixels, one input pixel is felt: a NaN there spreads exactly so far. For networks of convolutions."""
+    """Returns how many pixels far an input pixel has influence: as far as a NaN spreads through the convolutions."""
     images = torch.zeros(1, 1, edge, edge)
     centre = edge // 2
     images[..., centre, centre] = torch.nan
@@ -40,7 +41,7 @@ def receptive_radius(network: nn.Module, *, edge: int = 256) -> int:
 
 
 def train(network: nn.Module, task: Task, *, steps: int, batch: int, lr: float, seed: int) -> None:
-    """Cross-entropy on the target's pixels alone; the learning rate falls to zero along a cosine."""
+    """Trains with cross-entropy on the target's pixels. The learning rate falls to zero along a cosine."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(network.parameters(), lr=lr)
     network.train()
@@ -55,7 +56,7 @@ def train(network: nn.Module, task: Task, *, steps: int, batch: int, lr: float, 
 
 @torch.no_grad()
 def judge(network: nn.Module, task: Task) -> Tensor:
-    """For each image, whether most of the target's pixels get its class."""
+    """Returns for each image whether most of the target's pixels get the right class."""
     network.eval()
     right = []
     for start in range(0, len(task.images), 50):
@@ -67,7 +68,7 @@ def judge(network: nn.Module, task: Task) -> Tensor:
 
 
 def synthetic(options: argparse.Namespace) -> None:
-    """Trains every network with every seed, unless its result is there, and reports accuracy by distance."""
+    """Trains each network with each seed, unless its result exists, and reports accuracy by distance."""
     runs = [(name, seed) for seed in options.seeds for name in options.networks]
     files = {run: options.output / "synthetic" / f"{run[0]}-{run[1]}-{options.steps}.json" for run in runs}
     tasks: dict[int, tuple[Task, Task]] = {}
@@ -85,23 +86,23 @@ def synthetic(options: argparse.Namespace) -> None:
     rows = [row_of(name, [read_json(files[name, seed]) for seed in options.seeds]) for name in options.networks]
     radius = receptive_radius(NETWORKS["UNet"]())
     notes = (
-        f"Accuracy on {options.tested} unseen images of {EDGE}x{EDGE}, seeds {options.seeds}, by the distance between "
-        f"target and marker in pixels; the UNet's receptive field reaches {radius} pixels. {options.steps} steps of "
-        f"batch 8 on {options.images} images, Adam 1e-3, cosine, cross-entropy on the target. UNets of {LEVELS} levels "
-        f"and width {WIDTH}; tokens of 64 channels, 2 blocks on each scale. GFLOPs: forward pass, one image, a "
-        "multiply-add being 2."
+        f"Accuracy on {options.tested} unseen images of {EDGE}x{EDGE} pixels, seeds {options.seeds}, by the distance "
+        f"between target and marker in pixels. The UNet's receptive field reaches {radius} pixels. Training: "
+        f"{options.steps} steps of batch 8 on {options.images} images, Adam 1e-3 with a cosine, cross-entropy on the "
+        f"target. UNets have {LEVELS} levels and width {WIDTH}, tokens have 64 channels, and each scale has 2 blocks. "
+        "GFLOPs: forward pass of one image; a multiply-add is 2."
     )
     harness.report("context-synthetic", rows, notes=notes, packages=["monai"])
 
 
 def row_of(name: str, results: Sequence[dict[str, list[Any]]]) -> dict[str, object]:
-    """A network's accuracy in bins of distance, over all seeds."""
+    """Returns a network's accuracy in bins of distance, over all seeds."""
     distances = torch.cat([torch.tensor(result["distances"]) for result in results])
     right = torch.cat([torch.tensor(result["right"]) for result in results]).float()
     part = draw_task(1, seed=0)
     network = NETWORKS[name]().eval()
     with torch.no_grad():
-        flops = harness.count_flops(lambda: network(part.images, part.keypoints))
+        flops = count_flops(lambda: network(part.images, part.keypoints))
     row: dict[str, object] = {"network": name, "GFLOPs": flops / 1e9}
     for low, high in pairwise(BINS):
         row[f"{low}-{high}"] = float(right[(distances >= low) & (distances < high)].mean())
@@ -110,11 +111,11 @@ def row_of(name: str, results: Sequence[dict[str, list[Any]]]) -> dict[str, obje
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = harness.parser(__doc__)
-    parser.add_argument("--output", type=Path, default=Path("outputs/context"), help="a folder for single runs")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--steps", type=int, default=400, help="of training")
-    parser.add_argument("--images", type=int, default=3000, help="to train on")
+    parser.add_argument("--output", type=Path, default=Path("outputs/context"), help="folder for single runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of data and training")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="networks to compare")
+    parser.add_argument("--steps", type=int, default=400, help="steps of training")
+    parser.add_argument("--images", type=int, default=3000, help="images to train on")
     parser.add_argument("--tested", type=int, default=TESTED, help="images to test on")
     synthetic(parser.parse_args(arguments))
     draw()

@@ -1,8 +1,8 @@
-"""A task that needs distance and nothing else: the class of one blob is told by the sign of a ring elsewhere.
+"""A task that needs distance and nothing else: the brightness of a distant ring determines the class of a blob.
 
-Every image holds a dark blob, the target, of class 0 or 1; one ring, the marker, dark for class 0 and bright for
-class 1; and bright blobs that mean nothing. Near the target nothing tells its class, so a network whose receptive field
-ends short of the marker can only guess.
+Each image has a dark blob, the target, of class 0 or 1. It has one ring, the marker, which is dark for class 0 and
+bright for class 1. It also has bright blobs that mean nothing. Nothing near the target shows its class, so a network
+whose receptive field does not reach the marker can only guess.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch import Tensor
 from kaf_layer import Keypoints, SIFTDetector
 
 EDGE = 128
-RADIUS = 6  # of what is labelled: two standard deviations of a blob
+RADIUS = 6  # of the labelled disc: two standard deviations of a blob
 MARGIN = 20  # from a centre to the image's border
 NEAREST, FARTHEST = 16, 100  # the distances between target and marker
-IGNORED = -1  # where no class is asked for
+IGNORED = -1  # the label of pixels that do not count
 
 
 @dataclass
 class Task:
-    """Images (B, 1, H, W), labels (B, H, W) that are IGNORED off the target, distances (B,), and keypoints."""
+    """Images (B, 1, H, W), labels (B, H, W), IGNORED outside of the target, distances (B,) and keypoints."""
 
     images: Tensor
     labels: Tensor
@@ -37,7 +37,7 @@ class Task:
 
 
 def draw_task(count: int, *, seed: int, distractors: int = 3) -> Task:
-    """So many images, each with its SIFT keypoints; directions are uniform, and distances where they fit."""
+    """Draws images with SIFT keypoints. Directions are uniform; distances are uniform if they fit in the image."""
     generator = torch.Generator().manual_seed(seed)
     y, x = torch.meshgrid(torch.arange(EDGE), torch.arange(EDGE), indexing="ij")
     noise = F.avg_pool2d(torch.randn(count, 1, EDGE + 2, EDGE + 2, generator=generator), 3, 1)
@@ -59,7 +59,7 @@ def draw_task(count: int, *, seed: int, distractors: int = 3) -> Task:
 
 
 def place_blobs(distractors: int, generator: torch.Generator) -> list[tuple[float, float]]:
-    """Centres of target, marker and distractors, no two of which touch."""
+    """Draws centres of target, marker and distractors, no two of which touch."""
 
     def draw(low: float, high: float) -> float:
         return low + (high - low) * float(torch.rand((), generator=generator))

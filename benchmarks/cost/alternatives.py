@@ -1,8 +1,8 @@
-"""What one layer of long-range attention costs: KAF layers beside other ways, counted on the same feature map.
+"""Counts what one layer of long-range attention costs: KAF layers and their alternatives on the same feature map.
 
 python -m benchmarks.cost.alternatives  # half a minute, 2 GB of memory
 
-Each row is one layer on a map of 256 channels at stride 8, as deep in a UNet of width 32. Layers of other papers are
+Each row is one layer on a map of 256 channels at stride 8, as in a UNet of width 32. Layers of other papers are
 written from their equations: the non-local block (Wang et al., 2018, Section 3, embedded Gaussian), deformable
 attention (Zhu et al., 2021, Eq. 2), and the point head of PointRend (Kirillov et al., 2020, Section 3).
 """
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.common import harness
+from benchmarks.common.measuring import count_flops, saved_bytes
 from kaf_layer import GridDetector, KAFLayer, Keypoints, KeypointTransformer, sample_keypoints
 
 CHANNELS, STRIDE, POINTS = 256, 8, 500
@@ -25,7 +26,7 @@ EDGES = (256, 512, 1024)
 
 
 class NonLocal(nn.Module):
-    """Every cell of the map attends to every cell, or to every second one along each axis."""
+    """Each cell of the map attends to all cells, or to maxima over ``pool`` x ``pool`` cells."""
 
     def __init__(self, channels: int, *, pool: int = 1) -> None:
         super().__init__()
@@ -42,7 +43,7 @@ class NonLocal(nn.Module):
 
 
 class Deformable(nn.Module):
-    """Every cell takes from a few places near it, which it chooses itself."""
+    """Each cell samples the map at a few places near it, which it predicts."""
 
     def __init__(self, channels: int, *, heads: int = 8, points: int = 4) -> None:
         super().__init__()
@@ -78,7 +79,7 @@ class StridedAttention(nn.Module):
 
 
 class PointHead(nn.Module):
-    """Each point's class from the features at that point; points do not see each other."""
+    """Predicts each point's class from the features at that point. Points do not see each other."""
 
     def __init__(self, channels: int, *, classes: int = 4) -> None:
         super().__init__()
@@ -100,20 +101,21 @@ LAYERS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "deformable attention": ("32 places for each cell", lambda: Deformable(CHANNELS)),
     "PointRend's point head": ("500 points", lambda: PointHead(CHANNELS)),
 }
-NOTES = f"""Forward pass of one layer on one map of {CHANNELS} channels at stride {STRIDE} of an image of edge x edge
-pixels, in training mode, and the MB (10^6 bytes, float32) that it saves for the backward pass. A multiply-add is 2
-FLOPs; sampling, softmax and normalisation are not counted. KAF layers have {POINTS} keypoints. Transformers have 6
-blocks and 256 channels, the small KAF layer 2 blocks and 64 channels. Attention saves no matrix of weights."""
+NOTES = f"""GFLOPs of the forward pass of one layer in training mode, and the MB (10^6 bytes, float32) that it saves for
+the backward pass. Its input is one map of {CHANNELS} channels at stride {STRIDE} of an image of edge x edge pixels. A
+multiply-add is 2 FLOPs. Sampling, softmax and normalisation are not counted. KAF layers have {POINTS} keypoints.
+Transformers have 6 blocks and 256 channels; the small KAF layer has 2 blocks and 64 channels. Attention saves no matrix
+of weights."""
 
 
 def measure(build: Callable[[], nn.Module], edge: int) -> tuple[float, float]:
-    """GFLOPs and saved MB."""
+    """Returns GFLOPs and saved MB."""
     layer, x = build(), torch.zeros(1, CHANNELS, edge // STRIDE, edge // STRIDE, requires_grad=True)
     side = math.ceil(POINTS**0.5)
     keypoints = GridDetector(edge / side)(torch.zeros(1, 1, edge, edge))
     keypoints = keypoints[:, :POINTS]
-    saved = harness.saved_bytes(lambda: layer(x, keypoints), aside=[x])
-    return harness.count_flops(lambda: layer(x, keypoints)) / 1e9, saved / 1e6
+    saved = saved_bytes(lambda: layer(x, keypoints), aside=[x])
+    return count_flops(lambda: layer(x, keypoints)) / 1e9, saved / 1e6
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

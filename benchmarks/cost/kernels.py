@@ -1,4 +1,4 @@
-"""What a GPU would be given to do, without one: kernels, their bytes and FLOPs, counted on the device "meta"."""
+"""Counts the kernels that a GPU would run, with their bytes and FLOPs, on the device "meta"."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry
 
 
 class Card(NamedTuple):
-    """What a GPU can do: bytes a second, FLOPs a second by type, and seconds from one kernel to the next."""
+    """The speed of a GPU: bytes per second, FLOPs per second by type, and seconds from one kernel to the next."""
 
     bandwidth: float
     flops: dict[torch.dtype, float]
@@ -27,7 +27,7 @@ class Card(NamedTuple):
 
 
 def card(terabytes: float, single: float, half: float) -> Card:
-    """From a data sheet's TB/s, and dense TFLOPs of float32 (without TF32) and of bfloat16; 3/4 of them are reached."""
+    """Returns a card that reaches 3/4 of its data sheet: TB/s, and dense TFLOPs of float32 (no TF32) and bfloat16."""
     rates = {torch.float32: single, torch.bfloat16: half, torch.float16: half, torch.float64: single / 2}
     return Card(0.75e12 * terabytes, {dtype: 0.75e12 * rate for dtype, rate in rates.items()})
 
@@ -41,7 +41,7 @@ CARDS = {
 
 
 class Kernel(NamedTuple):
-    """One operation that is issued; its bytes are those that it must read and write at least."""
+    """An operation that is issued, with the bytes that it must at least read and write."""
 
     name: str
     bytes: int
@@ -49,20 +49,20 @@ class Kernel(NamedTuple):
     dtype: torch.dtype
 
     def seconds(self, card: Card) -> float:
-        """The largest of the times to launch it, to move its bytes and to do its arithmetic."""
+        """Returns the longest of three times: to launch the kernel, to move its bytes and to do its arithmetic."""
         return max(card.launch, self.bytes / card.bandwidth, self.flops / card.flops.get(self.dtype, torch.inf))
 
 
 NOTHING = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "detach"}
-NOTHING |= {"lift_fresh", "promote_types", "scalar_tensor"}  # the last are on the CPU, wherever the operands are
+NOTHING |= {"lift_fresh", "promote_types", "scalar_tensor"}  # the last two run on the CPU, wherever the operands are
 FILLS = {"new_full", "new_zeros", "new_ones", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"}
-# What reads, or adds to, only the elements that an index names.
+# These read, or add to, only the elements that an index names.
 GATHERS = {"gather", "index_select", "index", "take", "embedding"}
 SCATTERS = {"scatter", "scatter_add", "scatter_reduce", "index_add", "index_put", "_index_put_impl", "index_copy"}
 
 
 class Counter(TorchDispatchMode):
-    """Keeps a list of the kernels that are issued: one for each operation that is no view and fills its result."""
+    """Lists the kernels that are issued: one for each operation that is not a view and fills its result."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace == "kaf_layer":  # an operator of the package stands for all that its function does
+        if func.namespace == "kaf_layer":  # count the operations inside the package's operator
             with self:
                 return OPDEFS[func._name.removesuffix(".default")]._init_fn(*args, **kwargs)
         result = func(*args, **kwargs)
@@ -84,13 +84,13 @@ class Counter(TorchDispatchMode):
 
 
 def launches_nothing(func: Any) -> bool:
-    """Whether an operation is a view, or leaves its result unfilled."""
+    """Returns whether an operation is a view or leaves its result unfilled."""
     view = any(value.alias_info is not None and not value.alias_info.is_write for value in func._schema.returns)
     return view or func.overloadpacket.__name__ in NOTHING
 
 
 def traffic(func: Any, args: Any, kwargs: Any, result: Any) -> int:
-    """The bytes of all operands, each read once, and of all results, each written once."""
+    """Returns the bytes moved if each operand is read once and each result is written once."""
     name = func.overloadpacket.__name__.rstrip("_")
     inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
     outputs = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
@@ -100,22 +100,22 @@ def traffic(func: Any, args: Any, kwargs: Any, result: Any) -> int:
     if name in GATHERS:
         return sum(map(size_of, inputs[1:])) + 2 * written
     if name in SCATTERS:
-        # The places that are added to are read and written; what is not in place is copied before.
+        # The places that are added to are read and written. An operation that is not in place copies its input.
         copied = 0 if func.overloadpacket.__name__.endswith("_") else 2 * size_of(inputs[0])
         return copied + sum(map(size_of, inputs[1:])) + 2 * max(map(size_of, inputs[1:]), default=0)
     if name in {"copy", "fill", "zero"}:
-        inputs = inputs[1:]  # what was there is not read
+        inputs = inputs[1:]  # the old values are not read
     return sum(map(size_of, inputs)) + written
 
 
 def size_of(tensor: Tensor) -> int:
-    """The bytes of a tensor's elements; those that it shows several times, expanded or overlapping, count once."""
+    """Returns the bytes of a tensor's elements. Those that an expanded or overlapping view repeats count once."""
     strides = zip(tensor.shape, tensor.stride(), strict=True)
     span = 1 + sum((size - 1) * stride for size, stride in strides) if tensor.numel() else 0
     return min(tensor.numel(), span) * tensor.element_size()
 
 
-# The lists of https://docs.pytorch.org/docs/stable/amp.html, as far as they are used here.
+# From the lists of https://docs.pytorch.org/docs/stable/amp.html, those that are used here.
 LOW = {F.linear, F.conv2d, F.conv3d, F.conv_transpose2d, torch.matmul, torch.bmm, torch.mm, torch.baddbmm, torch.einsum}
 LOW |= {Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.bmm, Tensor.mm, F.scaled_dot_product_attention}
 HIGH = {F.layer_norm, F.softmax, F.log_softmax, F.cross_entropy, F.normalize, torch.cdist, torch.cumsum}
@@ -124,10 +124,10 @@ WAITS = {torch.tensor, torch.as_tensor, Tensor.new_tensor, Tensor.item, Tensor.t
 
 
 class Device(TorchFunctionMode):
-    """Does what PyTorch does on a GPU: attention by fused kernels, autocast, and a note of each call that waits.
+    """Does as PyTorch does on a GPU: fused attention and autocast. It also notes each call that would wait.
 
     Args:
-        dtype: of autocast; None leaves it off.
+        dtype: the type of autocast, or None for no autocast.
     """
 
     def __init__(self, dtype: torch.dtype | None = None) -> None:
@@ -151,7 +151,7 @@ class Device(TorchFunctionMode):
 
     @contextmanager
     def without_autocast(self, _: torch.device) -> Iterator[None]:
-        """Stands for the package's function of this name, as torch.autocast does not know the device "meta"."""
+        """Replaces the package's function of this name, because torch.autocast does not support the device "meta"."""
         self.off += 1
         try:
             yield
@@ -163,7 +163,7 @@ class Device(TorchFunctionMode):
             return value
         if not (value.is_leaf and value.requires_grad):
             return value.to(dtype)
-        # Autocast converts a weight once.
+        # Autocast converts each weight only once.
         key = id(value)
         if key not in self.cast:
             self.cast[key] = value, value.to(dtype)
@@ -173,7 +173,7 @@ class Device(TorchFunctionMode):
 def attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **options: Any
 ) -> Tensor:
-    """The kernel that PyTorch chooses on a GPU: flash attention in half precision without a mask, else the other."""
+    """Runs the kernel that PyTorch chooses on a GPU: for half precision without a mask, flash attention."""
     scale = options.get("scale")
     if attn_mask is None and query.dtype in (torch.float16, torch.bfloat16):
         return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)[0]
@@ -191,11 +191,11 @@ def attention(
 
 
 def count(run: Callable[[], object], *, dtype: torch.dtype | None = None) -> tuple[list[Kernel], list[str]]:
-    """The kernels of a run on tensors of the device "meta", and the calls that would wait for a GPU.
+    """Returns the kernels of a run on tensors of the device "meta", and the calls that would wait for a GPU.
 
     Args:
-        run: what is counted.
-        dtype: of autocast; None leaves it off.
+        run: the function to count.
+        dtype: the type of autocast, or None for no autocast.
     """
     device = Device(dtype)
     with (
@@ -214,5 +214,5 @@ def count(run: Callable[[], object], *, dtype: torch.dtype | None = None) -> tup
 
 
 def floor(kernels: list[Kernel], card: Card) -> float:
-    """The least seconds that a card takes, one kernel after the other."""
+    """Returns the least seconds that a card takes to run the kernels one after the other."""
     return sum(kernel.seconds(card) for kernel in kernels)

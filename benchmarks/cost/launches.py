@@ -1,6 +1,8 @@
-"""How many operations a layer, the detector and Sinkhorn's iterations issue: on a GPU each is at least one kernel.
+"""Counts the operations that a layer, the detector and Sinkhorn's iterations issue.
 
 python -m benchmarks.cost.launches [--names] [--compiled]
+
+On a GPU each operation launches at least one kernel.
 """
 
 from __future__ import annotations
@@ -17,24 +19,23 @@ from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.common.harness import parser, report
+from benchmarks.cost.kernels import launches_nothing
 from kaf_layer import KAFLayer, Keypoints, SIFTDetector
 from kaf_layer.matching import log_sinkhorn, sinkhorn
 
 NOTES = """Operations that PyTorch dispatches, without those that launch nothing: views, and allocations that are not
-filled. Counted in double precision on the CPU. A KAFLayer of depth 6 for 32 channels, two images, 500
-keypoints, of which some slots are padded. The detector searches both images at once, with shapes that do not
-depend on what it finds, as off the CPU."""
+filled. They are counted in double precision on the CPU, for a KAFLayer of depth 6 and 32 channels, two images and 500
+keypoints, of which some slots are padding. The detector searches both images at once, with shapes that do not depend on
+what it finds, as it does on a GPU."""
 COMPILED_NOTES = """
-Compiled: what the program that torch.compile writes calls, its own fused loops and routines of libraries."""
+Compiled: calls in the program that torch.compile writes, to its own fused loops and to libraries."""
 CALL = re.compile(r"(?:extern_kernels\.\w+|torch\.ops\.[\w.]+|cpp_fused\w*|triton_\w+\.run)\(")
 
 EDGES = 512, 64
-NOTHING = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
-NOTHING |= {"promote_types", "scalar_tensor"}  # on the CPU, wherever the operands are
 
 
 class Launches(TorchDispatchMode):
-    """Counts operations by name."""
+    """Counts operations by name, without those that launch nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,13 +45,6 @@ class Launches(TorchDispatchMode):
         if not launches_nothing(func):
             self.names[func.overloadpacket.__name__] += 1
         return func(*args, **(kwargs or {}))
-
-
-def launches_nothing(func: Any) -> bool:
-    """Whether an operation is a view, or leaves its result unfilled."""
-    returned = func._schema.returns
-    view = any(value.alias_info is not None and not value.alias_info.is_write for value in returned)
-    return view or func.overloadpacket.__name__ in NOTHING
 
 
 def count(run: Callable[[], Any]) -> Counter[str]:
@@ -67,7 +61,7 @@ def inputs(edge: int) -> tuple[Tensor, Keypoints]:
 
 
 def layer_launches(edge: int) -> dict[str, Counter[str]]:
-    """Of a forward and a backward pass at edge x edge pixels."""
+    """Counts the operations of a forward and of a backward pass on edge x edge pixels."""
     layer = KAFLayer(32, depth=6).double()
     features, keypoints = inputs(edge)
     results: list[Tensor] = []
@@ -77,26 +71,26 @@ def layer_launches(edge: int) -> dict[str, Counter[str]]:
 
 
 def compiled_calls(edge: int, *, depth: int = 6) -> dict[str, int]:
-    """How much the compiled programs of both passes call."""
+    """Counts the calls in the compiled programs of both passes."""
     torch.compiler.reset()
     layer = torch.compile(KAFLayer(32, depth=depth).double(), fullgraph=True)
     features, keypoints = inputs(edge)
-    # The program for the backward pass is written when it is first run.
+    # The program for the backward pass is written when that pass first runs.
     _, programs = run_and_get_code(lambda: sum(result.sum() for result in layer(features, keypoints)).backward())
     calls = [len(CALL.findall(program.partition("def call")[2])) for program in programs]
     return dict(zip(("forward, compiled", "backward, compiled"), calls, strict=True))
 
 
 def detect(images: Tensor) -> Keypoints:
-    """The way that the detector takes off the CPU and under a compiler, where shapes may not depend on values."""
+    """Detects as on a GPU and under a compiler, where shapes may not depend on values."""
     with patch("torch.compiler.is_compiling", lambda: True):
         return SIFTDetector(500)(images)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     own = parser(__doc__)
-    own.add_argument("--names", action="store_true", help="print how often each operation is issued")
-    own.add_argument("--compiled", action="store_true", help="count the kernels of a compiled layer too; needs g++")
+    own.add_argument("--names", action="store_true", help="also print how often each operation is issued")
+    own.add_argument("--compiled", action="store_true", help="also count the kernels of a compiled layer; needs g++")
     options = own.parse_args(arguments)
     counts = {f"KAFLayer, {edge}x{edge}": layer_launches(edge) for edge in EDGES}
     for title, counters in counts.items() if options.names else ():
@@ -113,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "SIFTDetector": lambda: detect(images),
         "log_sinkhorn, 100 iterations": lambda: log_sinkhorn(scores, dustbin, iterations=100),
     }
-    # Sinkhorn's iterations are one operator: its function is put in its place, so that what it issues is seen.
+    # Sinkhorn's iterations are one operator. Its function replaces it here, so that its operations are counted.
     with torch.no_grad(), patch.object(sinkhorn, "_sinkhorn", sinkhorn._sinkhorn._init_fn):
         empty = dict.fromkeys(rows[0], "")
         rows += [empty | {"": title, "forward": count(run).total()} for title, run in singles.items()]

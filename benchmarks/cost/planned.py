@@ -1,4 +1,4 @@
-"""The kernels that torch.compile would make, planned by inductor and not built."""
+"""Plans the kernels that torch.compile would make, by inductor, without building them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import detect_fake_mode
-from torch._inductor.compile_fx import fake_tensor_prop, view_to_reshape
+from torch._inductor.compile_fx import fake_tensor_prop
 from torch._inductor.debug import DebugContext
 from torch._inductor.decomposition import select_decomp_table
-from torch._inductor.fx_passes.post_grad import post_grad_passes
+from torch._inductor.fx_passes.post_grad import post_grad_passes, view_to_reshape
 from torch._inductor.graph import GraphLowering
 from torch._inductor.ir import MultiOutput
 from torch._inductor.scheduler import BaseSchedulerNode, NopKernelSchedulerNode
@@ -24,10 +24,10 @@ from benchmarks.cost.kernels import Kernel
 
 
 class Schedule:
-    """A backend of torch.compile that plans kernels as inductor does, counts them, and computes nothing."""
+    """A backend of torch.compile that plans kernels as inductor does and counts them. It computes nothing."""
 
     def __init__(self) -> None:
-        self.kernels: list[list[Kernel]] = []  # of the forward pass, then of the backward pass
+        self.kernels: list[list[Kernel]] = []  # those of the forward pass, then those of the backward pass
 
     def __call__(self, module: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Any:
         compiler = aot_autograd(

@@ -1,8 +1,8 @@
-"""An estimate, not a measurement: kernels, FLOPs and bytes of a training step, and the least time that a GPU takes.
+"""Estimates kernels, FLOPs, bytes and the least time of a training step on a GPU.
 
 python -m benchmarks.cost.roofline [--card H100] [--compiled]
 
-Needs no GPU: tensors are on the device "meta", where they have shapes and no values.
+This measures nothing and needs no GPU: the tensors are on the device "meta", where they have shapes and no values.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def keypoints(device: str, batch: int = BATCH) -> Keypoints:
 
 
 def both(run: Callable[[], Sequence[Tensor]], *, dtype: torch.dtype | None = None) -> Passes:
-    """The kernels of a forward pass, and of the backward pass from gradients of all results."""
+    """Returns the kernels of a forward pass, and of the backward pass from gradients of all results."""
     results: list[Tensor] = []
     forward, waits = count(lambda: results.extend(run()), dtype=dtype)
     gradients = [torch.ones_like(result) for result in results]
     backward, more = count(lambda: torch.autograd.backward(results, gradients), dtype=dtype)
     if waits or more:
-        raise RuntimeError(f"these wait for the GPU: {[*waits, *more]}")
+        raise RuntimeError(f"these calls wait for the GPU: {[*waits, *more]}")
     return {"forward": forward, "backward": backward}
 
 
@@ -119,17 +119,18 @@ def rows(*, compiled: bool, chosen: Card) -> Iterator[dict[str, object]]:
 
 
 NOTES = f"""An estimate without a GPU, not a measurement.
-{BATCH} images of {EDGE}x{EDGE}, {POINTS} keypoints, depth {DEPTH}, bfloat16 by autocast unless float32 is said.
-Kernels: one for each operation that is no view; some, such as sorting, take more. Bytes: every operand is read once,
-every result is written once. A multiply-add is 2 FLOPs. ms at least: for each kernel the largest of 3 microseconds, its
-bytes and its FLOPs, at three quarters of the data sheet's rates (CARD). Compiled: the kernels that inductor plans for a
-CPU, where it fuses alike; the time of their arithmetic is left out."""
+{BATCH} images of {EDGE}x{EDGE} pixels, {POINTS} keypoints, depth {DEPTH}, bfloat16 by autocast except where a row says
+float32. Kernels: one for each operation that is not a view; some, such as sorting, take more. Bytes: each operand is
+read once and each result is written once. A multiply-add is 2 FLOPs. ms at least: for each kernel the longest of 3
+microseconds, the time for its bytes and the time for its FLOPs, at three quarters of the data sheet's rates (CARD).
+Compiled: the kernels that inductor plans for a CPU, where it fuses in a similar way; the time of their arithmetic is
+left out."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     own = parser(__doc__)
-    own.add_argument("--card", choices=CARDS, default="H100")
-    own.add_argument("--compiled", action="store_true", help="plan the layers' compiled kernels too: a minute for each")
+    own.add_argument("--card", choices=CARDS, default="H100", help="GPU to estimate for")
+    own.add_argument("--compiled", action="store_true", help="also plan kernels of compiled layers: a minute for each")
     options = own.parse_args(arguments)
     table = rows(compiled=options.compiled, chosen=CARDS[options.card])
     report(

@@ -1,11 +1,11 @@
-"""SIFTDetector beside OpenCV and Kornia: agreement, matching under known homographies, and speed on a CPU.
+"""Compares SIFTDetector with OpenCV and Kornia: agreement, matching under known homographies, speed on a CPU.
 
 python -m benchmarks.detection.images [--data ../shared/data] [--only agreement matching speed]
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -14,10 +14,12 @@ import kornia.feature
 import numpy as np
 import torch
 
-from benchmarks.common.harness import ROOT, compare, parser, report
+from benchmarks.common.harness import ROOT, Row, parser, report
+from benchmarks.common.measuring import compare, for_each
 from benchmarks.detection.sifts import (
     NAMES,
     Points,
+    Upscale,
     best_positions,
     detect_opencv,
     detect_ours,
@@ -29,6 +31,7 @@ from benchmarks.detection.sifts import (
 from kaf_layer.detection import SIFTDetector
 
 EVERYTHING = 20_000
+UPSCALES: tuple[Upscale, ...] = ("precise", "opencv")
 
 
 def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -38,8 +41,8 @@ def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def agreement(sets: dict[str, list[np.ndarray]]) -> None:
     rows = []
     for name, images in sets.items():
-        for upscale in ("precise", "opencv"):
-            row: dict[str, object] = {"images": f"{len(images)} {name}", "upscale": upscale}
+        for upscale in UPSCALES:
+            row: Row = {"images": f"{len(images)} {name}", "upscale": upscale}
             pairs = [(detect_opencv(i, 0, upscale), detect_ours(i, EVERYTHING, upscale)) for i in images]
             for limit in (EVERYTHING, 512):
                 near = [distances(*(best_positions(points, limit) for points in pair)) < 0.5 for pair in pairs]
@@ -49,12 +52,12 @@ def agreement(sets: dict[str, list[np.ndarray]]) -> None:
                 row |= {f"{label}: OpenCV's found": f"{theirs:.4f}", f"{label}: ours confirmed": f"{ours:.4f}"}
             row["keypoints"] = sum(len(best_positions(ours, EVERYTHING)) for _, ours in pairs)
             rows.append(row)
-    notes = "Within 0.5 px, distinct positions, the same thresholds and doubling."
+    notes = "Distinct positions within 0.5 px of each other. Both have the same thresholds and doubling."
     report("detection-agreement", rows, notes=f"{notes} OpenCV {cv2.__version__}.", packages=PACKAGES)
 
 
 def homographies(shape: tuple[int, ...], count: int, seed: int) -> Iterator[np.ndarray]:
-    """Rotation by up to 180 degrees, scale 0.7 to 1.3, and a little perspective, about the centre."""
+    """Draws homographies: rotation by up to 180 degrees and scale 0.7 to 1.3 about the centre, a little perspective."""
     generator = np.random.default_rng(seed)
     height, width = shape
     for _ in range(count):
@@ -66,7 +69,7 @@ def homographies(shape: tuple[int, ...], count: int, seed: int) -> Iterator[np.n
 
 
 def disturbed(image: np.ndarray, matrix: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """The warped image, its contrast changed, with noise."""
+    """Returns the warped image with another contrast and noise."""
     warped = cv2.warpPerspective(image.astype(np.float32), matrix, image.shape[::-1], flags=cv2.INTER_CUBIC)
     values = 127.5 + (warped - 127.5) * generator.uniform(0.7, 1.3) + generator.normal(0, 4, image.shape)
     return values.clip(0, 255).round().astype(np.uint8)
@@ -77,7 +80,7 @@ def warp(positions: np.ndarray, matrix: np.ndarray) -> np.ndarray:
 
 
 def score_pair(a: Points, b: Points, matrix: np.ndarray, shape: tuple[int, ...]) -> tuple[float, float, int]:
-    """Repeatability, mean matching accuracy and the number of distinct correct matches, at 3 px."""
+    """Returns repeatability, matching accuracy and the number of distinct correct matches, all at 3 px."""
     warped = warp(a.positions, matrix)
     seen = ((warped >= 0) & (warped <= np.array(shape[::-1]) - 1)).all(1)
     back = warp(b.positions, np.linalg.inv(matrix))
@@ -94,10 +97,10 @@ def score_pair(a: Points, b: Points, matrix: np.ndarray, shape: tuple[int, ...])
 
 
 def matching(sets: dict[str, list[np.ndarray]]) -> None:
-    rows = []
+    rows: list[Row] = []
     generator = np.random.default_rng(0)
     for name, images in sets.items():
-        methods = {
+        methods: dict[str, Callable[[np.ndarray, int], Points]] = {
             "OpenCV": detect_opencv,
             "OpenCV, one orientation": first_orientations,
             "ours": detect_ours,
@@ -112,11 +115,12 @@ def matching(sets: dict[str, list[np.ndarray]]) -> None:
                     results[method].append(score_pair(*points, matrix, image.shape))
         for method, values in results.items():
             repeatability, accuracy, correct = np.mean(values, axis=0)
-            row = {"images": f"{len(images)} {name}", "SIFT": method, "repeatability": f"{repeatability:.4f}"}
+            row: Row = {"images": f"{len(images)} {name}", "SIFT": method, "repeatability": f"{repeatability:.4f}"}
             rows.append(row | {"mean matching accuracy": f"{accuracy:.4f}", "correct matches": f"{correct:.1f}"})
     notes = (
-        "The 512 best, 3 px, RootSIFT, mutual nearest neighbours; matches count once per position. 4 homographies per "
-        "image: rotation up to 180 degrees, scale 0.7 to 1.3, contrast 0.7 to 1.3, noise of 4 grey levels."
+        "The 512 best keypoints, 3 px, RootSIFT, mutual nearest neighbours. Matches count once per position. Each "
+        "image has 4 homographies: rotation up to 180 degrees, scale 0.7 to 1.3, contrast 0.7 to 1.3, noise of 4 grey "
+        "levels."
     )
     report("detection-matching", rows, notes=f"{notes} OpenCV {cv2.__version__}.", packages=PACKAGES)
 
@@ -140,21 +144,21 @@ def speed(images: list[np.ndarray], repeats: int) -> None:
         floats = (tensor / 255).split(1)
         seconds = compare(
             {
-                "ours": lambda tensor=tensor: ours(tensor),
-                "OpenCV": lambda batch=batch: [theirs.detectAndCompute(image, None) for image in batch],
-                "Kornia's pyramid": lambda floats=floats: [pyramid(image) for image in floats],
-                "Kornia's default": lambda floats=floats: [default(image) for image in floats],
+                "ours": partial(ours, tensor),
+                "OpenCV": partial(for_each, partial(theirs.detectAndCompute, mask=None), batch),
+                "Kornia's pyramid": partial(for_each, pyramid, floats),
+                "Kornia's default": partial(for_each, default, floats),
             },
             repeats=repeats,
             warmup=1,
         )
         count, height, width = batch.shape
-        row: dict[str, object] = {"images": f"{count} of {height}x{width}"}
+        row: Row = {"images": f"{count} of {height}x{width}"}
         row |= {f"{name}, ms/image": 1e3 * value / count for name, value in seconds.items()}
         row["ours / OpenCV"] = seconds["ours"] / seconds["OpenCV"]
         row |= {f"{name} / ours": seconds[name] / seconds["ours"] for name in list(seconds)[2:]}
         rows.append(row)
-    notes = "512 keypoints with descriptors, one CPU thread, alternating medians."
+    notes = "512 keypoints with descriptors, one CPU thread, medians of alternating runs."
     report("detection-speed", rows, notes=f"{notes} OpenCV {cv2.__version__}.", packages=PACKAGES)
 
 
@@ -164,10 +168,10 @@ PARTS = ("agreement", "matching", "speed")
 
 def main() -> None:
     own = parser(__doc__)
-    own.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    own.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    own.add_argument("--images", type=int, default=len(NAMES), help="at most so many of scikit-image")
-    own.add_argument("--repeats", type=int, default=7)
+    own.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of sunnybrook, if any")
+    own.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
+    own.add_argument("--images", type=int, default=len(NAMES), help="largest number of scikit-image's images")
+    own.add_argument("--repeats", type=int, default=7, help="how often each run is timed")
     arguments = own.parse_args()
     natural = natural_images()[: arguments.images]
     sets = {"of scikit-image": natural}

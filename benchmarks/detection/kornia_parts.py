@@ -1,4 +1,4 @@
-"""Kornia's parts in the place of SIFTDetector's: how precise they are, and how long they take.
+"""Puts Kornia's parts in the place of SIFTDetector's, and measures their precision and time.
 
 python -m benchmarks.detection.kornia_parts
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from statistics import median
+from typing import Any
 
 import kornia.feature as KF
 import torch
@@ -15,23 +16,22 @@ from kornia.filters import gaussian_blur2d
 from kornia.geometry import ScalePyramid, conv_quad_interp3d
 from torch import Tensor
 
-from benchmarks.common.harness import Run, parser, report
+from benchmarks.common.harness import Row, parser, report
+from benchmarks.common.measuring import Run
 from benchmarks.detection.sifts import natural_images, opencv
 from kaf_layer import Keypoints, SIFTDetector
 from kaf_layer.detection.sift.blur import blur, gaussian_kernels
 from kaf_layer.detection.sift.extrema import find_extrema
 from kaf_layer.detection.sift.plane import describe, orient, peaks
-from kaf_layer.detection.sift.pyramid import double, scale_space
+from kaf_layer.detection.sift.pyramid import ScaleSpace, double, scale_space
 from kaf_layer.detection.sift.refinement import locate, refine
 from kaf_layer.interop import to_lafs
 
 EDGE, COUNT = 256, 300
-Row = dict[str, object]
-NOTES = f"""One photograph of {EDGE}x{EDGE}, {COUNT} keypoints, one CPU thread,
-medians of the processor's seconds in alternating runs.
-A part would be used if it kept OpenCV's keypoints (99 % within half a pixel) and took at most 1.2 times our time.
-ScalePyramid doubles an image from corner to corner, not pixel by pixel. conv_quad_interp3d looks at every voxel, not at
-the candidates. SIFTDescriptor describes patches that were resampled before."""
+NOTES = f"""One photograph of {EDGE}x{EDGE} pixels, {COUNT} keypoints, one CPU thread, medians of the processor's
+seconds in alternating runs. A part would be used if it kept OpenCV's keypoints (99 % within half a pixel) and took at
+most 1.2 times our time. ScalePyramid doubles an image from corner to corner, not pixel by pixel. conv_quad_interp3d
+examines every voxel, not only the candidates. SIFTDescriptor describes patches that were resampled first."""
 
 
 def doubled(image: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def doubled(image: Tensor) -> Tensor:
 
 
 def row(part: str, theirs: str, miss: str, ours: Run, other: Run, repeats: int) -> Row:
-    """The ratio of the processor's seconds, which other programs on the machine do not change."""
+    """Compares the processor's seconds, which other programs on the machine do not change."""
     seconds: tuple[list[float], list[float]] = [], []
     for _ in range(repeats + 1):
         for values, run in zip(seconds, (ours, other), strict=True):
@@ -65,18 +65,18 @@ def rows(image: Tensor, repeats: int) -> Iterator[Row]:
     pyramid = ScalePyramid(3, 1.6, 16, double_image=True)
     layers = pyramid(image)[0][0][0, 0]
     ours = space.octaves()[0][0]
-    error = (layers[: len(ours)] - ours).abs().max() if layers.shape[1:] == ours.shape[1:] else torch.inf
+    error = (layers[: len(ours)] - ours).abs().max() if layers.shape[1:] == ours.shape[1:] else torch.tensor(torch.inf)
     yield row(
         "scale space", "ScalePyramid", f"differs by {error:.0e} of 1",
         lambda: scale_space(doubled(image), layers=3, sigma=1.6, blurred=1.0), lambda: pyramid(image), repeats,
     )  # fmt: skip
 
     extrema, valid = find_extrema(space, threshold=0.006, room=None)
-    options = {"contrast_threshold": 0.04, "edge_threshold": 10.0, "follow": True, "static": False}
+    options: dict[str, Any] = {"contrast_threshold": 0.04, "edge_threshold": 10.0, "follow": True, "static": False}
     differences = [octave.diff(dim=1)[:, None] for octave in space.octaves()]
 
     def interpolated() -> list[Tensor]:
-        # It looks for maxima alone: twice for both kinds.
+        # It finds only maxima, so it runs twice to find minima too.
         return [conv_quad_interp3d(sign * values)[0] for values in differences for sign in (1, -1)]
 
     moved, kept, _ = refine(space, extrema, valid, **options)
@@ -94,14 +94,17 @@ def rows(image: Tensor, repeats: int) -> Iterator[Row]:
     yield from patches(image, found, space, repeats)
 
 
-def patches(image: Tensor, found: Keypoints, space: object, repeats: int) -> Iterator[Row]:
-    """Orientation and descriptors of the same keypoints, against OpenCV's of these."""
+def patches(image: Tensor, found: Keypoints, space: ScaleSpace, repeats: int) -> Iterator[Row]:
+    """Compares orientations and descriptors of the same keypoints with OpenCV's."""
     import cv2
 
     kept = found.valid[0]
+    assert found.scales is not None
+    assert found.angles is not None
+    assert found.descriptors is not None
     grey = (image[0, 0] * 255).round().byte().numpy()
     points = [
-        cv2.KeyPoint(*p.tolist(), 2 * s.item(), a.rad2deg().item() % 360)
+        cv2.KeyPoint(p[0].item(), p[1].item(), 2 * s.item(), a.rad2deg().item() % 360)
         for p, s, a in zip(found.positions[0][kept], found.scales[0][kept], found.angles[0][kept], strict=True)
     ]
     lafs = to_lafs(found)[:, kept]
@@ -124,8 +127,8 @@ def patches(image: Tensor, found: Keypoints, space: object, repeats: int) -> Ite
 
     theirs = describer(KF.extract_patches_from_pyramid(image, lafs, 41)[0])
     theirs = KF.convert_sift_descriptor_layout(theirs, "kornia", "opencv")
-    _, expected = opencv(COUNT).compute(grey, points)
-    expected = torch.nn.functional.normalize(torch.from_numpy(expected), dim=-1)
+    _, computed = opencv(COUNT).compute(grey, points)
+    expected = torch.nn.functional.normalize(torch.from_numpy(computed), dim=-1)
     cosines = [(values * expected).sum(-1).median() for values in (theirs, found.descriptors[0][kept])]
     yield row(
         "descriptor", "SIFTDescriptor", "cosine to OpenCV's {:.3f}, ours {:.3f}".format(*cosines),
@@ -136,7 +139,7 @@ def patches(image: Tensor, found: Keypoints, space: object, repeats: int) -> Ite
 
 def main(arguments: Sequence[str] | None = None) -> None:
     own = parser(__doc__)
-    own.add_argument("--repeats", type=int, default=11)
+    own.add_argument("--repeats", type=int, default=11, help="how often each run is timed; the median counts")
     options = own.parse_args(arguments)
     torch.set_num_threads(1)
     import cv2

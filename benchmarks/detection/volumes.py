@@ -1,4 +1,4 @@
-"""SIFTDetector in three dimensions beside local maxima of the Laplacian and a grid: repeatability, matches, time.
+"""Compares SIFTDetector in volumes with maxima of the Laplacian and a grid: repeatability, matches, time.
 
 python -m benchmarks.detection.volumes [--data ../shared/data] [--only judged speed] [--volumes 10]
 """
@@ -19,37 +19,39 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
-from benchmarks.common.harness import ROOT, compare, parser, report
+from benchmarks.common.harness import ROOT, Row, parser, report
+from benchmarks.common.measuring import compare
 from benchmarks.detection.volumetric import LIMIT, Points, Volume, grid, laplacian, laplacian_turned, load, sift
 from kaf_layer import SIFTDetector
 from kaf_layer.detection.sift.voxels import Voxels
 
 PARTS = ("judged", "speed")
 PACKAGES = ("numpy", "scipy", "scikit-image", "nibabel")
-# Degrees, scale, noise in parts of the range between the volume's 1st and 99th percentile.
+# Degrees, scale, and noise as a fraction of the range between the volume's 1st and 99th percentile.
 DISTURBANCES = [(0, 1.0, 0.05), (15, 1.0, 0.0), (15, 1.0, 0.05), (15, 1.0, 0.1), (45, 1.0, 0.05), (120, 1.0, 0.05)]
 DISTURBANCES += [(0, 0.8, 0.05), (0, 1.25, 0.05), (15, 0.8, 0.05)]
 
-SIGMAS = {"hippocampus": 2.0, "Sunnybrook": 3.0}  # of 1, 2 and 3 the most precise with more than 100 maxima
+SIGMAS = {"hippocampus": 2.0, "Sunnybrook": 3.0}  # the most precise of 1, 2 and 3 that gives more than 100 maxima
 AXES = {"hippocampus": (0.48, 0.64, 0.6), "Sunnybrook": (1.0, 0.0, 0.0)}  # (z, y, x)
 
-JUDGED_NOTES = """Each volume against itself rotated, scaled and noised (the noise in parts of its range between the
-percentiles 1 and 99), resampled by cubic splines, mirrored at its borders. Hippocampus turns about an oblique axis;
-Sunnybrook, whose slices are 8 mm apart and pixels 1.25 mm, about the slices' normal. At most 512 keypoints.
+JUDGED_NOTES = """Each volume is compared with itself after rotation, scaling and noise (as a fraction of its range
+between the percentiles 1 and 99), resampled by cubic splines and mirrored at its borders. Hippocampus is rotated about
+an oblique axis. Sunnybrook, whose slices are 8 mm apart and whose pixels have 1.25 mm, is rotated about the slices'
+normal. There are at most 512 keypoints. All values are means over volumes.
 
-Repeatability: the share of keypoints that lie in both volumes and have one of the other within 2 voxels; only positions
-at least a voxel apart count. Precision: the share of mutual nearest descriptors that lie within 3 voxels of where they
-belong; "right" is how many.
+Repeatability: of the keypoints that lie in both volumes, the share that have one of the other volume within 2 voxels.
+Only positions at least one voxel apart count. Precision: the share of mutual nearest descriptors that lie within 3
+voxels of their true position; "right" is their number.
 
-SIFT has its default thresholds and is told the spacing. The Laplacian: local maxima (3x3x3) of the magnitude of scipy's
-gaussian_laplace, sigma 2 voxels for hippocampus, 3 for Sunnybrook. "patch": described by normalised patches of 8x8x8
-samples 1.7 voxels apart, upright, of the volume blurred by 1.6 voxels. "turned": the same points with SIFTDetector's
-descriptor at that scale. Grid: as many keypoints as SIFT finds. Means over volumes."""
+SIFT has its default thresholds and is given the spacing. Laplacian: local maxima (3x3x3) of the magnitude of scipy's
+gaussian_laplace, with a sigma of 2 voxels for hippocampus and 3 for Sunnybrook. "patch": described by upright,
+normalised patches of 8x8x8 samples 1.7 voxels apart, from the volume blurred by 1.6 voxels. "turned": the same points
+with SIFTDetector's descriptor at that scale. Grid: as many keypoints as SIFT finds."""
 
-SPEED_NOTES = """Seconds, one thread, alternating medians: SIFTDetector with 512 keypoints, without and with
+SPEED_NOTES = """Seconds on one thread, medians of alternating runs: SIFTDetector with 512 keypoints, without and with
 descriptors; its scale space alone; and the same Gaussian layers (6 in each octave, the first doubled) by
-scipy.ndimage.gaussian_filter, the filter that scikit-image's pyramids call. scikit-image's pyramid_gaussian blurs once
-an octave, not 6 times, and does not double. MB are what the process's peak memory grew by in a fresh process."""
+scipy.ndimage.gaussian_filter, which scikit-image's pyramids call. scikit-image's pyramid_gaussian blurs once in each
+octave, not 6 times, and does not double. MB: how far detection raises the peak memory of a fresh process."""
 
 
 Detect = Callable[[Volume], Points]
@@ -87,7 +89,7 @@ def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def distinct(positions: np.ndarray) -> np.ndarray:
-    """The first of those that lie within a voxel."""
+    """Returns the positions, of those within a voxel of each other only the first."""
     kept: list[int] = []
     for i, position in enumerate(positions):
         if not kept or np.linalg.norm(positions[kept] - position, axis=1).min() >= 1:
@@ -105,7 +107,7 @@ def repeatability(a: np.ndarray, b: np.ndarray, motion: Motion, shape: tuple[int
 
 
 def matches(a: Points, b: Points, motion: Motion) -> tuple[float, int]:
-    """Precision, and the number of right matches."""
+    """Returns the precision and the number of right matches."""
     similarity = a.descriptors @ b.descriptors.T
     partner = similarity.argmax(1)
     mutual = similarity.argmax(0)[partner] == np.arange(len(partner))
@@ -114,7 +116,7 @@ def matches(a: Points, b: Points, motion: Motion) -> tuple[float, int]:
     return right.sum() / max(mutual.sum(), 1), int(right.sum())
 
 
-def judge(name: str, volumes: list[Volume]) -> Iterator[dict[str, object]]:
+def judge(name: str, volumes: list[Volume]) -> Iterator[Row]:
     sigma, generator = SIGMAS[name], np.random.default_rng(0)
     methods: dict[str, Detect] = {
         "SIFT": sift,
@@ -137,13 +139,13 @@ def judge(name: str, volumes: list[Volume]) -> Iterator[dict[str, object]]:
                 found |= {f"{method}: precision": precision, f"{method}: right": right}
             for key, value in (found | {f"{key}: repeatability": value for key, value in repeated.items()}).items():
                 values.setdefault(key, []).append(float(value))
-        row: dict[str, object] = {"volumes": f"{len(volumes)} {name}", "turned": f"{degrees}°", "scaled": f"{scale}"}
+        row: Row = {"volumes": f"{len(volumes)} {name}", "turned": f"{degrees}°", "scaled": f"{scale}"}
         row |= {"noise": f"{noise:.0%}"} | {key: float(np.mean(value)) for key, value in sorted(values.items())}
         yield row
 
 
 def gaussians(volume: np.ndarray) -> None:
-    """The layers of SIFT's scale space by scipy, of cubic voxels."""
+    """Computes the layers of SIFT's scale space by scipy, for cubic voxels."""
     first = ndimage.zoom(volume, 2, order=1)
     first = ndimage.gaussian_filter(first, 1.25, mode="mirror")
     while min(first.shape) > 2:
@@ -153,8 +155,11 @@ def gaussians(volume: np.ndarray) -> None:
         first = layers[3][::2, ::2, ::2]
 
 
-def speed(repeats: int) -> Iterator[dict[str, object]]:
+def speed(repeats: int) -> Iterator[Row]:
     from skimage.transform import pyramid_gaussian
+
+    def layers_of_pyramid(volume: np.ndarray) -> list[np.ndarray]:
+        return list(pyramid_gaussian(volume, max_layer=4))
 
     torch.set_num_threads(1)
     for size in ((32, 64, 64), (64, 128, 128)):
@@ -164,18 +169,16 @@ def speed(repeats: int) -> Iterator[dict[str, object]]:
         voxels = Voxels.spaced(None, 3)
         seconds = compare(
             {
-                "detection": lambda tensor=tensor, bare=bare: bare(tensor),
-                "with descriptors": lambda tensor=tensor, full=full: full(tensor),
-                "our scale space": lambda tensor=tensor, voxels=voxels: voxels.scale_space(
-                    tensor[0], "precise", layers=3, sigma=1.6, border=1
-                ),
-                "scipy's": lambda volume=volume: gaussians(volume),
-                "scikit-image's pyramid": lambda volume=volume: list(pyramid_gaussian(volume, max_layer=4)),
+                "detection": partial(bare, tensor),
+                "with descriptors": partial(full, tensor),
+                "our scale space": partial(voxels.scale_space, tensor[0], "precise", layers=3, sigma=1.6, border=1),
+                "scipy's": partial(gaussians, volume),
+                "scikit-image's pyramid": partial(layers_of_pyramid, volume),
             },
             repeats=repeats,
             warmup=1,
         )
-        row: dict[str, object] = {"volume": "x".join(map(str, size))} | {f"{k}, s": v for k, v in seconds.items()}
+        row: Row = {"volume": "x".join(map(str, size))} | {f"{k}, s": v for k, v in seconds.items()}
         row["detection / scipy's"] = seconds["detection"] / seconds["scipy's"]
         row["our scale space / scipy's"] = seconds["our scale space"] / seconds["scipy's"]
         command = [sys.executable, "-m", "benchmarks.detection.volumes", "--grow", *map(str, size)]
@@ -184,11 +187,11 @@ def speed(repeats: int) -> Iterator[dict[str, object]]:
 
 
 def grow(size: list[int]) -> float:
-    """MB by which detection raises this process's peak; Linux."""
+    """Returns how many MB detection adds to this process's peak memory. Needs Linux."""
     detector = SIFTDetector(LIMIT, spatial_dims=3)
     detector(torch.rand(1, 1, 8, 8, 8))
     volume = torch.nn.functional.avg_pool3d(torch.rand(1, 1, *size), 3, 1, 1)
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak, which a process has from its parent
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, which a process inherits from its parent
     before = peak_kilobytes()
     detector(volume)
     return (peak_kilobytes() - before) * 1024 / 1e6
@@ -201,10 +204,10 @@ def peak_kilobytes() -> int:
 
 def main() -> None:
     own = parser(__doc__)
-    own.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    own.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    own.add_argument("--volumes", type=int, default=10, help="of each data set")
-    own.add_argument("--repeats", type=int, default=5)
+    own.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of the data sets")
+    own.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
+    own.add_argument("--volumes", type=int, default=10, help="number of volumes of each data set")
+    own.add_argument("--repeats", type=int, default=5, help="how often each run is timed; the median counts")
     own.add_argument("--grow", type=int, nargs=3, help=argparse.SUPPRESS)
     arguments = own.parse_args()
     torch.set_grad_enabled(False)

@@ -1,4 +1,4 @@
-"""The volumes that volumes.py looks at, and the detectors that look at them."""
+"""Volumes, and the detectors that are compared on them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LIMIT = 512
 
 
 class Points(NamedTuple):
-    """One volume's keypoints: positions (N, 3) in voxels, (z, y, x), and descriptors (N, K), of length 1."""
+    """The keypoints of one volume: positions (N, 3) in voxels, (z, y, x), and descriptors (N, K) of length 1."""
 
     positions: np.ndarray
     descriptors: np.ndarray
@@ -35,9 +35,9 @@ def load(files: list[Path], count: int) -> list[Volume]:
 
     volumes = []
     for file in files[:: max(1, len(files) // count)][:count]:
-        image = nibabel.load(file)
-        spacing = tuple(float(step) for step in image.header.get_zooms()[:3])[::-1]
-        volumes.append(Volume(np.asarray(image.dataobj, dtype=np.float32).T, spacing))
+        image = nibabel.Nifti1Image.from_filename(file)
+        x, y, z = (float(step) for step in image.header.get_zooms()[:3])
+        volumes.append(Volume(np.asarray(image.dataobj, dtype=np.float32).T, (z, y, x)))
     return volumes
 
 
@@ -59,7 +59,7 @@ def laplacian_peaks(volume: Volume, sigma: float) -> np.ndarray:
 
 
 def laplacian(volume: Volume, *, sigma: float) -> Points:
-    """Local maxima, with upright patches."""
+    """Returns the local maxima with upright patches as descriptors."""
     peaks = laplacian_peaks(volume, sigma)
     ratio = np.array(volume.spacing) / min(volume.spacing)
     offsets = np.stack(np.meshgrid(*[np.linspace(-6, 6, 8) / r for r in ratio], indexing="ij")).reshape(3, -1)
@@ -70,7 +70,7 @@ def laplacian(volume: Volume, *, sigma: float) -> Points:
 
 
 def laplacian_turned(volume: Volume, *, sigma: float) -> Points:
-    """The same maxima with our descriptor, from the layer of the first octave whose blur is nearest."""
+    """Returns the same maxima with our descriptor, from the layer of the first octave with the nearest blur."""
     peaks = torch.from_numpy(laplacian_peaks(volume, sigma))[None]
     voxels = Voxels.spaced(volume.spacing, 3)
     values = torch.from_numpy(volume.values)[None]

@@ -1,4 +1,4 @@
-"""What it saves to give KeypointDiffusion the features and a gain, instead of fusing its map afterwards.
+"""Measures what it saves to fuse the map within KeypointDiffusion instead of afterwards.
 
 python -m benchmarks.speed.fusion [--edges 512 128] [--batch 4] [--repeats 11]
 """
@@ -12,17 +12,20 @@ import torch
 from torch import Tensor
 
 from benchmarks.common.harness import parser, report
-from benchmarks.speed.layers import DEVICE, WIDTH, measure, random_keypoints
+from benchmarks.common.measuring import DEVICE
+from benchmarks.common.networks import WIDTH
+from benchmarks.speed.passes import measure, random_keypoints
 from kaf_layer import KeypointDiffusion
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
-NOTES = """The diffusion network in training mode, 512 keypoints, float32. "afterwards": its map is put behind the
-features by torch.cat, or added to them, times a gain for each channel; "at once": KeypointDiffusion does so. Times are
-medians of alternating runs. Saved is what the forward pass keeps for the backward pass, without the features."""
+NOTES = """The diffusion network in training mode, with 512 keypoints, in float32. "afterwards": its map is concatenated
+with the features by torch.cat, or multiplied by a gain for each channel and added to them. "at once": KeypointDiffusion
+does the same itself. Times are medians of alternating runs. "saved" is what the forward pass keeps for the backward
+pass, without the features."""
 
 
 def fuse(fusion: str, layout: str, batch: int, edge: int, *, repeats: int) -> dict[str, object]:
-    """One line of the table."""
+    """Returns a row of the table."""
     torch.manual_seed(0)
     channels, size = WIDTH * 512 // edge, (edge, edge)
     diffusion = KeypointDiffusion(256, channels).to(DEVICE)
@@ -55,9 +58,9 @@ def fuse(fusion: str, layout: str, batch: int, edge: int, *, repeats: int) -> di
 
 def main(arguments: Sequence[str] | None = None) -> None:
     own = parser(__doc__)
-    own.add_argument("--edges", type=int, nargs="+", default=[512, 128], help="of the map")
-    own.add_argument("--batch", type=int, default=4)
-    own.add_argument("--repeats", type=int, default=11, help="of each run; the median counts")
+    own.add_argument("--edges", type=int, nargs="+", default=[512, 128], help="edges of the map")
+    own.add_argument("--batch", type=int, default=4, help="number of maps in a batch")
+    own.add_argument("--repeats", type=int, default=11, help="how often each run is timed; the median counts")
     options = own.parse_args(arguments)
     cases = product(("concat", "add"), FORMATS, (options.batch,), options.edges)
     report("fusion", (fuse(*case, repeats=options.repeats) for case in cases), notes=NOTES)

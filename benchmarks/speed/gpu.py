@@ -1,10 +1,10 @@
-"""What a GPU makes of it: tests, times and peak memory of everything, and trainings at full size.
+"""Runs everything on a GPU: tests, times and peak memory, and trainings at full size.
 
-make gpu                           # every part; or one by one: make gpu PART=diffusion
-python -m benchmarks.speed.gpu PART ...  # the same; --small is a rehearsal, which runs on a CPU too
+    make gpu                                 # every part; make gpu PART=diffusion runs one
+    python -m benchmarks.speed.gpu PART ...  # the same; --small is a rehearsal, which also runs on a CPU
 
-Each part is meant to take less than eight minutes. It writes its table after each row, so that one that is cut off
-keeps what it has measured; trainings go on where they were. CONTRIBUTING.md says which packages it needs.
+Each part should take less than eight minutes. A part that is interrupted keeps the rows that it has measured, and
+trainings resume at the next call. CONTRIBUTING.md says which packages are needed.
 """
 
 from __future__ import annotations
@@ -14,24 +14,22 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.common.harness import compare, parser, report
+from benchmarks.common.harness import ROOT, Row, parser, report
+from benchmarks.common.measuring import CUDA, DEVICE, Run, compare, for_each
 from benchmarks.common.networks import KEYPOINTS, NETWORKS, WIDTH, build_all
 from benchmarks.speed.plain import PlainDiffusion
-from benchmarks.speed.ways import CUDA, DEVICE, PRECISIONS, WAYS, Case, in_way, precision, record, side_by_side
+from benchmarks.speed.ways import PRECISIONS, WAYS, Case, in_way, precision, record, side_by_side
 from examples.unet import KAFUNet, UNetC2
 from kaf_layer import KAFEncoder, KAFLayer, KeypointDiffusion, Keypoints, SIFTDetector
 
-ROOT = Path(__file__).resolve().parents[2]
-Row = dict[str, object]
 BATCH, EDGE = 8, 512
-SECONDS = 450  # of a training, before it is stopped, to go on in another call
-NOTES = f"""Forward and backward pass, batch {BATCH}, {KEYPOINTS} keypoints; ms are medians of alternating runs, GB
-(10^9 bytes) the peak above weights and inputs. "Graphed" is the step recorded as a CUDA graph."""
+SECONDS = 450  # after which a training is stopped; the next call resumes it
+NOTES = f"""Forward and backward pass, batch {BATCH}, {KEYPOINTS} keypoints. ms: medians of alternating runs. GB (10^9
+bytes): the peak above weights and inputs. "Graphed": the step is recorded as a CUDA graph."""
 
 
 def random_keypoints(batch: int, edge: int) -> Keypoints:
@@ -40,7 +38,7 @@ def random_keypoints(batch: int, edge: int) -> Keypoints:
 
 
 def diffusions(edge: int, batch: int) -> dict[str, Case]:
-    """Ours, and the paper's over every pixel, on a map of a UNet with as much in each scale."""
+    """Returns our diffusion and the paper's over every pixel, on a map of a UNet whose scales are equally large."""
     channels = WIDTH * EDGE // edge
     tokens = torch.randn(batch, KEYPOINTS, 256, device=DEVICE, requires_grad=True)
     inputs = tokens, random_keypoints(batch, edge), (edge, edge)
@@ -55,7 +53,7 @@ def unets(edge: int, batch: int, *, width: int = WIDTH, depth: int = 6) -> dict[
 
 
 def stacks(edge: int, batch: int, *, names: Sequence[str] = tuple(NETWORKS), attentions: int = 20) -> dict[str, Case]:
-    """What memory.py compares; Swin-T first."""
+    """Returns the networks that memory.py compares, Swin-T first."""
     with torch.device(DEVICE):
         builders = {name: NETWORKS[name] for name in sorted(names, key=lambda name: name != "Swin-T")}
         networks, reasons = build_all(builders, attentions)
@@ -64,11 +62,11 @@ def stacks(edge: int, batch: int, *, names: Sequence[str] = tuple(NETWORKS), att
         return {name: (network, network.inputs(edge, batch)) for name, network in networks.items()}
 
 
-FEW = {"names": ("KAF layers", "Swin-T"), "attentions": 8}  # of a rehearsal
+FEW = ("KAF layers", "Swin-T")
 
 
 def diffusion(*, small: bool) -> Iterator[Row]:
-    """Targets: at 512 20 times as fast as dense in bfloat16, never slower, a fiftieth of its memory."""
+    """Targets: at 512 20 times as fast as dense in bfloat16, with a fiftieth of its memory; never slower."""
     for dtype in PRECISIONS:
         for edge in (32,) if small else (512, 256, 128, 64):
             cases = diffusions(edge, 1 if small else BATCH)
@@ -77,34 +75,34 @@ def diffusion(*, small: bool) -> Iterator[Row]:
 
 
 def stack(*, small: bool) -> Iterator[Row]:
-    """Target: at 512 0.35 of Swin-T's time, at 1024 0.1."""
+    """Target: 0.35 of Swin-T's time at 512, 0.1 at 1024."""
     for dtype in PRECISIONS:
         for edge in (32,) if small else (512, 1024):
-            cases = stacks(edge, 1, **FEW) if small else stacks(edge, BATCH)
+            cases = stacks(edge, 1, names=FEW, attentions=8) if small else stacks(edge, BATCH)
             for row in side_by_side(cases, dtype=dtype, ways=("eager",), repeats=5):
                 yield {"image": f"{edge}x{edge}"} | row
 
 
 def network(*, small: bool) -> Iterator[Row]:
-    """Target: 1.3 times UNet (c2)'s step."""
+    """Target: 1.3 times the step of UNet (c2)."""
     cases = unets(32, 1, width=4, depth=1) if small else unets(EDGE, BATCH)
     for dtype in PRECISIONS:
         yield from side_by_side(cases, dtype=dtype, ways=("eager", "graphed"))
 
 
 def compiled(*, small: bool) -> Iterator[Row]:
-    """In bfloat16, what torch.compile makes of each."""
+    """Eager, compiled and graphed steps in bfloat16."""
     full = (
         partial(diffusions, EDGE, BATCH),
         partial(unets, EDGE, BATCH),
-        partial(stacks, EDGE, BATCH, names=FEW["names"]),
+        partial(stacks, EDGE, BATCH, names=FEW),
     )
     for cases in (partial(diffusions, 32, 1),) if small else full:
         yield from side_by_side(cases(), dtype="bfloat16", ways=WAYS)
 
 
 def launches(*, small: bool) -> Iterator[Row]:
-    """How many kernels a layer of depth 6 issues in a training step."""
+    """The number of kernels that a layer of depth 6 issues in a training step."""
     for edge in (32,) if small else (512, 64):
         features = torch.randn(BATCH, WIDTH, edge, edge, device=DEVICE, requires_grad=True)
         encoder = KAFEncoder([torch.nn.Identity()], [KAFLayer(WIDTH, depth=1 if small else 6).to(DEVICE)])
@@ -118,7 +116,7 @@ def launches(*, small: bool) -> Iterator[Row]:
 
 
 def detection(*, small: bool) -> Iterator[Row]:
-    """Detection with description; target: 1.5 ms for an image."""
+    """Detection and description; target: 1.5 ms for an image."""
     import cv2
     import kornia.feature
 
@@ -133,11 +131,11 @@ def detection(*, small: bool) -> Iterator[Row]:
         images = torch.stack([torch.from_numpy(image) for image in batch])[:, None].to(DEVICE)
         floats = (images / 255).split(1)
         with torch.no_grad(), precision("float32"):
-            runs = {
-                "ours": lambda images=images: detector(images),
-                "ours, graphed": record(lambda images=images: detector(images)),
-                "Kornia's pyramid": lambda floats=floats: [korn(image) for image in floats],
-                "OpenCV, on the CPU": lambda batch=batch: [theirs.detectAndCompute(image, None) for image in batch],
+            runs: dict[str, Run] = {
+                "ours": partial(detector, images),
+                "ours, graphed": record(partial(detector, images)),
+                "Kornia's pyramid": partial(for_each, korn, floats),
+                "OpenCV, on the CPU": partial(for_each, partial(theirs.detectAndCompute, mask=None), batch),
             }
             seconds = compare(runs, repeats=7)
         for name, value in seconds.items():
@@ -150,7 +148,7 @@ def detection(*, small: bool) -> Iterator[Row]:
 
 
 def tests(*, small: bool) -> Iterator[Row]:
-    """What can run anywhere, on the GPU; then what needs one."""
+    """The tests that run anywhere, on the GPU; then the tests that need one."""
     anywhere = [f"tests/test_{name}.py" for name in ("laws", "fuzz", "toolchain")]
     runs = {"--device cuda": [*anywhere, "--device", "cuda"], "-k cuda": ["tests", "-k", "cuda"]}
     if small:
@@ -162,13 +160,13 @@ def tests(*, small: bool) -> Iterator[Row]:
 
 
 def context(*, small: bool) -> Iterator[Row]:
-    """Dice by receptive field (benchmarks.context.by_field), several folds side by side."""
+    """Dice by receptive field (benchmarks.context.by_field), several folds in parallel."""
     flags = ["-m", "benchmarks.context.by_field", "sunnybrook", "--data", "../shared/data/sunnybrook", "--jobs", "5"]
     yield train(flags, small=small)
 
 
 def table(*, small: bool) -> Iterator[Row]:
-    """The few-shot table at the paper's size: whole slices of 256x256, width 32, five levels, 200 epochs."""
+    """The few-shot table at the paper's size: whole slices of 256x256 pixels, width 32, five levels, 200 epochs."""
     flags = ["-m", "examples.protocol.cross_validate", "--preset", "sunnybrook", "--data", "../shared/data/sunnybrook"]
     flags += ["--resize", "1", "--patch", "256", "256", "--width", "32", "--levels", "5", "--embed-dim", "256"]
     flags += ["--depth", "6", "--finetune", "--epochs 200 --lr 0.0005", "--labelled", "2", "--jobs", "5"]
@@ -177,7 +175,7 @@ def table(*, small: bool) -> Iterator[Row]:
 
 
 def train(flags: Sequence[str], *, small: bool) -> Row:
-    """Trains for some minutes; the next call goes on."""
+    """Trains for some minutes. The next call resumes the training."""
     command, environment = [sys.executable, *flags], os.environ | {"PYTHONPATH": str(ROOT)}
     if small:
         command.append("--help")
@@ -196,7 +194,7 @@ PARTS: dict[str, Callable[..., Iterator[Row]]] = {
 def main(arguments: Sequence[str] | None = None) -> None:
     own = parser(__doc__)
     own.add_argument("parts", nargs="*", help=f"{', '.join(PARTS)}; by default all")
-    own.add_argument("--small", action="store_true", help="the smallest size, a rehearsal")
+    own.add_argument("--small", action="store_true", help="rehearse at the smallest size")
     options = own.parse_args(arguments)
     if unknown := set(options.parts) - set(PARTS):
         own.error(f"parts must be among {', '.join(PARTS)}, got {', '.join(unknown)}")
@@ -208,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def told(rows: Iterator[Row]) -> Iterator[Row]:
-    """The rows, each printed as it comes."""
+    """Prints each row as it comes."""
     for row in rows:
         print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
         yield row

@@ -1,115 +1,58 @@
-"""How much faster the KAF layer is than the paper's layer written plainly, and how much less it saves and computes.
+"""Measures how much faster the KAF layer is than the paper's in plain PyTorch, and how much less it saves and computes.
 
-python -m benchmarks.speed.layers [--parts diffusion stack network] [--edges 512 256 ...] [--repeats 11]
+python -m benchmarks.speed.layers [--parts diffusion stack flops network] [--edges 512 256 ...] [--repeats 11]
 python -m benchmarks.speed.layers --spatial-dims 3 [--parts diffusion stack] [--edges 64 96 128]  # volumes
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from functools import partial
 from itertools import product
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common.harness import compare, count_flops, parser, report, saved_bytes
+from benchmarks.common.harness import Row, parser, report
+from benchmarks.common.measuring import CUDA, DEVICE, count_flops
+from benchmarks.common.networks import SCALES, WIDTH
 from benchmarks.speed.network_step import NOTES as NETWORK_NOTES
 from benchmarks.speed.network_step import network_step
+from benchmarks.speed.passes import measure, precision, random_keypoints
 from benchmarks.speed.plain import PlainDiffusion, PlainKAFLayer
 from benchmarks.speed.volume_stack import NOTES as STACK_NOTES_3D
 from benchmarks.speed.volume_stack import volume_stack
-from kaf_layer import KAFLayer, KeypointDiffusion, Keypoints
+from kaf_layer import KAFLayer, KeypointDiffusion
 from kaf_layer.diffusion import cheapest_method
-
-WIDTH, SCALES = 32, 4
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
-Row = dict[str, object]
 
 PARTS = "diffusion", "stack", "flops", "network"
 QUANTITIES = "forward", "forward+backward", "saved", "FLOPs"
-# Of a map with so many pixels of edge, at 512 keypoints: at least these ratios.
+# The least ratios to reach, by the edge of the map in pixels, at 512 keypoints.
 TARGETS = {512: (25, 40, 100, 250), 256: (7, 10, 25, 45), 128: (1.9, 2, 6.5, 8.5), 64: (1.2, 1.2, 1.9, 1)}
-VOLUME_TARGETS = {64: (1, 1, 10, 20)}  # of a map with so many voxels along each axis
+VOLUME_TARGETS = {64: (1, 1, 10, 20)}  # by the number of voxels along each axis
 
-SLOW_BYTES = 2**31  # of the dense network's map of tokens: from there on its backward pass is not measured on a CPU
+# From this size of the dense network's map of tokens on, its backward pass is not measured on a CPU.
+SLOW_BYTES = 2**31
 
-DIFFUSION_NOTES = """The diffusion network in training mode, ours against the paper's written plainly (into a zero map,
-Conv2d, BatchNorm2d, ReLU, Conv2d). From "forward" on the columns are ratios, plain to ours: of times (medians of
-alternating runs), of what is saved for the backward pass, of FLOPs (forward), and on a GPU of peak memory. Every
-keypoint has a cell of its own, at random: the worst case for us. "missed" names what is short of the targets that
-speed.py lists; with 2048 keypoints they are 0.95 for times and 1 for the rest."""
+DIFFUSION_NOTES = """The diffusion network in training mode: ours against the paper's in plain PyTorch (tokens in a zero
+map, Conv2d, BatchNorm2d, ReLU, Conv2d). The columns from "forward" on are ratios of plain to ours: of times (medians of
+alternating runs), of the bytes saved for the backward pass, of FLOPs (forward) and, on a GPU, of peak memory. Each
+keypoint is in a random cell of its own, which is the worst case for us. "missed" names the ratios that fall short of
+the targets in benchmarks/speed/layers.py; with 2048 keypoints these are 0.95 for times and 1 for the rest."""
 
-VOLUME_NOTES = """As diffusion.md, for a volume's finest map, of 32 channels. The dense network takes seconds: few
-repetitions. "too slow": at 128x128x128 its map of tokens has 2 GiB, for which oneDNN has no fast backward pass on a
-CPU; it was stopped after ten minutes."""
+VOLUME_NOTES = """As diffusion.md, for the finest map of a volume, with 32 channels. The dense network takes seconds, so
+there are few repetitions. "too slow": at 128x128x128 its map of tokens has 2 GiB, for which oneDNN has no fast backward
+pass on a CPU; that pass was stopped after ten minutes."""
 
-STACK_NOTES = """KAF layers on a UNet's four scales (32 to 256 channels at strides 1 to 8), in training mode: ours with
-propagation blocks, without and with recomputation in the backward pass, against the authors' design written plainly
-(attention on two copies of the tokens by einsum, dense diffusion). By default a 512x512 image, 512 keypoints, 16 blocks
-in each layer, batch 1."""
+STACK_NOTES = """KAF layers on a UNet's four scales (32 to 256 channels at strides 1 to 8) in training mode. Ours have
+propagation blocks, without and with recomputation in the backward pass. They are compared with the authors' design in
+plain PyTorch (attention on two copies of the tokens by einsum, dense diffusion). By default there are one image of
+512x512 pixels, 512 keypoints and 16 blocks in each layer."""
 
-FLOPS_NOTES = """GFLOPs (forward) of KAF layers on four scales, 512 keypoints, 6 transformer blocks each, and of their
-attention alone."""
-
-
-def random_keypoints(batch: int, slots: int, edge: int, spatial_dims: int = 2) -> Keypoints:
-    """In cells of their own."""
-    cells = torch.stack([torch.randperm(edge**spatial_dims, device=DEVICE)[:slots] for _ in range(batch)])
-    positions = torch.stack([cells // edge**axis % edge for axis in range(spatial_dims)], dim=-1).float()
-    valid = torch.ones(batch, slots, dtype=torch.bool, device=DEVICE)
-    return Keypoints(positions, valid, (edge,) * spatial_dims, padded=False)
-
-
-def precision(dtype: torch.dtype) -> AbstractContextManager[object]:
-    return nullcontext() if dtype == torch.float32 else torch.autocast(DEVICE, dtype)
-
-
-def peak_bytes(run: Callable[[], object]) -> int:
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def measure(
-    forwards: dict[str, Callable[[], Tensor]],
-    inputs: Sequence[Tensor],
-    *,
-    dtype: torch.dtype,
-    repeats: int,
-    backward: bool = True,
-) -> dict[str, dict[str, float]]:
-    """Of each quantity (seconds, bytes, FLOPs) its value for each run."""
-
-    def forward(run: Callable[[], Tensor]) -> Tensor:
-        with precision(dtype):
-            return run()
-
-    # As dense as a network's gradients: that of sum() would be one number, and hide what it costs to read.
-    gradient = torch.ones_like(forward(next(iter(forwards.values()))))
-
-    def both(run: Callable[[], Tensor]) -> None:
-        forward(run).backward(gradient)
-        for tensor in inputs:
-            tensor.grad = None
-
-    def each(value: Callable[[Callable[[], object]], float], step: Callable[..., object]) -> dict[str, float]:
-        return {name: value(partial(step, run)) for name, run in forwards.items()}
-
-    quantities = {
-        pass_: compare({name: partial(step, run) for name, run in forwards.items()}, repeats=repeats)
-        for pass_, step in (("forward", forward), ("forward+backward", both))
-        if backward or pass_ == "forward"
-    }
-    quantities |= {
-        "saved": each(partial(saved_bytes, aside=inputs), forward),
-        "FLOPs": each(count_flops, forward),
-    }
-    return quantities | ({"peak": each(peak_bytes, both)} if CUDA else {})
+FLOPS_NOTES = """GFLOPs (forward) of KAF layers on four scales, with 512 keypoints and 6 transformer blocks each, and of
+their attention alone."""
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -117,7 +60,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def diffusion(dtype: torch.dtype, slots: int, batch: int, edge: int, *, repeats: int, spatial_dims: int = 2) -> Row:
-    """One line of the targets' table: ours against the plain diffusion network."""
+    """Returns a row of the targets' table: ours against the plain diffusion network."""
     torch.manual_seed(0)
     channels, size = WIDTH if spatial_dims == 3 else WIDTH * 512 // edge, (edge,) * spatial_dims
     plain = PlainDiffusion(256, channels, spatial_dims=spatial_dims).to(DEVICE)
@@ -154,13 +97,13 @@ def maps(edge: int) -> list[Tensor]:
 
 
 def stack(dtype: torch.dtype, edge: int, *, depth: int, repeats: int) -> list[Row]:
-    """The KAF layers of all scales, against the authors' design."""
+    """Compares the KAF layers of all scales with the authors' design."""
     features, keypoints = maps(edge), random_keypoints(1, min(512, edge**2 // 64), edge)
     widths = [feature.shape[1] for feature in features]
 
     def ours(*, recompute: bool) -> nn.ModuleList:
-        options = {"block": "propagation", "sampling": "nearest", "depth": depth, "recompute": recompute}
-        return nn.ModuleList(KAFLayer(width, **options) for width in widths).to(DEVICE)
+        options: dict[str, Any] = {"block": "propagation", "sampling": "nearest", "depth": depth}
+        return nn.ModuleList(KAFLayer(width, recompute=recompute, **options) for width in widths).to(DEVICE)
 
     def run(layers: nn.ModuleList) -> Tensor:
         outputs = [layer(x, keypoints) for layer, x in zip(layers, features, strict=True)]
@@ -175,17 +118,17 @@ def stack(dtype: torch.dtype, edge: int, *, depth: int, repeats: int) -> list[Ro
     forwards = {name: partial(run, layers) for name, layers in stacks.items()}
     quantities = measure(forwards, inputs, dtype=dtype, repeats=repeats)
     seconds = quantities["forward+backward"]
-    return [
-        {"stack": name, "dtype": name_of(dtype)}
-        | {quantity: values["plain"] / values[name] for quantity, values in quantities.items()}
-        | {"time, of ours": seconds[name] / seconds["ours"]}
-        for name in ("ours", "ours, recomputing")
-    ]
+    rows = []
+    for name in ("ours", "ours, recomputing"):
+        row: Row = {"stack": name, "dtype": name_of(dtype)}
+        row |= {quantity: values["plain"] / values[name] for quantity, values in quantities.items()}
+        rows.append(row | {"time, of ours": seconds[name] / seconds["ours"]})
+    return rows
 
 
 def stack_flops(edge: int) -> Row:
-    """What all of a stack of KAF layers computes, and what its attention does."""
-    layers = nn.ModuleList(KAFLayer(WIDTH * 2**i) for i in range(SCALES)).to(DEVICE)
+    """Counts what a stack of KAF layers computes, and what its attention alone computes."""
+    layers = [KAFLayer(WIDTH * 2**i).to(DEVICE) for i in range(SCALES)]
     features, keypoints = maps(edge), random_keypoints(1, 512, edge)
     tokens = torch.randn(1, 512, 256, device=DEVICE)
     whole = count_flops(lambda: [layer(x, keypoints) for layer, x in zip(layers, features, strict=True)])
@@ -194,7 +137,7 @@ def stack_flops(edge: int) -> Row:
 
 
 def network(dtype: torch.dtype, edge: int, *, repeats: int) -> Row:
-    """A training step of the KAF-UNet, against that of UNet (c2)."""
+    """Compares a training step of the KAF-UNet with that of UNet (c2)."""
     row = network_step(random_keypoints(2, 512, edge), precision(dtype), width=WIDTH, repeats=repeats)
     return {"image": f"{edge}x{edge}", "dtype": name_of(dtype)} | row
 
@@ -210,10 +153,10 @@ def volumes(parts: Sequence[str], edges: Sequence[int], dtypes: Sequence[torch.d
 
 def main(arguments: Sequence[str] | None = None) -> None:
     own = parser(__doc__)
-    own.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    own.add_argument("--edges", type=int, nargs="+", help="of the diffusion's maps")
-    own.add_argument("--depth", type=int, default=16, help="blocks of a layer in the stack")
-    own.add_argument("--repeats", type=int, default=11, help="of each run; the median counts")
+    own.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
+    own.add_argument("--edges", type=int, nargs="+", help="edges of the maps; the largest is also the image's")
+    own.add_argument("--depth", type=int, default=16, help="blocks in each layer of the stack")
+    own.add_argument("--repeats", type=int, default=11, help="how often each run is timed; the median counts")
     own.add_argument("--spatial-dims", type=int, choices=(2, 3), default=2, help="3: diffusion and stack of volumes")
     options = own.parse_args(arguments)
     dtypes = (torch.float32, torch.bfloat16) if CUDA else (torch.float32,)
@@ -232,8 +175,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "flops" in options.parts:
         report("stack-flops", map(stack_flops, (edge, 2 * edge)), notes=FLOPS_NOTES, measured=False)
     if "network" in options.parts:
-        cases = product(dtypes, (edge // 2, edge))
-        report("network", (network(*case, repeats=repeats) for case in cases), notes=NETWORK_NOTES)
+        steps = product(dtypes, (edge // 2, edge))
+        report("network", (network(*step, repeats=repeats) for step in steps), notes=NETWORK_NOTES)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What KAF layers add to a UNet's training step: speed.py --parts network runs it."""
+"""Measures what KAF layers add to a UNet's training step. ``layers.py --parts network`` runs it."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.common.harness import compare, count_flops
+from benchmarks.common.measuring import compare, count_flops
 from examples.unet import KAFUNet, UNetC2
 from kaf_layer import Keypoints
 
 NOTES = """Seconds of a training step (forward, cross-entropy, backward, SGD) of the KAF-UNet (32 channels, 6
-transformer blocks, 512 keypoints, batch 2) and of UNet (c2), which has the same convolutions and no KAF layers."""
+transformer blocks, 512 keypoints, batch 2) and of UNet (c2), which has the same convolutions but no KAF layers."""
 
 
 def network_step(
     keypoints: Keypoints, precision: AbstractContextManager[object], *, width: int, repeats: int
 ) -> dict[str, object]:
-    """A training step of the KAF-UNet, against that of UNet (c2)."""
+    """Compares a training step of the KAF-UNet with that of UNet (c2)."""
     (batch, _), size, device = keypoints.valid.shape, keypoints.image_size, keypoints.valid.device
     images = torch.randn(batch, 1, *size, device=device)
     labels = torch.randint(4, (batch, *size), device=device)

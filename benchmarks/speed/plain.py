@@ -1,6 +1,6 @@
-"""The baselines of speed.py: the paper's layer written plainly, after its description and its authors' design.
+"""The paper's layer in plain PyTorch, the baseline of layers.py, from its description and its authors' design.
 
-Attention runs on two copies of the tokens, as that design's matching network does, and the diffusion over every pixel.
+Attention runs on two copies of the tokens, as in that design's matching network. The diffusion runs over every pixel.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from kaf_layer import Keypoints
 
 
 class PlainDiffusion(nn.Module):
-    """Tokens into a zero map, then convolution, batch normalisation, ReLU, convolution."""
+    """Puts tokens into a zero map, then applies convolution, batch normalisation, ReLU and convolution."""
 
     def __init__(
         self, in_channels: int, out_channels: int, *, hidden_channels: int = 64, spatial_dims: int = 2
@@ -35,7 +35,7 @@ class PlainDiffusion(nn.Module):
 
 
 class PlainBlock(nn.Module):
-    """The block of SuperGlue (Sarlin et al., 2020, Eq. 3), on channels x tokens."""
+    """The block of SuperGlue (Sarlin et al., 2020, Eq. 3) on channels x tokens."""
 
     def __init__(self, embed_dim: int, *, num_heads: int) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class PlainBlock(nn.Module):
 
 
 class PlainKAFLayer(nn.Module):
-    """Samples, attends with ``depth`` blocks on each of two copies of the tokens, diffuses and concatenates."""
+    """Samples, applies ``depth`` blocks to each of two copies of the tokens, diffuses and concatenates."""
 
     def __init__(self, in_channels: int, *, depth: int, embed_dim: int = 256, num_heads: int = 4) -> None:
         super().__init__()

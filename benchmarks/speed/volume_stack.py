@@ -1,4 +1,4 @@
-"""How long KAF layers take for a volume, beside the encoder of SwinUNETR: speed.py --spatial-dims 3 runs it."""
+"""Measures the time of KAF layers and of SwinUNETR's encoder for a volume. ``layers.py --spatial-dims 3`` runs it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from functools import partial
 
 import torch
 
-from benchmarks.common.harness import compare
+from benchmarks.common.harness import Row
+from benchmarks.common.measuring import compare
 from benchmarks.common.networks import VOLUMETRIC, Network, backward, build_all
 
 NAMES = ("KAF layers", "KAF-UNet's encoder", "SwinUNETR, embedding 24", "SwinUNETR")
-TRAINED = 96  # the longest edge of a volume that is trained on: at 128 SwinUNETR would save 16 GB
-NOTES = """Seconds for one volume of as many voxels along each axis, and how many times those of the KAF layers:
-medians of alternating runs. The networks are those of flops-3d.md, 20 self-attentions each. "KAF layers" come on top of
-the convolutions around them; the encoder has both, and a Swin is an encoder by itself."""
+TRAINED = 96  # the largest edge for a backward pass: at 128 SwinUNETR would save 16 GB
+NOTES = """Seconds for one volume with the given number of voxels along each axis, and their ratio to those of the KAF
+layers: medians of alternating runs. The networks are those of flops-3d.md with 20 self-attentions each. "KAF layers"
+come on top of the convolutions around them. The KAF-UNet's encoder has both, and a Swin is a complete encoder."""
 
 
 @torch.no_grad()
@@ -26,7 +27,7 @@ def learn(network: Network, inputs: tuple[object, ...]) -> None:
     backward(network(*inputs))
 
 
-def volume_stack(edge: int, *, attentions: int = 20, repeats: int, device: str) -> Iterator[dict[str, object]]:
+def volume_stack(edge: int, *, attentions: int = 20, repeats: int, device: str) -> Iterator[Row]:
     with torch.device(device):
         networks, reasons = build_all({name: VOLUMETRIC[name] for name in NAMES}, attentions)
         inputs = {name: network.inputs(edge) for name, network in networks.items()}

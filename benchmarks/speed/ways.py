@@ -1,4 +1,4 @@
-"""A training step in three precisions, and in three ways: eager, compiled, and recorded as a CUDA graph."""
+"""Runs a training step in three precisions and three ways: eager, compiled, and recorded as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.common.harness import Run, compare
+from benchmarks.common import measuring
+from benchmarks.common.harness import Row
+from benchmarks.common.measuring import CUDA, DEVICE, Run, compare
 from benchmarks.common.networks import backward
 from kaf_layer import KAFEncoderOutput
 
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
 PRECISIONS = ("float32", "TF32", "bfloat16")
 WAYS = ("eager", "compiled", "graphed")
-Case = tuple[nn.Module, tuple[Any, ...]]  # a network, which gives one map or a list of them, and its inputs
+Case = tuple[nn.Module, tuple[Any, ...]]  # a network, which returns one map or a list of maps, and its inputs
 
 
 @contextmanager
 def precision(name: str) -> Iterator[None]:
-    """Matrix products and convolutions in float32, in TF32, or everything by autocast in bfloat16."""
+    """Runs matrix products and convolutions in float32 or TF32, or everything under autocast in bfloat16."""
     torch.set_float32_matmul_precision("high" if name == "TF32" else "highest")
     torch.backends.cudnn.allow_tf32 = name == "TF32"
     try:
-        # Weights that were converted before a graph is recorded would not be converted again when it is replayed.
+        # No cache: weights converted before a graph is recorded would not be converted again when it is replayed.
         with torch.autocast(DEVICE, torch.bfloat16, enabled=name == "bfloat16", cache_enabled=False):
             yield
     finally:
@@ -35,7 +35,7 @@ def precision(name: str) -> Iterator[None]:
 
 
 def training_step(network: Callable[..., Any], inputs: tuple[Any, ...], *, dtype: str) -> Run:
-    """Forward and backward pass."""
+    """Returns a function that runs the forward and the backward pass."""
 
     def step() -> None:
         with precision(dtype):
@@ -49,7 +49,7 @@ def training_step(network: Callable[..., Any], inputs: tuple[Any, ...], *, dtype
 def in_way(case: Case, way: str, *, dtype: str) -> Run:
     network, inputs = case
     if way == "compiled":
-        # Without a GPU the kernels' compilation is left out: it takes minutes.
+        # Without a GPU no kernels are compiled, because that takes minutes.
         compiled = torch.compile(network, fullgraph=True, backend="inductor" if CUDA else "aot_eager")
         return training_step(compiled, inputs, dtype=dtype)
     step = training_step(network, inputs, dtype=dtype)
@@ -57,12 +57,12 @@ def in_way(case: Case, way: str, *, dtype: str) -> Run:
 
 
 def record(step: Run) -> Run:
-    """The step as a CUDA graph, which launches all its kernels at once; without a GPU the step as it is."""
+    """Records the step as a CUDA graph, which launches all kernels at once. Without a GPU, returns the step itself."""
     if not CUDA:
         return step
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # as torch.cuda.graph asks: what is lazily made must be there before
+    with torch.cuda.stream(stream):  # torch.cuda.graph requires that all lazy allocations are done before
         for _ in range(3):
             step()
     torch.cuda.current_stream().wait_stream(stream)
@@ -73,24 +73,19 @@ def record(step: Run) -> Run:
 
 
 def peak_bytes(step: Run) -> int | None:
-    """The peak of allocated memory above what there is before the step; None if it does not fit."""
+    """Returns the peak of allocated memory above that before the step, or None if the step does not fit."""
     if not CUDA:
         step()
         return 0
     try:
-        step()  # gradients are allocated here
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - before
+        step()  # allocates the gradients
+        return measuring.peak_bytes(step)
     except torch.OutOfMemoryError:
         return None
 
 
-def side_by_side(
-    cases: dict[str, Case], *, dtype: str, ways: Sequence[str], repeats: int = 11
-) -> Iterator[dict[str, object]]:
-    """A row for each case and way: milliseconds, how many times those of the first case, and the eager step's peak."""
+def side_by_side(cases: dict[str, Case], *, dtype: str, ways: Sequence[str], repeats: int = 11) -> Iterator[Row]:
+    """Yields a row for each case and way: milliseconds, their ratio to the first case's, and the eager step's peak."""
     torch._dynamo.reset()
     peaks = {name: peak_bytes(in_way(case, "eager", dtype=dtype)) for name, case in cases.items()}
     for way in ways:
@@ -98,12 +93,12 @@ def side_by_side(
         seconds = compare(steps, repeats=repeats)
         first = seconds.get(next(iter(cases)))
         for name in cases:
-            fits = name in seconds
+            fits, peak = name in seconds, peaks[name]
             yield {
                 "network": name,
                 "precision": dtype,
                 "way": way,
                 "ms": 1e3 * seconds[name] if fits else "out of memory",
                 "times the first": seconds[name] / first if fits and first else "",
-                "GB": peaks[name] / 1e9 if fits else "",
+                "GB": "" if peak is None else peak / 1e9,
             }

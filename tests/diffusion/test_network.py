@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.export import Dim
 
-from benchmarks.common.harness import count_flops, saved_bytes
+from benchmarks.common.measuring import count_flops, saved_bytes
 from kaf_layer import Keypoints
 from kaf_layer.diffusion import KeypointDiffusion, cheapest_method
 from kaf_layer.scattering import scatter_keypoints
