@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -141,6 +142,14 @@ def test_a_resumed_run_is_the_uninterrupted_one(
         run(tmp_path / "killed", stacks, *options, "--resume")
 
 
+def test_workers_load_the_same_batches(stacks: list[Stack], tmp_path: Path) -> None:
+    """And draw nothing from the augmentation's random numbers."""
+    for workers in "01":
+        run(tmp_path / workers, stacks, "--workers", workers, "--drop-keypoints", "0.5")
+    alone, helped = (weights(tmp_path / workers) for workers in "01")
+    assert all(value.equal(helped[name]) for name, value in alone.items())
+
+
 def test_logs_and_progress(stacks: list[Stack], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -148,7 +157,10 @@ def test_logs_and_progress(stacks: list[Stack], tmp_path: Path, capsys: pytest.C
     logs = EventAccumulator(str(tmp_path)).Reload()
     loss, dice = logs.Scalars("loss"), logs.Scalars("dice")
     assert [scalar.step for scalar in loss] == [scalar.step for scalar in dice] == [1, 2, 3, 4]
-    assert f"loss={loss[-1].value:.3f}, dice={dice[-1].value:.3f}" in capsys.readouterr().err
+    progress = capsys.readouterr().err
+    assert f"loss={loss[-1].value:.3f}, dice={dice[-1].value:.3f}" in progress
+    assert "32/32" in progress  # four epochs of two batches of four
+    assert re.search(r"slices/s|s/ slices", progress)
 
 
 def test_a_training_that_diverges_ends_with_advice(stacks: list[Stack], tmp_path: Path) -> None:
@@ -265,6 +277,7 @@ def test_ablations_by_flag() -> None:
             "--detector-weights are for disk, dedode, aliked, keynet, superpoint, which need",
         ),
         (["--detector-weights", "x.pt"], "--detector-weights are for disk, .* got sift"),
+        (["--workers", "-1"], "--workers must be 0 or more, got -1"),
         (["--resize", "0"], "--resize must be a factor above 0, got 0.0"),
         (["--drop-keypoints", "1.5"], "--drop-keypoints must be a share from 0 to 1, got 1.5"),
     ],

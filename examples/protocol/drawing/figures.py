@@ -229,7 +229,7 @@ def load(options: FigureOptions, runs: Sequence[Run]) -> list[Stack]:
     chosen: Options = options
     if runs:
         check(runs)
-        own = {name: getattr(options, name) for name in ("data", "limit", "detector_weights")}
+        own = {name: getattr(options, name) for name in ("data", "limit", "cache", "detector_weights")}
         chosen = changed(runs[0].options, own)
     volumes = read_volumes(chosen)
     if runs:

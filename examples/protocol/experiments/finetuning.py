@@ -22,7 +22,7 @@ from examples.protocol.options import FinetuneOptions
 from examples.protocol.options.choices import LOSSES
 from examples.protocol.results.scores import mean_score, missed
 from examples.protocol.training.augmentation import Augmentation
-from examples.protocol.training.batches import Sample, gather, slices_of
+from examples.protocol.training.batches import Batch, collate, slices_of
 from examples.protocol.training.checkpoints import Settings, check_unfinished, digest, load_pretrained, refuse_other
 from examples.protocol.training.loop import seed_of, settings_of, start, train
 from examples.protocol.volumes.loading import axes_of
@@ -68,8 +68,8 @@ def run(options: FinetuneOptions, accelerator: Accelerator, stacks: list[Stack] 
     )
     criterion = DiceCELoss(to_onehot_y=True, softmax=True, lambda_dice=LOSSES[options.loss])
 
-    def compute(module: nn.Module, samples: list[Sample]) -> dict[str, Tensor]:
-        images, keypoints, labels = augment(*gather(samples, accelerator.device))
+    def compute(module: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        images, keypoints, labels = augment(*batch)
         output = module(images, keypoints)
         logits = output.pixels if options.token_loss else output
         values = {"loss": criterion(logits, labels[:, None]), "dice": overlap(logits, labels)}
@@ -79,7 +79,7 @@ def run(options: FinetuneOptions, accelerator: Accelerator, stacks: list[Stack] 
         return values
 
     optimizer = torch.optim.Adam(learner.parameters(), lr=options.lr)
-    _, history = train(learner, slices_of(training), compute, optimizer, accelerator, options, settings)
+    _, history = train(learner, slices_of(training), collate, compute, optimizer, accelerator, options, settings)
     result: dict[str, Any] = {}
     if accelerator.is_main_process:
         scores = score_all(model, unseen, classes=options.classes)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from examples.protocol.files import write
+from examples.protocol.models.cache import cached
 from examples.protocol.models.detectors import build_detector
 from examples.protocol.options import Options
 from examples.protocol.volumes.loading import load_volumes
@@ -26,8 +27,8 @@ def read_volumes(options: Options, *, labelled: bool = True) -> list[Volume]:
 
 def prepare_volumes(volumes: Sequence[Volume], options: Options) -> list[Stack]:
     """Volumes as slices or patches with keypoints."""
-    by_slice = options.normalise == "slice"
-    return prepare(volumes, build_detector(options), patch=options.patch, resize=options.resize, by_slice=by_slice)
+    detector, by_slice = cached(build_detector(options), options), options.normalise == "slice"
+    return prepare(volumes, detector, patch=options.patch, resize=options.resize, by_slice=by_slice)
 
 
 def load_stacks(options: Options, *, labelled: bool = True) -> list[Stack]:

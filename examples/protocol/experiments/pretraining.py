@@ -57,11 +57,11 @@ def run(options: PretrainOptions, accelerator: Accelerator, stacks: list[Stack] 
     method = METHODS[options.method](network, samples, options)
     augment = Augmentation(drop_keypoints=options.drop_keypoints)  # a grid's are moved too: the matches are theirs
 
-    def compute(module: nn.Module, samples: list[Any]) -> dict[str, Tensor]:
-        return module(*method.draw(samples, augment, accelerator.device))
+    def compute(module: nn.Module, batch: tuple[Any, ...]) -> dict[str, Tensor]:
+        return module(*method.draw(batch, augment))
 
     optimizer = OPTIMIZERS[options.optimizer](method.parameters(), lr=options.lr)
-    train(method, samples, compute, optimizer, accelerator, options, settings)
+    train(method, samples, method.batch_of, compute, optimizer, accelerator, options, settings)
     if accelerator.is_main_process:
         save(weights_of(network, method.parts()), options.output / "weights.pt")
         keep_split(split, options)

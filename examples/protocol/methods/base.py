@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from examples.protocol.models.detectors import no_keypoints
 from examples.protocol.options import PretrainOptions
 from examples.protocol.training.augmentation import Augmentation
-from examples.protocol.training.batches import gather
+from examples.protocol.training.batches import collate
 from examples.protocol.volumes.stacks import Stack
 from kaf_layer import Keypoints
 from kaf_layer.augmentation import move_keypoints
@@ -24,11 +24,21 @@ class Slice(NamedTuple):
     number: int
 
 
+class Slices(NamedTuple):
+    """A batch of slices."""
+
+    images: Tensor  # B 1 H W
+    keypoints: Keypoints
+    positions: Tensor  # (B,), relative
+    numbers: Tensor  # (B,)
+
+
 class Pretraining(nn.Module):
     """An encoder and the loss with its heads, in one module, as distributed training asks.
 
-    A method says what ``samples`` it learns from, how to ``draw`` a batch from some of them, the inputs of ``forward``,
-    which returns the "loss" and what else is to be shown, and which ``parts`` of the network it has trained.
+    A method says which ``samples`` it learns from. ``batch_of`` joins some of them, and ``draw`` makes the inputs of
+    ``forward`` from that batch, on its device. ``forward`` returns the "loss" and whatever else is to be shown.
+    ``parts`` are the parts of the network that the method has trained.
     """
 
     def __init__(self, network: nn.Module, samples: Sequence[Any], options: PretrainOptions) -> None:
@@ -43,7 +53,13 @@ class Pretraining(nn.Module):
         slices = [(stack, z) for stack in stacks for z in range(len(stack.images))]
         return [Slice(stack, z, number) for number, (stack, z) in enumerate(slices)]
 
-    def draw(self, samples: Sequence[Any], augment: Augmentation, device: torch.device) -> tuple[Any, ...]:
+    @staticmethod
+    def batch_of(samples: Sequence[Any]) -> Any:
+        images, keypoints, _ = collate([(sample.stack, sample.z) for sample in samples])
+        positions = torch.stack([sample.stack.positions[sample.z] for sample in samples])
+        return Slices(images, keypoints, positions, torch.tensor([sample.number for sample in samples]))
+
+    def draw(self, batch: Any, augment: Augmentation) -> tuple[Any, ...]:
         raise NotImplementedError
 
     def parts(self) -> list[nn.Module]:
@@ -64,17 +80,16 @@ def probe(encoder: nn.Module, levels: int) -> tuple[int, int]:
     return last.shape[1], edge // last.shape[-1]
 
 
-def views(
-    samples: Sequence[Slice], augment: Augmentation, device: torch.device, *, count: int = 1
-) -> tuple[Tensor, Keypoints]:
-    """Each slice augmented in so many ways: (count B, 1, H, W), all slices in one way, then all in another."""
-    batch = gather([(sample.stack, sample.z) for sample in samples] * count, device)
-    images, keypoints, _ = augment(batch.images, batch.keypoints)
+def views(batch: Slices, augment: Augmentation, *, count: int = 1) -> tuple[Tensor, Keypoints]:
+    """Each slice augmented in several ways: (count B, 1, H, W), all slices in one way, then all in another."""
+    images, keypoints, _ = augment(*repeat(batch, count))
     return images, keypoints
 
 
-def numbers(samples: Sequence[Slice], device: torch.device) -> Tensor:
-    return torch.tensor([sample.number for sample in samples], device=device)
+def repeat(batch: Slices, count: int) -> tuple[Tensor, Keypoints]:
+    """All slices of a batch, several times one after another."""
+    again = torch.arange(len(batch.images), device=batch.images.device).repeat(count)
+    return batch.images[again], batch.keypoints[again]
 
 
 def join(batches: Sequence[Keypoints]) -> Keypoints:

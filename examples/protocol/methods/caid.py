@@ -7,14 +7,12 @@ takes, this is SimSiam (Chen and He, 2021), which needs neither large batches no
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from examples.protocol.methods.base import Pretraining, Slice, pooled
+from examples.protocol.methods.base import Pretraining, Slice, Slices, pooled, repeat
 from examples.protocol.options import PretrainOptions
 from examples.protocol.training.augmentation import Augmentation, vary
-from examples.protocol.training.batches import gather
 from kaf_layer import Keypoints
 
 CONTEXT = 10.0  # the weight of the restoration
@@ -44,9 +42,8 @@ class CAiD(Pretraining):
         )
         self.decoder = decoder(self.channels, self.stride)
 
-    def draw(self, samples: Sequence[Slice], augment: Augmentation, device: torch.device) -> tuple[Any, ...]:
-        batch = gather([(sample.stack, sample.z) for sample in samples] * 2, device)
-        images, keypoints, _ = augment.move(batch.images, batch.keypoints)
+    def draw(self, batch: Slices, augment: Augmentation) -> tuple[Any, ...]:
+        images, keypoints, _ = augment.move(*repeat(batch, 2))
         return vary(images), keypoints, images
 
     def forward(self, images: Tensor, keypoints: Keypoints, originals: Tensor) -> dict[str, Tensor]:

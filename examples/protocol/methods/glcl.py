@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from examples.protocol.methods.base import Pretraining, Slice, head, pooled, views
+from examples.protocol.methods.base import Pretraining, Slice, Slices, head, pooled, views
 from examples.protocol.options import PretrainOptions
 from examples.protocol.training.augmentation import Augmentation, vary
 from examples.unet import Decoder
@@ -31,9 +31,8 @@ class GlobalGLCL(Pretraining):
         self.contrast_temperature: float = options.temperature
         self.projector = head(self.channels, self.embed_dim, self.embed_dim)
 
-    def draw(self, samples: Sequence[Slice], augment: Augmentation, device: torch.device) -> tuple[Any, ...]:
-        positions = torch.stack([sample.stack.positions[sample.z] for sample in samples] * 2)
-        return *views(samples, augment, device, count=2), (positions * PARTITIONS).long().to(device)
+    def draw(self, batch: Slices, augment: Augmentation) -> tuple[Any, ...]:
+        return *views(batch, augment, count=2), (batch.positions.repeat(2) * PARTITIONS).long()
 
     def forward(self, images: Tensor, keypoints: Keypoints, partitions: Tensor) -> dict[str, Tensor]:
         embeddings = self.projector(self.embed(images, keypoints))
@@ -57,11 +56,11 @@ class GLCL(GlobalGLCL):
             nn.Conv2d(channels, channels, 1), nn.ReLU(), nn.Conv2d(channels, self.embed_dim, 1)
         )
 
-    def draw(self, samples: Sequence[Slice], augment: Augmentation, device: torch.device) -> tuple[Any, ...]:
+    def draw(self, batch: Slices, augment: Augmentation) -> tuple[Any, ...]:
         """A third view is the first with another contrast and brightness."""
-        images, keypoints, partitions = super().draw(samples, augment, device)
-        count = len(samples)
-        again = torch.cat([torch.arange(2 * count), torch.arange(count)])
+        images, keypoints, partitions = super().draw(batch, augment)
+        count = len(batch.images)
+        again = torch.arange(3 * count, device=images.device) % (2 * count)
         return torch.cat([images, vary(images[:count])]), keypoints[again], partitions
 
     def parts(self) -> list[nn.Module]:
@@ -103,7 +102,7 @@ def partition_contrast(embeddings: Tensor, partitions: Tensor, *, temperature: f
 def regions(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """The same random regions of two maps (B, C, H, W), each (B, R, 9 C)."""
     one, other = (F.unfold(features, REGION, stride=REGION).mT for features in (one, other))
-    chosen = torch.randperm(one.shape[1])[:REGIONS].to(one.device)
+    chosen = torch.randperm(one.shape[1], device=one.device)[:REGIONS]
     return one[:, chosen], other[:, chosen]
 
 

@@ -1,7 +1,7 @@
 """The paper's own pretraining, all of Eq. 3, and PCL (Zeng et al. 2021), its first part alone."""
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +10,20 @@ from tqdm import tqdm
 from examples.protocol.methods.base import Pretraining
 from examples.protocol.options import PretrainOptions
 from examples.protocol.training.augmentation import Augmentation
-from examples.protocol.training.batches import gather
+from examples.protocol.training.batches import collate
 from examples.protocol.volumes.stacks import Stack, match_slices, say, stack_matches
 from kaf_layer import KAFPretrainingLoss, Keypoints, Matches
 
 Pair = tuple[Stack, int, int, Matches]  # two slices of a volume, and the partners of their keypoints
+
+
+class Pairs(NamedTuple):
+    """A batch of pairs of slices: the first of each pair, then the second of each."""
+
+    images: Tensor  # 2B 1 H W
+    keypoints: Keypoints
+    positions: Tensor  # (2B,), relative
+    matches: Matches
 
 
 class KAF(Pretraining):
@@ -50,14 +59,18 @@ class KAF(Pretraining):
                 pairs.append((stack, z, following, match_slices(*both, max_distance=options.max_distance)))
         return pairs
 
-    def draw(self, samples: Sequence[Pair], augment: Augmentation, device: torch.device) -> tuple[Any, ...]:
+    @staticmethod
+    def batch_of(samples: Sequence[Pair]) -> Pairs:
         slices = [(stack, a) for stack, a, _, _ in samples] + [(stack, b) for stack, _, b, _ in samples]
-        images, keypoints, _ = gather(slices, device)
-        positions = torch.stack([stack.positions[z] for stack, z in slices]).to(device)
-        images, keypoints, _ = augment(images, keypoints)
-        half, slots = len(samples), keypoints.valid.shape[1]
-        matches = stack_matches([m for *_, m in samples], slots).to(device)
-        return images, keypoints, positions, matches.among(keypoints[:half], keypoints[half:])
+        images, keypoints, _ = collate(slices)
+        positions = torch.stack([stack.positions[z] for stack, z in slices])
+        matches = stack_matches([matches for *_, matches in samples], keypoints.valid.shape[1])
+        return Pairs(images, keypoints, positions, matches)
+
+    def draw(self, batch: Pairs, augment: Augmentation) -> tuple[Any, ...]:
+        images, keypoints, _ = augment(batch.images, batch.keypoints)
+        half = len(images) // 2
+        return images, keypoints, batch.positions, batch.matches.among(keypoints[:half], keypoints[half:])
 
     def forward(self, images: Tensor, keypoints: Keypoints, positions: Tensor, matches: Matches) -> dict[str, Tensor]:
         features, tokens = self.encoder(images, keypoints)

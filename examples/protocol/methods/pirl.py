@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from accelerate.utils import gather
 from torch import Tensor, nn
 
-from examples.protocol.methods.base import Pretraining, Slice, crop, head, join, numbers, views
+from examples.protocol.methods.base import Pretraining, Slice, Slices, crop, head, join, views
 from examples.protocol.options import PretrainOptions
 from examples.protocol.training.augmentation import Augmentation
 from kaf_layer import Keypoints
@@ -33,12 +33,12 @@ class PIRL(Pretraining):
         self.jigsaw_head = nn.Linear(GRID**2 * self.embed_dim, self.embed_dim)
         self.register_buffer("memory", F.normalize(torch.randn(len(samples), self.embed_dim), dim=1))
 
-    def draw(self, samples: Sequence[Slice], augment: Augmentation, device: torch.device) -> tuple[Any, ...]:
-        images, keypoints = views(samples, augment, device, count=2)
-        count = len(samples)
+    def draw(self, batch: Slices, augment: Augmentation) -> tuple[Any, ...]:
+        images, keypoints = views(batch, augment, count=2)
+        count = len(batch.images)
         pieces, piece_keypoints = cut(images[count:], keypoints[count:], self.stride)
-        order = torch.rand(count, GRID**2).argsort(dim=1).to(device)
-        return images[:count], keypoints[:count], pieces, piece_keypoints, order, numbers(samples, device)
+        order = torch.rand(count, GRID**2, device=images.device).argsort(dim=1)
+        return images[:count], keypoints[:count], pieces, piece_keypoints, order, batch.numbers
 
     def forward(
         self,

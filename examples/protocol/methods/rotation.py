@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from examples.protocol.methods.base import Pretraining, Slice, crop, head, join, views
+from examples.protocol.methods.base import Pretraining, Slice, Slices, crop, head, join, views
 from examples.protocol.options import PretrainOptions
 from examples.protocol.training.augmentation import Augmentation
 from kaf_layer import Keypoints
@@ -24,10 +24,10 @@ class Rotation(Pretraining):
         super().__init__(network, samples, options)
         self.head = head(self.channels, 4)
 
-    def draw(self, samples: Sequence[Slice], augment: Augmentation, device: torch.device) -> tuple[Any, ...]:
-        images, keypoints = middle(*views(samples, augment, device))
+    def draw(self, batch: Slices, augment: Augmentation) -> tuple[Any, ...]:
+        images, keypoints = middle(*views(batch, augment))
         turned = [turn(images, keypoints, times) for times in range(4)]
-        turns = torch.arange(4, device=device).repeat_interleave(len(samples))
+        turns = torch.arange(4, device=images.device).repeat_interleave(len(images), output_size=4 * len(images))
         return torch.cat([images for images, _ in turned]), join([keypoints for _, keypoints in turned]), turns
 
     def forward(self, images: Tensor, keypoints: Keypoints, turns: Tensor) -> dict[str, Tensor]:

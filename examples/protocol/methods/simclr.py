@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from examples.protocol.methods.base import Pretraining, Slice, head, numbers, views
+from examples.protocol.methods.base import Pretraining, Slice, Slices, head, views
 from examples.protocol.options import PretrainOptions
 from examples.protocol.training.augmentation import Augmentation
 from kaf_layer import Keypoints, PCLLoss
@@ -36,8 +36,8 @@ class SimCLR(Pretraining):
         self.projector = head(self.channels, self.embed_dim, self.embed_dim)
         self.contrast = InstanceContrast(len(samples), temperature=options.temperature)
 
-    def draw(self, samples: Sequence[Slice], augment: Augmentation, device: torch.device) -> tuple[Any, ...]:
-        return *views(samples, augment, device, count=2), numbers(samples, device)
+    def draw(self, batch: Slices, augment: Augmentation) -> tuple[Any, ...]:
+        return *views(batch, augment, count=2), batch.numbers
 
     def forward(self, images: Tensor, keypoints: Keypoints, numbers: Tensor) -> dict[str, Tensor]:
         one, other = self.projector(self.embed(images, keypoints)).chunk(2)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from examples.protocol.methods.base import Pretraining, Slice, head, join, numbers, pooled, views
+from examples.protocol.methods.base import Pretraining, Slice, Slices, head, join, pooled, views
 from examples.protocol.methods.caid import decoder
 from examples.protocol.methods.rotation import middle, turn
 from examples.protocol.methods.simclr import InstanceContrast
@@ -33,11 +33,11 @@ class SSL(Pretraining):
         self.projector = head(self.channels, self.embed_dim)
         self.contrast = InstanceContrast(len(samples), temperature=options.temperature)
 
-    def draw(self, samples: Sequence[Slice], augment: Augmentation, device: torch.device) -> tuple[Any, ...]:
-        images, keypoints = middle(*views(samples, augment, device, count=2))
-        turns = torch.randint(4, (len(images),)).to(device)
+    def draw(self, batch: Slices, augment: Augmentation) -> tuple[Any, ...]:
+        images, keypoints = middle(*views(batch, augment, count=2))
+        turns = torch.randint(4, (len(images),), device=images.device)
         images, keypoints = turn_each(images, keypoints, turns)
-        return cut_out(images), keypoints, images, turns, numbers(samples, device)
+        return cut_out(images), keypoints, images, turns, batch.numbers
 
     def forward(
         self, images: Tensor, keypoints: Keypoints, originals: Tensor, turns: Tensor, numbers: Tensor
@@ -67,4 +67,4 @@ def cut_out(images: Tensor) -> Tensor:
             edges = [int(torch.randint(max(1, side // 8), side // 3 + 1, ())) for side in size]
             top, left = (int(torch.randint(side - edge + 1, ())) for side, edge in zip(size, edges, strict=True))
             mask[top : top + edges[0], left : left + edges[1]] = True
-    return images.masked_fill(hidden.to(images.device), 0.0)
+    return images.masked_fill(hidden.to(images.device, non_blocking=True), 0.0)

@@ -30,6 +30,16 @@ class Options(Recipe):
     save_every: int = option("epochs between two checkpoints", default=5, type=int, metavar="EPOCHS", place=True)
     seed: int = option("of the split and of the training", default=0, type=int)
     folds: int = option("the number of folds of the split", default=5, type=int)
+    cache: Path | None = option(
+        "a folder in which detected keypoints are kept, to be found again by the content of the images",
+        default=None,
+        type=Path,
+        metavar="FOLDER",
+        place=True,
+    )
+    workers: int = option(
+        "processes that load batches while the network learns; 0 loads them in between", default=0, type=int, place=True
+    )
     split: Path | None = option("a split to use, instead of one drawn with --seed", default=None, type=Path, place=True)
     mixed_precision: str | None = option(
         "the precision to compute in (default: the one that accelerate is configured for)",
@@ -100,6 +110,8 @@ class Options(Recipe):
     def _check_ranges(self) -> None:
         if not self.resize > 0:
             raise ValueError(f"--resize must be a factor above 0, got {self.resize}")
+        if self.workers < 0:
+            raise ValueError(f"--workers must be 0 or more, got {self.workers}")
         if not 0 <= self.drop_keypoints <= 1:
             raise ValueError(f"--drop-keypoints must be a share from 0 to 1, got {self.drop_keypoints}")
         if self.window < 1:

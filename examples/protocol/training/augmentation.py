@@ -44,9 +44,10 @@ class Augmentation(nn.Module):
             keypoints = self.detector(images)
         images = vary(images)
         if self.drop_keypoints:
-            shares = self.drop_keypoints * torch.rand(len(images), 1)
-            kept = torch.rand(keypoints.valid.shape) >= shares
-            keypoints = replace(keypoints, valid=keypoints.valid & kept.to(keypoints.valid.device), padded=True)
+            valid = keypoints.valid
+            shares = self.drop_keypoints * torch.rand(len(images), 1, device=valid.device)
+            kept = torch.rand(valid.shape, device=valid.device) >= shares
+            keypoints = replace(keypoints, valid=valid & kept, padded=True)
         return images, keypoints, labels
 
 
@@ -75,6 +76,6 @@ class VolumeAugmentation(nn.Module):
 def vary(images: Tensor) -> Tensor:
     """Changes each image's contrast and brightness."""
     each = (len(images), *[1] * (images.ndim - 1))
-    contrast = torch.empty(each).uniform_(0.6, 1.5).to(images)
-    brightness = torch.empty(each).uniform_(-0.2, 0.2).to(images)
+    contrast = torch.empty(each, device=images.device).uniform_(0.6, 1.5).to(images.dtype)
+    brightness = torch.empty(each, device=images.device).uniform_(-0.2, 0.2).to(images.dtype)
     return images * contrast + brightness

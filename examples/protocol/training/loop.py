@@ -18,16 +18,17 @@ from tqdm import tqdm
 
 from examples.protocol.files import save
 from examples.protocol.options import FinetuneOptions, Options, PretrainOptions
-from examples.protocol.training.batches import draw_batches
+from examples.protocol.training.batches import Batches
 from examples.protocol.training.checkpoints import History, Settings, restore
 
-Sample = TypeVar("Sample")
+Item = TypeVar("Item")
 
 
 def train(
     module: nn.Module,
-    samples: Sequence[Sample],
-    compute: Callable[[nn.Module, list[Sample]], dict[str, Tensor]],
+    samples: Sequence[Item],
+    join: Callable[[list[Item]], Any],
+    compute: Callable[[nn.Module, Any], dict[str, Tensor]],
     optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,
     options: FinetuneOptions | PretrainOptions,
@@ -38,7 +39,8 @@ def train(
     Args:
         module: what learns.
         samples: what batches are drawn from.
-        compute: from the module and a batch's samples to its "loss", and whatever else is to be shown, by name.
+        join: makes a batch of some samples; it is called by the processes that load batches.
+        compute: from the module and a batch on its device to the "loss", and whatever else is to be shown, by name.
         optimizer: of the module's parameters, with the learning rates to start from.
         accelerator: devices, precision and processes.
         options: of the command line.
@@ -64,23 +66,36 @@ def train(
     steps = options.steps_per_epoch or math.ceil(len(samples) / options.batch)
     processes = "1 process" if accelerator.num_processes == 1 else f"{accelerator.num_processes} processes"
     accelerator.print(f"{len(samples)} samples, {processes} on {accelerator.device}")
-    bar = tqdm(total=options.epochs * steps, initial=first * steps, desc=options.output.name, disable=not is_main)
+    batches = Batches(
+        samples,
+        join,
+        size=options.batch,
+        device=accelerator.device,
+        workers=options.workers,
+        rank=(rank, accelerator.num_processes),
+    )
+    bar = tqdm(
+        total=options.epochs * steps * options.batch,
+        initial=first * steps * options.batch,
+        desc=options.output.name,
+        unit=" slices" if options.spatial_dims == 2 else " volumes",
+        disable=not is_main,
+    )
     writer = SummaryWriter(str(options.output), purge_step=first + 1) if is_main else None
     for epoch in range(first, options.epochs):
         module.train()
         torch.manual_seed(seed_of(options.seed, epoch, rank))
-        batches = draw_batches(len(samples), options.batch, steps, seed=seed_of(options.seed, epoch))
         totals: dict[str, Tensor] = {}
-        for i, batch in enumerate(batches):
+        for i, batch in enumerate(batches.epoch(steps, seed=seed_of(options.seed, epoch))):
             progress = (epoch * steps + i) / (options.epochs * steps)
             for group in optimizer.param_groups:
                 group["lr"] = cosine(group.setdefault("initial_lr", group["lr"]), progress)
-            values = compute(module, [samples[j] for j in batch[rank :: accelerator.num_processes]])
+            values = compute(module, batch)
             accelerator.backward(values["loss"])
             optimizer.step()
             optimizer.zero_grad()
             totals = {name: totals.get(name, 0) + value.detach() / steps for name, value in values.items()}
-            bar.update()
+            bar.update(options.batch)
         means = {name: float(value) for name, value in totals.items()}
         if not math.isfinite(means["loss"]):
             advice = f"try a lower --lr than {options.lr}, or --mixed-precision no"
