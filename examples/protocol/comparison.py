@@ -1,4 +1,4 @@
-"""What cross-validation says of two methods: mean and deviation over folds, and paired differences over subjects.
+"""Compares the methods of a cross-validation: mean and deviation over folds, and paired differences over subjects.
 
 python -m examples.protocol.comparison RESULTS --reference METHOD [--labelled 2] [--folds 0 1] [--seeds 0] [--levels 5]
 """

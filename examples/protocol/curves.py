@@ -1,6 +1,6 @@
-"""Draws the training loss of each method that cross_validate.py ran: has it flattened?
+"""Draws the training loss of each method that cross_validate.py has run, to show whether it has flattened.
 
-python -m examples.protocol.curves outputs/table  # reads results.json there, writes curves.png beside it
+python -m examples.protocol.curves outputs/table  # reads results.json there and writes curves.png next to it
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Lists the volumes that a folder holds.
+"""Lists the volumes of a folder: their sizes, voxel spacings and numbers of voxels by class.
 
 python -m examples.protocol.data ../shared/data/sunnybrook
 """

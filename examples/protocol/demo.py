@@ -1,10 +1,10 @@
-"""Trains a UNet and a KAF-UNet for the same steps on a task that needs context, and compares them on unseen subjects.
+"""Trains a UNet and a KAF-UNet for the same number of steps on a task that needs context, and compares them.
 
     python -m examples.protocol.demo                                   # synthetic volumes, about 4 minutes on 2 cores
     python -m examples.protocol.demo --data ../shared/data/sunnybrook  # any folder of NIfTI files
 
-The synthetic volumes are those of situs.py: which of two like organs is which is told by a third, which lies farther
-away than the UNet's receptive field reaches. Prints a table of Dice scores and writes outputs/demo.png.
+The synthetic volumes show two organs that look alike. Only a third organ, which lies beyond the UNet's receptive field,
+determines which is which. The command prints a table of Dice scores on unseen subjects and writes outputs/demo.png.
 """
 
 from collections.abc import Sequence

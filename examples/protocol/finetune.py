@@ -1,12 +1,13 @@
-r"""Trains a network on the slices of few labelled subjects, and tests it on the volumes of unseen ones.
+r"""Trains a network on the slices of a few labelled subjects and tests it on the volumes of unseen ones.
 
     python -m examples.protocol.finetune --output outputs/finetune --labelled 2                     # phantoms
     python -m examples.protocol.finetune --preset acdc --data ACDC/training --fold 0 --labelled 6 \
         --pretrained outputs/pretrain/weights.pt --output outputs/acdc
     torchrun --nproc-per-node 2 -m examples.protocol.finetune --output outputs/two                  # also on a CPU
 
-The defaults are the paper's: Adam, cross-entropy, batches of 10 slices, learning rate and epochs by --preset.
-Writes weights.pt, a plain state dict; result.json; split.json, to be given to --split; TensorBoard's logs.
+The defaults are the paper's: Adam, cross-entropy and batches of 10 slices. --preset sets the learning rate and the
+number of epochs. The command writes weights.pt (a plain state dict), result.json, split.json (for --split) and
+TensorBoard logs.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None, *, stacks: list[Stack] | None = None) -> dict[str, Any]:
-    """Returns what result.json holds; ``stacks`` saves loading the data."""
+    """Returns the content of result.json. Given ``stacks``, it does not load the data."""
     options = parse(FinetuneOptions, arguments, __doc__)
     from examples.protocol.experiments.finetuning import finetune  # after parsing, as torch takes seconds to load
 

@@ -4,11 +4,11 @@
     python -m examples.protocol.pretrain --preset acdc --data ACDC/training --fold 0 --output outputs/pretrain
     python -m examples.protocol.pretrain --model unet --method simclr --output outputs/simclr       # another method
 
-The defaults are the paper's: SGD at 0.002 with momentum 0.9, falling to zero along a cosine; 50 epochs in batches of
-32 pairs of neighbouring slices, each slice augmented in its own way; weights 1, 1 and 0.01 of the parts of Eq. 3.
-A network without KAF layers has no tokens, and learns by the first part alone, the positional contrast. The other
-methods (the files of methods/) are trained alike, a batch being 32 slices.
-Writes weights.pt, a plain state dict of the encoder, for finetune.py --pretrained.
+The defaults are the paper's: SGD with momentum 0.9 and a learning rate of 0.002, which falls to zero along a cosine;
+50 epochs; batches of 32 pairs of neighbouring slices, where each slice has its own augmentation; and weights of 1, 1
+and 0.01 for the parts of Eq. 3. A network without KAF layers has no tokens, so it learns by the first part alone, the
+positional contrast. The other methods (a file each in methods/) are trained in the same way, on batches of 32 slices.
+The command writes weights.pt, a plain state dict of the encoder, for finetune.py --pretrained.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None, *, stacks: list[Stack] | None = None) -> None:
-    """``stacks`` saves loading the data."""
+    """Writes the encoder's weights. Given ``stacks``, it does not load the data."""
     options = parse(PretrainOptions, arguments, __doc__)
     from examples.protocol.experiments.pretraining import pretrain  # after parsing, as torch takes seconds to load
 

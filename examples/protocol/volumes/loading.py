@@ -28,10 +28,10 @@ from examples.protocol.volumes.nifti import (
 from examples.protocol.volumes.phantom import phantom
 from examples.protocol.volumes.volume import Volume
 
-PHANTOMS = 12  # subjects, unless a limit says otherwise
+PHANTOMS = 12  # the number of subjects without a limit
 END = r"(?P<end>\.nii(\.gz)?)"
-# Images by their paths below a folder, and their labels: ACDC's patient001_frame01[_gt].nii.gz, CHD's
-# ct_1001_{image,label}.nii.gz, Synapse's img/img0001.nii.gz and label/label0001.nii.gz.
+# Patterns of the images' paths below a folder, and the paths of their labels: ACDC's patient001_frame01[_gt].nii.gz,
+# CHD's ct_1001_{image,label}.nii.gz, Synapse's img/img0001.nii.gz and label/label0001.nii.gz.
 LAYOUTS = (
     (rf"(?P<subject>patient\d+)(?P<frame>_frame\d+){END}", r"\g<subject>\g<frame>_gt\g<end>"),
     (rf"(?P<subject>[^./][^/]*)_image{END}", r"\g<subject>_label\g<end>"),
@@ -50,29 +50,29 @@ def load_volumes(
     orientation: str | None = None,
     window: Sequence[float] | None = None,
 ) -> list[Volume]:
-    """All volumes of a data set, each normalised by itself.
+    """Reads all volumes of a data set and normalises each of them separately.
 
     Args:
-        path: a folder with a ``manifest.csv`` (columns subject, image, label; the files relative to
-            the folder; a subject may have several rows); or with the folders ``images`` and ``labels``,
-            or ``imagesTr`` and ``labelsTr``, that hold files of the same names, one for each subject,
-            as in the Medical Segmentation Decathlon; or with files anywhere below it that are named as ACDC's,
-            ``patient001_frame01.nii.gz`` and ``patient001_frame01_gt.nii.gz``, as CHD's,
-            ``ct_1001_image.nii.gz`` and ``ct_1001_label.nii.gz``, or as Synapse's, ``img/img0001.nii.gz`` and
-            ``label/label0001.nii.gz``. NIfTI axes (x, y, z) become (Z, H, W). None gives phantoms.
-        limit: how many subjects to take at most, all of them by default.
-        classes: how many there are, the background included; by default whatever the labels say.
-        labelled: False looks for no labels, and gives background.
-        ignore_affine: takes labels voxel by voxel, and volumes as they are stored, whatever their affines say.
-        orientation: of all volumes, such as "RAS", or "stored" to leave them as they are stored. By default slices stay
-            slices, and are turned and mirrored within their plane so that all volumes agree.
+        path: a folder, or None for phantoms. It may have a ``manifest.csv`` (columns subject, image, label; the files
+            are relative to the folder; a subject may have several rows). It may have the folders ``images`` and
+            ``labels``, or ``imagesTr`` and ``labelsTr``, with files of the same names, one for each subject, as in the
+            Medical Segmentation Decathlon. Or it may have files anywhere below it that are named like ACDC's
+            (``patient001_frame01.nii.gz`` and ``patient001_frame01_gt.nii.gz``), CHD's (``ct_1001_image.nii.gz`` and
+            ``ct_1001_label.nii.gz``) or Synapse's (``img/img0001.nii.gz`` and ``label/label0001.nii.gz``). NIfTI axes
+            (x, y, z) become (Z, H, W).
+        limit: the largest number of subjects to read, by default all.
+        classes: the number of classes, the background included, by default as many as the labels have.
+        labelled: if False, no labels are looked for, and all voxels are background.
+        ignore_affine: reads volumes and labels as they are stored, voxel by voxel, whatever their affines are.
+        orientation: of all volumes, such as "RAS", or "stored" to leave them as they are stored. By default, volumes
+            are turned and mirrored within the plane of their slices until they agree.
         window: the lowest and the highest intensity, to which an image is clipped before it is normalised.
 
     Raises:
-        FileNotFoundError: if the folder, its lists or one of its files is not there.
-        ValueError: if a file cannot be read, is not a finite volume, or a label is not of its image or not of the
-            classes; if an affine cannot be used, or an image and its label, or the slices of two volumes, lie
-            differently in the world.
+        FileNotFoundError: if the folder, its manifest or one of its files does not exist.
+        ValueError: if a file cannot be read or is not a finite volume; if a label does not fit its image or the
+            classes; if an affine cannot be used; if an image and its label have different affines; or if the slices
+            of two volumes lie in different planes.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least one subject, got {limit=}")
@@ -100,8 +100,8 @@ def load_volumes(
 def list_files(path: Path, *, labelled: bool | None = True) -> list[Row]:
     """The (subject, image, label) of each volume in a folder.
 
-    With ``labelled=False`` all labels are None; with ``labelled=None`` those are that are not there. Any NIfTI files
-    below the folder then do, each of a subject that is named as the file.
+    With ``labelled=False`` all labels are None. With ``labelled=None`` a label that does not exist is None. In both
+    cases the folder may hold any NIfTI files; each is then a subject with the name of the file.
     """
     if not path.is_dir():
         raise FileNotFoundError(f"--data: there is no folder {path}")
@@ -136,7 +136,7 @@ def list_files(path: Path, *, labelled: bool | None = True) -> list[Row]:
 
 
 def nifti_files(path: Path, pattern: str) -> list[Path]:
-    """The Decathlon's archives hold hidden files beside the images."""
+    """All NIfTI files of a pattern, except hidden ones, which the archives of the Decathlon contain."""
     return sorted(file for file in path.glob(f"{pattern}.nii*") if not file.name.startswith("."))
 
 
@@ -145,7 +145,7 @@ def stem(file: Path) -> str:
 
 
 def read_manifest(path: Path, *, labelled: bool | None) -> Iterator[Row]:
-    """The rows of a list as a spreadsheet saves it: with commas, semicolons or tabs, in Unicode or Latin-1."""
+    """The rows of a manifest as spreadsheets save it: with commas, semicolons or tabs, in Unicode or Latin-1."""
     content = path.read_bytes()
     try:
         wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
@@ -182,7 +182,7 @@ def load_volume(
     ignore_affine: bool = False,
     orientation: str | None = None,
 ) -> Volume:
-    """One volume, its axes in the order (Z, H, W), with the intensities of the file."""
+    """Reads one volume, with axes in the order (Z, H, W) and the intensities of the file."""
     if label_path is not None and not label_path.is_file():
         raise FileNotFoundError(f"{image_path} has no labels, there is no file {label_path}")
     image = read_nifti(image_path)
@@ -208,7 +208,7 @@ def load_volume(
 
 
 def check_affines(image: Nifti, label: Nifti, image_path: Path, label_path: Path) -> None:
-    """Refuses affines that cannot be used, and those of an image and a label that differ."""
+    """Refuses affines that cannot be used, and an image and a label with different affines."""
     advice = "give --ignore-affine to take volumes and labels as they are stored"
     for nifti, path in ((image, image_path), (label, label_path)):
         if not is_usable(nifti.affine):
@@ -222,7 +222,7 @@ def check_affines(image: Nifti, label: Nifti, image_path: Path, label_path: Path
 
 
 def check_planes(first: Volume, other: Volume) -> None:
-    """Refuses volumes that are cut into slices of different planes."""
+    """Refuses volumes whose slices lie in different planes."""
     planes = [axes_of(volume) for volume in (first, other)]
     if None not in planes and planes[0] != planes[1]:
         raise ValueError(
@@ -232,12 +232,12 @@ def check_planes(first: Volume, other: Volume) -> None:
 
 
 def axes_of(volume: Volume) -> str | None:
-    """Where a volume's axes (x, y, z) point, such as "RAS"; None where nothing is known."""
+    """The directions of a volume's axes (x, y, z), such as "RAS", or None if they are unknown."""
     return None if volume.affine is None else codes_of(volume.affine)
 
 
 def scaled(volume: Volume, window: Sequence[float] | None) -> Tensor:
-    """An image clipped to a window and normalised."""
+    """The image of a volume, clipped to a window and normalised."""
     image = volume.image if window is None else volume.image.clamp(*window)
     name = volume.file or volume.subject
     if window is not None and image.min() == image.max():
@@ -252,7 +252,7 @@ def scaled(volume: Volume, window: Sequence[float] | None) -> Tensor:
 
 
 def normalise(image: Tensor) -> Tensor:
-    """Zero mean and unit variance."""
+    """Shifts and scales an image to zero mean and unit variance."""
     return (image - image.mean()) / image.std().clamp(min=1e-6)
 
 

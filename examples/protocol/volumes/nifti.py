@@ -1,7 +1,7 @@
-"""NIfTI files: volumes with their place in the world, brought to one orientation, and back to the file's own.
+"""NIfTI files: reading, writing, and turning volumes to one orientation and back to that of their file.
 
-Axes are named as nibabel names them: "RAS" says that the first axis points to the patient's right, the second to the
-front, the third to the head.
+Axes are named as in nibabel: "RAS" means that the first axis points to the patient's right, the second to the front and
+the third to the head.
 """
 
 import gzip
@@ -14,24 +14,24 @@ import numpy as np
 from examples.protocol.files import write
 from examples.protocol.options.choices import DIRECTIONS
 
-TOLERANCE = 0.1  # voxels by which the affines of an image and its label may differ: headers are rounded
+TOLERANCE = 0.1  # voxels by which the affines of an image and its label may differ, as headers are rounded
 
 
 class Nifti(NamedTuple):
-    """An array (x, y, z), and the affine (4, 4) from its voxels to millimetres."""
+    """An array (x, y, z) and the affine (4, 4) from its voxels to millimetres."""
 
     array: np.ndarray
     affine: np.ndarray
 
 
 def read_nifti(path: Path) -> Nifti:
-    """The array, as float32, and the affine of a file, as they are stored.
+    """Reads the array of a file, as float32, and its affine, as they are stored.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it cannot be read, or is not a volume of three axes and numbers that are finite as float32.
+        ValueError: if it cannot be read, does not have three axes, or holds numbers that are not finite as float32.
     """
-    import nibabel  # the phantoms do without
+    import nibabel  # which phantoms do not need
     from nibabel.filebasedimages import ImageFileError
     from nibabel.spatialimages import HeaderDataError
 
@@ -52,9 +52,9 @@ def read_nifti(path: Path) -> Nifti:
 
 
 def write_nifti(volume: Nifti, path: Path, *, like: Path | None = None) -> None:
-    """Writes an array (x, y, z), compressed: under the header of another file, with its affines, codes and units.
+    """Writes an array (x, y, z) to a compressed file.
 
-    Without such a file, the array's own affine is written.
+    The affines, codes and units are those of the file ``like``. Without such a file, the array's own affine is written.
     """
     import nibabel
 
@@ -68,18 +68,18 @@ def write_nifti(volume: Nifti, path: Path, *, like: Path | None = None) -> None:
 
 
 def is_usable(affine: np.ndarray) -> bool:
-    """Whether an affine tells where voxels are: it is finite, and no axis is lost."""
+    """Whether an affine gives each voxel its own place: it is finite and has full rank."""
     return bool(np.isfinite(affine).all() and np.linalg.matrix_rank(affine[:3, :3]) == 3)
 
 
 def distance(one: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> float:
-    """By how many voxels of the first affine the corners of a volume differ under two affines, along an axis."""
+    """The largest difference of a volume's corners under two affines, along one axis, in voxels of the first."""
     corners = np.array([[*np.where(bits, np.array(shape) - 1, 0), 1] for bits in np.ndindex(2, 2, 2)], dtype=float)
     return float(np.abs(np.linalg.solve(one, other @ corners.T).T - corners)[:, :3].max())
 
 
 def codes_of(affine: np.ndarray) -> str:
-    """Where the axes point, such as "RAS" or "LPS"."""
+    """The directions of the axes, such as "RAS" or "LPS"."""
     import nibabel
 
     return "".join(nibabel.aff2axcodes(affine, DIRECTIONS))
@@ -88,15 +88,15 @@ def codes_of(affine: np.ndarray) -> str:
 def in_plane(codes: str) -> str:
     """The orientation that mirror images of a slice have in common: RAS, ASR or RSA.
 
-    The third axis, across the slices, stays the third. All axes point to the right, the front and the head, and the two
-    within a slice come in this order.
+    The third axis, across the slices, remains the third. All axes point to the right, the front or the head, and the
+    two within a slice are in this order.
     """
     positive = ["RAS"[[code in pair for pair in DIRECTIONS].index(True)] for code in codes]
     return "".join(sorted(positive[:2], key="RAS".index)) + positive[2]
 
 
 def reorient(volume: Nifti, codes: str) -> Nifti:
-    """Turns and mirrors an array so that its axes point where the codes say; its voxels stay where they are."""
+    """Turns and mirrors an array until its axes have these directions. Each voxel keeps its place in the world."""
     if codes_of(volume.affine) == codes:
         return volume
     from monai.data import MetaTensor

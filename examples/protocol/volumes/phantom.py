@@ -1,9 +1,9 @@
-"""An embedded default data set: synthetic cardiac short-axis MRI with labels, each subject from its number.
+"""The default data set: synthetic cardiac short-axis MRI with labels, where a number determines each subject.
 
-A subject is painted tissue by tissue, from the lung to the papillary muscles, on a warped grid in
-millimetres, and then acquired as a scanner would: thick slices, a coil's sensitivity, Rician noise,
-whole grey levels. Labels are those of ACDC, and drawn as experts do: smooth contours with papillary
-muscles and trabeculae inside the cavities.
+A subject is painted tissue by tissue, from the lung to the papillary muscles, on a warped grid in millimetres. It is
+then acquired as by a scanner, with thick slices, the sensitivity of a coil, Rician noise and whole grey levels. The
+labels are those of ACDC, with contours as experts draw them: smooth, with papillary muscles and trabeculae inside the
+cavities.
 """
 
 import numpy as np
@@ -17,12 +17,12 @@ THIN = (-0.3, 0.0, 0.3)  # a slice is the mean of thin ones: partial volume thro
 
 
 def phantom(subject: int, *, size: tuple[int, int] = (128, 112), slices: int = 10) -> Volume:
-    """One subject's volume, determined by its number.
+    """The volume of one subject, which its number determines.
 
     Args:
-        subject: 0 or more; subjects differ in anatomy, position, contrast, gain and field of view.
-        size: (H, W); H covers about 20 cm.
-        slices: how many, from base to apex.
+        subject: 0 or more. Subjects differ in anatomy, position, contrast, gain and field of view.
+        size: (H, W). H covers about 20 cm.
+        slices: the number of slices, from base to apex.
     """
     scene = Scene(subject, size, slices)
     heart = Heart(scene)
@@ -35,7 +35,7 @@ def phantom(subject: int, *, size: tuple[int, int] = (128, 112), slices: int = 1
 
 
 class Scene:
-    """The canvas of one subject, (Z, H, W), and where its pixels are: x to the right, y down, in mm."""
+    """The canvas (Z, H, W) of one subject and the positions of its pixels, in mm: x to the right, y down."""
 
     def __init__(self, subject: int, size: tuple[int, int], slices: int) -> None:
         self.rng = np.random.default_rng(subject)
@@ -53,7 +53,7 @@ class Scene:
         self.muscle, self.fat = self.draw(0.2, 0.45), self.draw(0.8, 1.3)  # blood is 1
 
     def draw(self, low: float, high: float) -> float:
-        """What differs between subjects."""
+        """Draws a number that differs between subjects."""
         return float(self.rng.uniform(low, high))
 
     def noise(self, scale: float, depth: float = 12) -> Array:
@@ -67,20 +67,20 @@ class Scene:
         return np.einsum("kji,zk,yj,xi->zyx", heights, *bumps, optimize=True)
 
     def ellipse(self, x: Array | float, y: Array | float, a: Array | float, b: Array | float, turn: float = 0) -> Array:
-        """How deep inside an ellipse each pixel is, in mm, negative outside."""
+        """The depth of each pixel inside an ellipse, in mm, which is negative outside."""
         dx, dy = self.x - x, self.y - y
         u, v = dx * np.cos(turn) + dy * np.sin(turn), dy * np.cos(turn) - dx * np.sin(turn)
         return (1 - np.hypot(u / a, v / b)) * np.minimum(a, b)
 
     def paint(self, depth: Array, signal: Array | float, *, rim: float = 0) -> None:
-        """Paints where ``depth``, in mm, is positive, softly, within a dark rim where water meets fat."""
+        """Paints with a soft edge where ``depth``, in mm, is positive. A dark rim shows where water meets fat."""
         if rim:
             self.paint(depth + rim, 0.08)
         self.image += np.clip(depth / self.spacing + 0.5, 0, 1) * (signal - self.image)
 
 
 def paint_chest(scene: Scene) -> Array:
-    """The lung with its vessels, and the chest wall: muscle with ribs under fat; returns the depth inside the wall."""
+    """Paints lung, vessels and the chest wall (muscle with ribs, under fat); returns the depth inside the wall."""
     scene.paint(np.ones_like(scene.image), scene.draw(0.04, 0.12) * (1 + 0.4 * scene.noise(5)))
     vessels = np.minimum(1.2 - 10 * abs(scene.noise(12, 20)), 4 * scene.noise(8, 16) - 2)
     scene.paint(vessels, scene.draw(0.4, 0.8))
@@ -102,7 +102,7 @@ def paint_chest(scene: Scene) -> Array:
 
 
 def paint_abdomen(scene: Scene) -> None:
-    """Spine and aorta behind the heart; fat, liver, stomach and bowel under the diaphragm."""
+    """Paints spine and aorta behind the heart; fat, liver, stomach and bowel under the diaphragm."""
     x, y = scene.draw(42, 60), scene.draw(35, 55)
     scene.paint(scene.ellipse(x + 24, y + 20, 22, 18), 0.5 * scene.fat * (1 + 0.25 * scene.noise(4)), rim=3)
     scene.paint(scene.ellipse(x, y, 11, 11), 0.9 + 0.08 * scene.noise(6), rim=1.5)
@@ -124,7 +124,7 @@ def paint_abdomen(scene: Scene) -> None:
 
 
 class Heart:
-    """A heart's shape: depths in mm below the surfaces of its chambers, (Z, H, W), negative outside."""
+    """The shape of a heart: depths (Z, H, W) below the surfaces of its chambers, in mm, negative outside."""
 
     def __init__(self, scene: Scene) -> None:
         draw, level = scene.draw, scene.level
@@ -152,17 +152,17 @@ class Heart:
         self.trunk = np.minimum(scene.ellipse(*self.beside(1.55 * radius, 0.9), 13, 12), ends + 3)
 
     def beside(self, distance: Array | float, direction: float) -> tuple[Array, Array]:
-        """A place at a distance from the left ventricle's axis; 0 is the septum's direction."""
+        """A place at a distance from the axis of the left ventricle; direction 0 is that of the septum."""
         angle = self.septum + direction
         return self.x + distance * np.cos(angle), self.y + distance * np.sin(angle)
 
     def labels(self) -> NDArray[np.int64]:
-        """Labels as :data:`LABELS` counts them."""
+        """The labels, as numbers of ``LABELS``."""
         return np.select([self.cavity > 0, self.left > 0, self.right > 0], [3, 2, 1], 0)
 
 
 def paint_heart(scene: Scene, heart: Heart, wall: Array) -> None:
-    """The ventricles, and at the base the right atrium and the pulmonary trunk, in fat that reaches the chest wall."""
+    """Paints the ventricles and, at the base, the right atrium and the pulmonary trunk, in fat up to the chest wall."""
     vessels = np.maximum(heart.atrium, heart.trunk)
     whole = np.maximum(np.maximum(heart.bulge + 2.5, heart.left), vessels + 1)
     pad = np.minimum(whole + 22, wall + 12)  # near the heart and near the chest wall
@@ -185,7 +185,7 @@ def paint_heart(scene: Scene, heart: Heart, wall: Array) -> None:
 
 
 def acquire(scene: Scene) -> NDArray[np.float32]:
-    """What the scanner makes of it: thick slices, a surface coil's sensitivity, Rician noise, a gain."""
+    """The image of a scanner: thick slices, the sensitivity of a surface coil, Rician noise, and a gain."""
     thick = scene.image.reshape(-1, len(THIN), *scene.image.shape[1:]).mean(axis=1)
     coil = -scene.draw(0.001, 0.005) * (scene.x + scene.y) + scene.draw(0.05, 0.15) * scene.noise(60, 200)
     signal = thick * np.exp(coil[len(THIN) // 2 :: len(THIN)])

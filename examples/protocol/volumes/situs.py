@@ -1,7 +1,7 @@
-"""Volumes in which context matters: two organs that look alike, told apart by the side of a third on which they lie.
+"""Volumes in which context matters: two organs that look alike lie on either side of a third, which identifies them.
 
-As kidneys are told apart by the spine. All three differ in size and place from subject to subject, and are farther from
-each other than a small network sees.
+The spine identifies the kidneys in the same way. All three organs vary in size and place. The third is farther from the
+other two than the receptive field of a small network reaches.
 """
 
 import numpy as np
@@ -13,12 +13,12 @@ LABELS = ("background", "left of the third organ", "right of it")
 
 
 def situs(subject: int, *, size: tuple[int, int] = (144, 80), slices: int = 6) -> Volume:
-    """One subject's volume, determined by its number.
+    """The volume of one subject, which its number determines.
 
     Args:
-        subject: 0 or more; of even ones the organ on the left is above the one on the right.
+        subject: 0 or more. If it is even, the organ on the left is above the one on the right.
         size: (H, W).
-        slices: how many.
+        slices: the number of slices.
     """
     rng = np.random.default_rng([subject, 7])
     height, width = size
@@ -51,5 +51,5 @@ def situs(subject: int, *, size: tuple[int, int] = (144, 80), slices: int = 6) -
 
 
 def soft(depth: Array) -> Array:
-    """An edge that is a few pixels wide."""
+    """A soft edge, a few pixels wide."""
     return np.clip(4 * depth + 0.5, 0, 1)

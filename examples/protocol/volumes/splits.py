@@ -1,7 +1,7 @@
-"""Cross-validation over subjects, with few labels: a split that can be written down and given back.
+"""Splits: the folds of a cross-validation over subjects of which few are labelled, and their files.
 
-A split is a JSON file. Each fold has the subjects to test on, and those to train on in a random order, of which the
-first M are labelled: so the labelled subjects of a smaller M are among those of a larger one.
+A split is a JSON file. Each fold lists the subjects to test on, and the subjects to train on in a random order. The
+first M of these are labelled, so the labelled subjects of a small M are also labelled for a larger M.
 
     {"seed": 0, "folds": [{"train": ["s3", "s1", "s4"], "test": ["s2", "s5"]}, ...]}
 """
@@ -15,7 +15,7 @@ from examples.protocol.files import read_json, write_json
 
 
 class Fold(NamedTuple):
-    """The subjects to train on, in the order in which they are labelled, and those to test on."""
+    """The subjects to train on, in the order in which they are labelled, and the subjects to test on."""
 
     train: list[str]
     test: list[str]
@@ -28,7 +28,7 @@ class Fold(NamedTuple):
 
 
 def make_split(subjects: Sequence[str], *, folds: int = 5, seed: int = 0) -> list[Fold]:
-    """Every subject is tested in one fold, and trained on in the others."""
+    """Draws folds so that each subject is for testing in one of them and for training in the others."""
     names = sorted(set(subjects))
     if not 2 <= folds <= len(names):
         raise ValueError(f"there must be 2 folds or more, and a subject for each, got {folds=} for {len(names)}")
@@ -45,7 +45,7 @@ def write_split(split: Sequence[Fold], path: Path, *, seed: int) -> None:
 
 
 def read_split(path: Path, subjects: Sequence[str]) -> list[Fold]:
-    """The split of a file, whose subjects must all be among ``subjects``."""
+    """Reads the split of a file, whose subjects must all be among ``subjects``."""
     try:
         folds = [Fold(fold["train"], fold["test"]) for fold in read_json(path)["folds"]]
     except (KeyError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""Volumes as stacks of slices of one size, or as wholes, with their keypoints; and what matches between slices."""
+"""Stacks: volumes as slices of one size, or in one piece, with their keypoints, and the matches between slices."""
 
 import sys
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ from kaf_layer.augmentation import move_keypoints
 
 @dataclass
 class Stack:
-    """A volume's slices, resized, then padded and cropped about the centre to a patch (H, W), each with its keypoints.
+    """The slices of a volume, each resized, padded and cropped around its centre to a patch (H, W), with keypoints.
 
-    Or the volume in one piece (D, H, W), as if it were a single slice. ``positions`` (Z,) are relative, from 0 to below
-    1; ``margins`` were added before and after each axis, the last one first, to slices of ``resized`` pixels.
+    Or the volume in one piece (D, H, W), which is then the only slice. ``positions`` (Z,) are relative, from 0 to below
+    1. ``margins`` are the pixels added before and after each axis, the last axis first, to slices of size ``resized``.
     """
 
     volume: Volume
@@ -33,13 +33,13 @@ class Stack:
     resized: tuple[int, ...]
 
     def restore(self, labels: Tensor) -> Tensor:
-        """Labels (Z, H, W) of the patches, or (1, D, H, W), in the volume's size; background outside the patch."""
+        """Labels of the patches, (Z, H, W) or (1, D, H, W), in the volume's size, with background outside the patch."""
         size = self.volume.label.shape
         restored = resize_labels(F.pad(labels, [-margin for margin in self.margins]), size[-len(self.resized) :])
         return restored.view(size)
 
     def crop(self, labels: Tensor) -> Tensor:
-        """Labels (Z, H, W) of the volume, in the patch's size."""
+        """Labels (Z, H, W) of the volume in the patch's size."""
         return F.pad(resize_labels(pieces(labels, len(self.resized)), self.resized), self.margins)
 
 
@@ -51,15 +51,15 @@ def prepare(
     resize: float = 1.0,
     by_slice: bool = False,
 ) -> list[Stack]:
-    """Detects the keypoints of each original slice, once, and brings everything to the patch's size.
+    """Detects the keypoints of each original slice once, and brings slices, labels and keypoints to the patch's size.
 
     Args:
-        volumes: what to cut patches from.
-        detector: of the keypoints.
-        patch: (H, W), to which resized slices are padded and cropped about the centre; or (D, H, W), for volumes in one
-            piece, whose keypoints are detected in the patch.
-        resize: the factor by which all sides change before: images by area, labels to the nearest.
-        by_slice: normalise each patch by itself, for data whose slices are not on one scale.
+        volumes: the volumes to cut patches from.
+        detector: finds the keypoints.
+        patch: (H, W), the size to which resized slices are padded and cropped around their centre; or (D, H, W) for
+            volumes in one piece, whose keypoints are detected in the patch.
+        resize: the factor by which all sides are scaled before: images by area, labels to the nearest.
+        by_slice: normalises each patch separately, for data whose slices are not on one scale.
     """
     stacks = []
     for volume in tqdm(volumes, desc="keypoints", leave=False, disable=len(volumes) == 1):
@@ -96,41 +96,41 @@ def prepare(
 
 
 def pieces(volume: Tensor, dims: int) -> Tensor:
-    """What is cut from a volume (Z, H, W): its slices, or itself as (1, Z, H, W)."""
+    """The parts of a volume (Z, H, W) that are learnt from: its slices, or the whole as (1, Z, H, W)."""
     return volume if dims == 2 else volume[None]
 
 
 def scale_positions(positions: Tensor, *, ratio: Tensor, shift: Tensor) -> Tensor:
-    """Where pixels lie after a resizing and a shift."""
+    """Positions after a resizing and a shift."""
     return (positions + 0.5) * ratio - 0.5 + shift
 
 
 def resize_labels(labels: Tensor, size: Sequence[int]) -> Tensor:
-    """Labels (Z, *S) in another size, each pixel that of the nearest."""
+    """Labels (Z, *S) in another size, where each pixel has the label of the nearest one."""
     if labels.shape[1:] == tuple(size):
         return labels
     return F.interpolate(labels[:, None].float(), tuple(size), mode="nearest-exact")[:, 0].to(labels.dtype)
 
 
 def say(stack: Stack, what: str) -> None:
-    """A remark about a volume, on stderr, beside the progress bars."""
+    """Writes a remark about a volume to stderr without breaking the progress bars."""
     tqdm.write(f"{stack.volume.file or stack.volume.subject}: {what}", file=sys.stderr)
 
 
 def compact(keypoints: Keypoints) -> Keypoints:
-    """One sample without its empty slots, save one if it has no keypoint at all."""
+    """One sample without its empty slots. A sample without keypoints keeps one."""
     keep = keypoints.valid.clone()
     keep[0] |= not keep.any()
     return keypoints[keep]
 
 
 def match_slices(a: Keypoints, b: Keypoints, *, max_distance: float = 30.0) -> Matches:
-    """Matches of two slices; keypoints without descriptors, such as a grid's, match the nearest."""
+    """The matches of two slices. Keypoints without descriptors, such as those of a grid, match the nearest."""
     pair = [replace(k, descriptors=k.positions) if k.descriptors is None else k for k in (a.stack([a]), b.stack([b]))]
     return match_keypoints(*pair, max_distance=max_distance)
 
 
 def stack_matches(matches: Sequence[Matches], slots: int) -> Matches:
-    """Joins the matches of single pairs into a batch of so many slots on either side."""
+    """Joins the matches of single pairs into a batch with this number of slots on each side."""
     padded = [[F.pad(side, (0, slots - side.shape[1]), value=-1) for side in (m.indices, m.inverse)] for m in matches]
     return Matches(*(torch.cat(sides) for sides in zip(*padded, strict=True)))

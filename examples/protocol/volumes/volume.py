@@ -1,4 +1,4 @@
-"""A volume: an image, its labels, and what its file says of its place in the world."""
+"""A volume: an image, its labels, and its place in the world."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +14,8 @@ Array = NDArray[np.float64]
 class Volume:
     """A stack of slices from base to apex: image (Z, H, W) float32, label (Z, H, W) long.
 
-    Of a file there are also its path, the affine from voxels (x, y, z) to millimetres, and the axes (such as "LPS")
-    that the file had before the volume was reoriented, if it was.
+    A volume that was read from a file also has its path and the affine from voxels (x, y, z) to millimetres. If it was
+    reoriented, it has the axes of the file too, such as "LPS".
     """
 
     image: Tensor
@@ -27,6 +27,6 @@ class Volume:
 
     @property
     def spacing(self) -> tuple[float, ...]:
-        """Of the voxels along (Z, H, W), in millimetres; 1 where nothing is known."""
+        """The size of a voxel along (Z, H, W), in millimetres; 1 if it is unknown."""
         sides = np.ones(3) if self.affine is None else np.linalg.norm(self.affine[:3, :3], axis=0)
         return tuple(sides[::-1].tolist())
