@@ -53,7 +53,7 @@ def test_the_p_value_is_that_of_all_signs() -> None:
 def test_only_shared_subjects_are_compared() -> None:
     ours, theirs = [result(0, [(0.5,)]), result(1, [(0.9,)])], [result(1, [(0.9,)]), result(2, [(0.1,)])]
     assert comparison.difference(ours, theirs) == comparison.Difference(0.0, 1.0, 0, 1)
-    with pytest.raises(ValueError, match="share no subject, give both the same folds"):
+    with pytest.raises(ValueError, match="share no subject: run both on the same folds"):
         comparison.difference(ours[:1], theirs[1:])
 
 

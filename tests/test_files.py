@@ -151,7 +151,7 @@ def learn_without_space(folder: Path) -> None:
     import resource
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
-    message = r"logs in .* cannot be written: .*File too large; then go on with --resume"
+    message = r"logs in .* cannot be written: .*File too large; then continue with --resume"
     # What is printed goes to a file, too.
     with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere), pytest.raises(OSError, match=message):
         run(folder, prepare(volumes(), GridDetector(8), patch=(32, 32)), "--save-every", "1000")

@@ -209,10 +209,10 @@ def test_pretrained_weights_that_fit_in_part(tmp_path: Path) -> None:
         "  missing 2: 1.weight, 1.bias",
     ]
     assert target[0].weight.equal(source[0].weight)
-    with pytest.raises(ValueError, match=r"w\.pt has nothing that fits"):
+    with pytest.raises(ValueError, match=r"w\.pt holds no weights that fit"):
         checkpoints.load_pretrained(nn.Linear(7, 7), tmp_path / "w.pt")
     files.save(UNet(width=4).state_dict(), tmp_path / "w.pt")
-    with pytest.raises(ValueError, match=r"it holds \['encoder.* \(4, 1, 3, 3\)'.* the network .* \(8, 1, 3, 3\)'"):
+    with pytest.raises(ValueError, match=r"it holds \['encoder.* \(4, 1, 3, 3\)'.* the network has .* \(8, 1, 3, 3\)'"):
         checkpoints.load_pretrained(UNet(width=8), tmp_path / "w.pt")
     with pytest.raises(FileNotFoundError, match=r"there is no file .*none\.pt"):
         checkpoints.digest(tmp_path / "none.pt")

@@ -125,7 +125,7 @@ def test_files_without_any_list(weights: Path, volumes: Path, capsys: pytest.Cap
     assert all(entry.keys() == {"image"} for entry in record["volumes"].values())
     assert "2 volumes\n" in capsys.readouterr().out
     (volumes / "case0" / "scan.nii.gz").write_bytes((volumes / "case1" / "scan.nii.gz").read_bytes())
-    with pytest.raises(ValueError, match="predicted has the prediction of another image case0_scan"):
+    with pytest.raises(ValueError, match="predicted holds the prediction of another image case0_scan"):
         run(weights, volumes)
 
 

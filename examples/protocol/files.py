@@ -1,4 +1,4 @@
-"""Files that are written at once or not at all, and that are named when they cannot be read or written."""
+"""Files that are written completely or not at all. Errors name the file."""
 
 import json
 import os
@@ -15,12 +15,12 @@ from filelock import FileLock, Timeout
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Makes a folder for one run to write in, and takes away what a run that was killed had begun to write.
+    """Reserves a folder for one run, and removes the unfinished files of a run that was killed.
 
-    If the run fails before it has written anything, the folders that were made for it are taken away again.
+    If the run fails before it has written anything, the folders that were made for it are removed.
 
     Raises:
-        ValueError: if another run is writing there. One that was killed is none.
+        ValueError: if another run is writing there. A run that was killed does not count.
         OSError: if the folder cannot be written.
     """
     lock = FileLock(folder / ".lock", timeout=0)
@@ -45,8 +45,8 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 def remove_empty(folders: Iterable[Path]) -> None:
-    """Removes folders, each inside the next, as long as they hold nothing but a lock."""
-    with suppress(OSError):  # another run may write there by now
+    """Removes folders, each inside the next one, as long as they are empty except for a lock."""
+    with suppress(OSError):  # another run may be writing there by now
         for folder in folders:
             if any(path.name != ".lock" for path in folder.iterdir()):
                 return
@@ -78,18 +78,18 @@ def read_json(path: Path) -> Any:
 
 
 def save(content: Any, path: Path) -> None:
-    """Writes tensors, numbers and texts: the same bytes for the same content, whatever the file's name."""
+    """Writes tensors, numbers and texts. The same content gives the same bytes, whatever the file's name."""
     import torch  # here, since the commands read JSON before they load torch, which takes seconds
 
     def writer(temporary: Path) -> None:
-        with temporary.open("wb") as file:  # given a name, torch would put it into the file
+        with temporary.open("wb") as file:  # torch would write a name that it is given into the file
             torch.save(content, file)
 
     write(path, writer)
 
 
 def load(path: Path) -> Any:
-    """Reads a file of plain tensors, numbers and texts; code that a file holds does not run."""
+    """Reads a file of plain tensors, numbers and texts. Code in the file is not run."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     import torch

@@ -10,7 +10,7 @@ from examples.protocol.options.table import title
 
 
 def draw_curves(results: Sequence[dict[str, Any]]) -> Figure:
-    """The mean loss of each epoch over folds and seeds, an axis for each number of labelled subjects."""
+    """Draws the mean loss of each epoch over folds and seeds, with axes for each number of labelled subjects."""
     counts = list(dict.fromkeys(result["M"] for result in results))
     methods = list(dict.fromkeys(result["method"] for result in results))
     figure = Figure(figsize=(1 + 2.4 * len(counts), 2.8 + 0.2 * -(-len(methods) // 2)), layout="constrained")

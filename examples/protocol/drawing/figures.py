@@ -1,4 +1,4 @@
-"""The paper's figures for one's own data and networks."""
+"""The paper's figures for any data and networks."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,7 +41,7 @@ TURN: dict[str, dict[str, Any]] = {
 
 
 def grid_of(rows: int, columns: int, image: Tensor, *, images: int = 1) -> tuple[Figure, Any]:
-    """A figure no wider than a page's text and its axes, an array (rows, columns), each for images side by side."""
+    """A figure as wide as the text of a page at most, with axes (rows, columns), each for images side by side."""
     height, width = image.shape[-2:]
     cell = min(7.0 / columns, 2.2 * images)  # inches
     size = columns * cell, rows * (cell * height / (images * width) + 0.2) + 0.5
@@ -51,18 +51,18 @@ def grid_of(rows: int, columns: int, image: Tensor, *, images: int = 1) -> tuple
 
 
 def largest(stack: Stack) -> int:
-    """The slice with most foreground; the one in the middle, if there is no foreground."""
+    """The slice with the most foreground, or the middle one if there is no foreground."""
     areas = (stack.labels > 0).sum((1, 2))
     return int(areas.argmax()) if areas.any() else len(areas) // 2
 
 
 def row_title(axis: Any, text: str) -> None:
-    """A title on the left of a row, whose axes are off."""
+    """Writes a title to the left of a row of axes."""
     axis.text(-0.03, 0.5, text, transform=axis.transAxes, ha="right", va="center", rotation=90)
 
 
 def draw_detectors(stacks: Sequence[Stack], *, spacing: float) -> Figure:
-    """The keypoints of a slice of each volume, detected and on a grid."""
+    """Draws the keypoints of a slice of each volume, detected and on a grid."""
     figure, axes = grid_of(2, len(stacks), stacks[0].images)
     for column, stack in zip(axes.T, stacks, strict=True):
         z = largest(stack)
@@ -76,14 +76,14 @@ def draw_detectors(stacks: Sequence[Stack], *, spacing: float) -> Figure:
 
 
 def transform(images: Tensor, keypoints: Keypoints, **options: Any) -> Augmented:
-    """The same transformation of all images, with what is outside as dark as the darkest."""
+    """Transforms all images in the same way, and fills their outside with the darkest value."""
     darkest = images.min()
     moved = KeypointAugmentation(RandomAffine(p=1.0, **options))(images - darkest, keypoints)
     return moved._replace(images=moved.images + darkest)
 
 
 def draw_correspondences(stacks: Sequence[Stack]) -> Figure:
-    """Neighbouring slices with their matches, and the same ones after an augmentation of both."""
+    """Draws neighbouring slices with their matches, and both after an augmentation."""
     torch.manual_seed(0)
     figure, axes = grid_of(len(stacks), 2, stacks[0].images, images=2)
     for row, stack in zip(axes, stacks, strict=True):
@@ -102,7 +102,7 @@ def draw_correspondences(stacks: Sequence[Stack]) -> Figure:
 
 
 def draw_thresholds(stacks: Sequence[Stack], *, shown: tuple[float, float, float] = (5, 30, 1000)) -> Figure:
-    """The matches of a pair for three distances, and the mean number over all neighbouring slices for many."""
+    """Draws the matches of a pair for three distances, and the mean number of matches for many distances."""
     stack = stacks[0]
     figure, axes = grid_of(2, 2, stack.images, images=2)
     z = min(largest(stack), max(len(stack.images) - 2, 0))
@@ -129,7 +129,7 @@ def draw_thresholds(stacks: Sequence[Stack], *, shown: tuple[float, float, float
 
 
 def draw_segmentations(stacks: Sequence[Stack], runs: Sequence[Named]) -> Figure:
-    """A slice of each volume with the reference and the networks' outlines, and the Dice of the whole volume."""
+    """Draws a slice of each volume with the reference, the networks' outlines and the Dice of the whole volume."""
     figure, axes = grid_of(len(stacks), 2 + len(runs), stacks[0].images)
     classes: set[int] = set()
     for row, stack in zip(axes, stacks, strict=True):
@@ -154,7 +154,7 @@ def draw_segmentations(stacks: Sequence[Stack], runs: Sequence[Named]) -> Figure
 
 @torch.no_grad()
 def draw_similarities(stack: Stack, runs: Sequence[Named], *, scales: Sequence[int] = (1, 3)) -> Figure:
-    """How similar all places are to one keypoint, in the encoders' maps of two scales, under two transformations."""
+    """Draws how similar all places are to one keypoint, in the encoders' maps of two scales, for three views."""
     z = largest(stack)
     images, keypoints = stack.images[z : z + 1], Keypoints.stack([stack.keypoints[z]])
     target = torch.stack([axis.float().mean() for axis in (stack.labels[z] > 0).nonzero().T.flip(0)])
@@ -185,7 +185,7 @@ def draw_similarities(stack: Stack, runs: Sequence[Named], *, scales: Sequence[i
 
 
 def named(folder: Path) -> Named:
-    """A folder that finetune.py wrote, by its method if cross_validate.py started it, else by its network."""
+    """The run in a folder, with its method's title if it is of cross_validate.py, or else with its network's."""
     run = read_run(folder / "weights.pt")
     of_table = folder.parent.name.startswith("seed")
     name = title(folder.parents[1].name.replace("_", " ")) if of_table else MODELS[run.options.model]
@@ -198,9 +198,9 @@ def folders(options: FigureOptions) -> list[Path]:
 
 
 def folders_of(table: Path, options: FigureOptions) -> list[Path]:
-    """The runs of a table with one fold, seed and number of labelled subjects, by default the most."""
+    """The runs of a table with one fold, seed and number of labelled subjects (by default the largest)."""
     if not (table / "results.json").is_file():
-        raise FileNotFoundError(f"--table {table} has no results.json, is it an --output of cross_validate.py?")
+        raise FileNotFoundError(f"--table {table} has no results.json: is it an --output of cross_validate.py?")
     results = read_json(table / "results.json")
     labelled = max(result["M"] for result in results) if options.labelled is None else options.labelled
     chosen = {"fold": options.fold, "seed": options.seed, "M": labelled}
@@ -216,7 +216,7 @@ def folders_of(table: Path, options: FigureOptions) -> list[Path]:
 
 
 def check(runs: Sequence[Run]) -> None:
-    """Refuses runs that were prepared or tested differently, since one figure shows one slice of one patch."""
+    """Refuses runs with different preparation or test subjects, since a figure shows the same slices for all."""
     for option in ("fold", "patch", "resize", "normalise", "window_level", "detector", "max_keypoints", "spacing"):
         if len(values := [getattr(run.options, option) for run in runs]) > values.count(values[0]):
             raise ValueError(f"--runs must share their --{option.replace('_', '-')}, got {values}")

@@ -10,7 +10,7 @@ from examples.protocol.volumes.volume import Volume
 
 
 def plot(volumes: Sequence[Volume], path: Path, *, columns: int = 6) -> None:
-    """A contact sheet: a row of slices for each volume, with the labels' contours."""
+    """Draws a contact sheet: a row of slices for each volume, with the contours of the labels."""
     figure = Figure(figsize=(2 * columns, 2.4 * len(volumes)), layout="tight")
     axes = figure.subplots(len(volumes), columns, squeeze=False)
     for row, volume in zip(axes, volumes, strict=True):

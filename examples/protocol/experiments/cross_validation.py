@@ -1,4 +1,4 @@
-"""Cross-validation: every method pretrained and fine-tuned on every fold, and the table of what came out."""
+"""Cross-validation: pretrains and fine-tunes every method on every fold, and makes the table of the results."""
 
 import shlex
 from collections.abc import Sequence
@@ -22,11 +22,11 @@ from examples.protocol.volumes.stacks import Stack
 
 
 def cross_validate(table: Table, arguments: Sequence[str]) -> list[Result]:
-    """Trains what is not there yet, writes the table, and returns the results.
+    """Runs the trainings that are not finished yet, writes the table, and returns the results.
 
     Args:
-        table: what the command line says.
-        arguments: the command line, to be written down.
+        table: the parsed command line.
+        arguments: the command line itself, for the report.
     """
     own, shared, options = table
     volumes = read_volumes(options)
@@ -51,7 +51,7 @@ def cross_validate(table: Table, arguments: Sequence[str]) -> list[Result]:
 
 
 def keep_options(own: TableOptions, shared: Options, split: Sequence[Fold]) -> None:
-    """Writes down what the runs in --output are trained by; refuses to mix them with others."""
+    """Writes the options of the runs in --output to a file, and refuses to mix runs with different options."""
     path = own.output / "options.json"
     now = shared.settings() | {"pretrain": list(own.pretrain), "finetune": own.finetuning}
     now |= {"split": [fold._asdict() for fold in split]}
@@ -63,12 +63,12 @@ def keep_options(own: TableOptions, shared: Options, split: Sequence[Fold]) -> N
 
 @lru_cache(maxsize=4)
 def load_once(*arguments: str) -> list[Stack]:
-    """The slices, for all folds that this process runs."""
+    """Loads the slices once for all folds of this process."""
     return load_stacks(parse(FinetuneOptions, arguments))
 
 
 def run_fold(fold: int, own: TableOptions, shared: list[str]) -> list[Result]:
-    """All methods and numbers of labels on one fold."""
+    """Runs all methods and numbers of labelled subjects on one fold."""
     results = []
     for name, seed in product(own.methods, own.seeds):
         model, pretraining, options = parts(name)
@@ -91,7 +91,7 @@ def run_fold(fold: int, own: TableOptions, shared: list[str]) -> list[Result]:
 
 
 def run_folds(folds: Sequence[int], own: TableOptions, shared: list[str]) -> list[Result]:
-    """All results, of --jobs folds at a time."""
+    """Runs all folds, --jobs at a time."""
     if own.jobs == 1:
         return [result for fold in folds for result in run_fold(fold, own, shared)]
     threads = max(1, torch.get_num_threads() // own.jobs)

@@ -1,4 +1,4 @@
-"""The demo: a UNet and a KAF-UNet trained for the same steps on a task that needs context."""
+"""The demo: trains a UNet and a KAF-UNet for the same number of steps on a task that needs context."""
 
 import time
 from dataclasses import dataclass, replace
@@ -37,7 +37,7 @@ class Slices:
 
 
 def synthetic(count: int) -> list[Volume]:
-    """So many subjects of situs.py, normalised as load_volumes does."""
+    """Subjects of situs.py, normalised as by load_volumes."""
     volumes = [situs(subject) for subject in range(count)]
     return [Volume(normalise(volume.image), volume.label, volume.subject) for volume in volumes]
 
@@ -56,15 +56,15 @@ def read(options: DemoOptions) -> list[Volume]:
 
 
 def renumber(volumes: list[Volume]) -> tuple[list[Volume], list[int]]:
-    """Labels numbered without gaps, and what they were before: classes that nobody has need no output."""
+    """Numbers the labels without gaps, since classes that do not occur need no output; returns the old numbers too."""
     values = torch.cat([volume.label.unique() for volume in volumes]).unique()
     if values[0] > 0:
-        values = F.pad(values, (1, 0))  # the background, even where nobody has it
+        values = F.pad(values, (1, 0))  # the background, even if it does not occur
     return [replace(v, label=torch.searchsorted(values, v.label)) for v in volumes], values.tolist()
 
 
 def prepare(volumes: list[Volume]) -> list[Slices]:
-    """Pads all slices to one size, to the right and below, and detects the keypoints of each slice, once."""
+    """Pads all slices to one size, on the right and at the bottom, and detects the keypoints of each slice once."""
     height, width = (max(-(-volume.image.shape[axis] // 16) * 16 for volume in volumes) for axis in (1, 2))
     detector, prepared = SIFTDetector(max_keypoints=128, descriptors=False), []
     for volume in tqdm(volumes, desc="keypoints", leave=False):
@@ -105,7 +105,7 @@ def predict(model: nn.Module, volume: Slices) -> Tensor:
 
 
 def dice(predictions: list[Tensor], volumes: list[Slices], classes: int) -> Tensor:
-    """Dice of each class but the background over whole volumes (slices stacked), the mean over those that have it."""
+    """The Dice of each class except the background: the mean over the whole volumes that have the class."""
     metric = DiceMetric(include_background=False, reduction="none", num_classes=classes)
     for prediction, volume in zip(predictions, volumes, strict=True):
         metric(prediction.transpose(0, 1)[None], volume.labels.transpose(0, 1)[None])
@@ -113,7 +113,7 @@ def dice(predictions: list[Tensor], volumes: list[Slices], classes: int) -> Tens
 
 
 def draw(volumes: list[Slices], predictions: dict[str, list[Tensor]], path: Path) -> None:
-    """The slice with most foreground of the first unseen subjects: keypoints, reference, predictions."""
+    """Draws the slice with the most foreground of the first unseen subjects: keypoints, reference, predictions."""
     rows = min(2, len(volumes))
     panels = ["keypoints", "reference", *predictions]
     width, height = 2.0, 2.0 * volumes[0].images.shape[2] / volumes[0].images.shape[3]
@@ -140,7 +140,7 @@ def draw(volumes: list[Slices], predictions: dict[str, list[Tensor]], path: Path
 
 
 def spread(values: list[float]) -> str:
-    """Mean and, of several seeds, their standard deviation."""
+    """The mean of values and, if there are several, their standard deviation."""
     return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 

@@ -1,4 +1,4 @@
-"""Fine-tuning: a network trained on the slices of few labelled subjects, and tested on the volumes of unseen ones."""
+"""Fine-tuning: trains a network on the slices of a few labelled subjects and tests it on unseen volumes."""
 
 import platform
 from contextlib import nullcontext
@@ -31,11 +31,11 @@ from examples.unet import UNet
 
 
 def finetune(options: FinetuneOptions, stacks: list[Stack] | None = None) -> dict[str, Any]:
-    """Returns what result.json holds.
+    """Returns the content of result.json.
 
     Args:
-        options: of the command line.
-        stacks: the slices, if they are loaded already.
+        options: the options of the command line.
+        stacks: the slices, if they are already loaded.
     """
     accelerator = start(options)
     with claimed(options.output) if accelerator.is_main_process else nullcontext():
@@ -43,7 +43,7 @@ def finetune(options: FinetuneOptions, stacks: list[Stack] | None = None) -> dic
 
 
 def run(options: FinetuneOptions, accelerator: Accelerator, stacks: list[Stack] | None) -> dict[str, Any]:
-    """Trains, tests and writes; the folder is claimed by the caller."""
+    """Trains, tests and writes. The caller must have claimed the folder."""
     stacks = load_stacks(options) if stacks is None else stacks
     split = load_split(options, (stack.volume for stack in stacks))
     fold = fold_of(split, options.fold)
@@ -106,7 +106,7 @@ def run(options: FinetuneOptions, accelerator: Accelerator, stacks: list[Stack] 
 
 
 def finished(output: Path, settings: Settings) -> dict[str, Any] | None:
-    """The result of a run with these very settings, if there is one.
+    """The result of a run with the same settings, if there is one.
 
     Raises:
         ValueError: if --output holds the result of a run with other settings.
@@ -120,7 +120,7 @@ def finished(output: Path, settings: Settings) -> dict[str, Any] | None:
 
 
 def overlap(logits: Tensor, labels: Tensor) -> Tensor:
-    """Dice of all the foreground of a batch, to watch while training."""
+    """The Dice of the whole foreground of a batch, to show during training."""
     predicted = logits.argmax(1)
     right = (predicted == labels) & (labels > 0)
     return 2 * right.sum() / ((predicted > 0).sum() + (labels > 0).sum()).clamp(min=1)

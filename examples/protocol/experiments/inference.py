@@ -1,4 +1,4 @@
-"""What a trained network predicts for volumes, and how good that is."""
+"""The predictions of a trained network for volumes, and their scores."""
 
 from collections.abc import Sequence
 
@@ -22,11 +22,11 @@ def predict(model: nn.Module, stack: Stack, *, batch: int = 8) -> Tensor:
 
 
 def evaluate(model: nn.Module, stacks: Sequence[Stack], *, classes: int) -> list[list[float]]:
-    """Dice of each class except the background over each volume, its slices stacked; NaN for a class it lacks."""
+    """The Dice of each class except the background over each whole volume; NaN for a class that it lacks."""
     return [scores.dice for scores in score_all(model, stacks, classes=classes)]
 
 
 def score_all(model: nn.Module, stacks: Sequence[Stack], *, classes: int) -> list[Scores]:
-    """Dice and distances of each volume, its slices stacked."""
+    """The Dice and the distances of each whole volume."""
     pairs = ((predict(model, stack), stack.volume) for stack in tqdm(stacks, desc="test", leave=False))
     return [score(labels, volume.label, classes=classes, spacing=volume.spacing) for labels, volume in pairs]

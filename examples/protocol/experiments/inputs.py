@@ -1,4 +1,4 @@
-"""What runs start from: the volumes, slices and split that options ask for."""
+"""The inputs of a run: the volumes, slices and split that options ask for."""
 
 from collections.abc import Iterable, Sequence
 

@@ -1,4 +1,4 @@
-"""Prediction: the volumes of a folder segmented by a network that was fine-tuned."""
+"""Prediction: segments the volumes of a folder with a fine-tuned network."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ from kaf_layer.plotting import draw_image, draw_labels
 
 
 class Source(NamedTuple):
-    """Where a volume is, and the name that its prediction gets."""
+    """The files of a volume and the name of its prediction."""
 
     name: str
     subject: str
@@ -41,7 +41,7 @@ class Source(NamedTuple):
 
 
 def sources(data: Path | None, limit: int | None) -> list[Source]:
-    """What is to be segmented; files of one name are told apart by their folders."""
+    """The volumes to segment. Files with the same name get the names of their folders too."""
     if data is None:
         return [Source(f"phantom-{i:03d}", f"phantom-{i:03d}", None, None) for i in range(limit or PHANTOMS)]
     rows = list_files(data, labelled=None)[:limit]
@@ -54,7 +54,7 @@ def sources(data: Path | None, limit: int | None) -> list[Source]:
 
 
 def read(source: Source, run: Run) -> Volume:
-    """The volume, normalised as those of the training were; refused if its slices lie in another plane."""
+    """Reads a volume and normalises it as in training. Slices that lie in another plane are refused."""
     options = run.options
     if source.image is None:
         volume = phantom(int(source.name[-3:]))
@@ -74,14 +74,14 @@ def read(source: Source, run: Run) -> Volume:
     known = not options.ignore_affine and options.orientation != STORED
     if known and run.axes and axes_of(volume) != run.axes:
         raise ValueError(
-            f"{source.image} has slices of another plane than the training, its axes are {axes_of(volume)} and not "
-            f"{run.axes}: give --orientation {run.axes} to cut it alike, or --orientation {STORED} to leave it as it is"
+            f"{source.image} has slices of another plane than the training: its axes are {axes_of(volume)} and not "
+            f"{run.axes}: give --orientation {run.axes} to turn it, or --orientation {STORED} to leave it as it is"
         )
     return replace(volume, image=scaled(volume, options.window_level))
 
 
 def complete(options: PredictOptions, run: Run) -> Run:
-    """The run with the options that were given anew."""
+    """The run, with the options that were given again."""
     names = ("output", "detector_weights", "ignore_affine", "orientation", "window_level")
     given = {name: value for name in names if (value := getattr(options, name)) not in (None, False)}
     chosen = changed(run.options, given)
@@ -99,7 +99,7 @@ def in_file_space(labels: Tensor, volume: Volume, classes: int) -> Nifti:
 
 
 def draw_overlay(volume: Volume, labels: Tensor, *, labelled: bool) -> Figure:
-    """The slice with most of what was found: predicted labels, and the reference if there is one."""
+    """Draws the slice with the largest prediction, and the reference if there is one."""
     z = int((labels > 0).sum((1, 2)).argmax()) if labels.any() else len(labels) // 2
     panels = {"image": None, "prediction": labels[z]} | ({"reference": volume.label[z]} if labelled else {})
     height, width = labels.shape[1:]
@@ -114,7 +114,7 @@ def draw_overlay(volume: Volume, labels: Tensor, *, labelled: bool) -> Figure:
 
 
 def begin(run: Run) -> dict[str, Any]:
-    """The record of what was done in --output before; refuses that of other weights."""
+    """The record of earlier predictions in --output. Those of other weights are refused."""
     options, settings = run.options, run.options.settings()
     made_by = {name: settings[name] for name in ("ignore_affine", "orientation", "window_level")}
     made_by |= {"weights": digest(run.weights), "detector_weights": digest(options.detector_weights)}
@@ -129,7 +129,7 @@ def begin(run: Run) -> dict[str, Any]:
 
 
 def segment(source: Source, run: Run, detector: KeypointDetector) -> dict[str, Any]:
-    """Writes a volume's prediction and picture; returns what is to be noted: its scores, if it has labels."""
+    """Writes the prediction and picture of a volume; returns its entry in the record, with scores if it has labels."""
     options, volume = run.options, read(source, run)
     unlabelled, by_slice = replace(volume, label=torch.zeros_like(volume.label)), options.normalise == "slice"
     (stack,) = prepare([unlabelled], detector, patch=options.patch, resize=options.resize, by_slice=by_slice)
@@ -156,11 +156,11 @@ def summary(volumes: Sequence[dict[str, Any]]) -> str:
 
 
 def segment_all(options: PredictOptions) -> dict[str, Any]:
-    """Segments what is not segmented yet; returns what predictions.json holds."""
+    """Segments the volumes that are not segmented yet; returns the content of predictions.json."""
     run = complete(options, read_run(options.weights))
     chosen, output = sources(options.data, options.limit), options.output
     if options.data and output.resolve().is_relative_to(options.data.resolve()):
-        raise ValueError(f"--output {output} must lie outside of --data, else its files are taken for images")
+        raise ValueError(f"--output {output} must lie outside of --data, or its files would be read as images")
     run.model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     detector = build_detector(run.options)
     with claimed(output):
@@ -171,7 +171,7 @@ def segment_all(options: PredictOptions) -> dict[str, Any]:
                 record["volumes"][source.name] = segment(source, run, detector)
                 write_json(record, output / "predictions.json")
             elif before["image"] != digest(source.image):
-                raise ValueError(f"--output {output} has the prediction of another image {source.name}")
+                raise ValueError(f"--output {output} holds the prediction of another image {source.name}")
     print(f"{output}: {summary([record['volumes'][source.name] for source in chosen])}")
     if seen := {source.subject for source in chosen} & set(run.subjects["train"]):
         print(f"The network was trained on {len(seen)} of these subjects: {', '.join(sorted(seen))}")

@@ -1,4 +1,4 @@
-"""Pretraining: a network's encoder trained without labels, on the training subjects of a fold."""
+"""Pretraining: trains a network's encoder without labels, on the training subjects of a fold."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -29,10 +29,10 @@ def pretrain(options: PretrainOptions, stacks: list[Stack] | None = None) -> Non
     """Writes the encoder's weights.
 
     Args:
-        options: of the command line.
-        stacks: the slices, if they are loaded already.
+        options: the options of the command line.
+        stacks: the slices, if they are already loaded.
     """
-    # An encoder's last block is not trained by the parts on keypoints alone.
+    # The parts of the loss on keypoints alone do not train the encoder's last block.
     unused = DistributedDataParallelKwargs(find_unused_parameters=not options.weights[0])
     accelerator = start(options, kwargs_handlers=[unused])
     with claimed(options.output) if accelerator.is_main_process else nullcontext():
@@ -40,7 +40,7 @@ def pretrain(options: PretrainOptions, stacks: list[Stack] | None = None) -> Non
 
 
 def run(options: PretrainOptions, accelerator: Accelerator, stacks: list[Stack] | None) -> None:
-    """Trains and writes; the folder is claimed by the caller."""
+    """Trains and writes. The caller must have claimed the folder."""
     stacks = load_stacks(options, labelled=False) if stacks is None else stacks
     split = load_split(options, (stack.volume for stack in stacks))
     chosen = fold_of(split, options.fold).train
@@ -55,7 +55,8 @@ def run(options: PretrainOptions, accelerator: Accelerator, stacks: list[Stack] 
     torch.manual_seed(seed_of(options.seed))
     network = build_model(options)
     method = METHODS[options.method](network, samples, options)
-    augment = Augmentation(drop_keypoints=options.drop_keypoints)  # a grid's are moved too: the matches are theirs
+    # Keypoints of a grid are moved too, not detected again, since they have matches.
+    augment = Augmentation(drop_keypoints=options.drop_keypoints)
 
     def compute(module: nn.Module, batch: tuple[Any, ...]) -> dict[str, Tensor]:
         return module(*method.draw(batch, augment))

@@ -1,4 +1,4 @@
-"""A run that fine-tuning wrote, read again: its options, and its network with the weights."""
+"""Reads a run of fine-tuning: its options, and its network with the weights."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ def read_run(weights: Path) -> Run:
     """The run that a file of weights belongs to, by the result.json beside it."""
     path = weights.parent / "result.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{weights} has no result.json beside it, is it of a finetune.py that is done?")
+        raise FileNotFoundError(f"{weights} has no result.json next to it: is it from a finished run of finetune.py?")
     result: dict[str, Any] = read_json(path)
     options = read_settings(FinetuneOptions, result["settings"], output=weights.parent)
     model = build_model(options)

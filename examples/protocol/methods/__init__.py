@@ -1,4 +1,4 @@
-"""How an encoder is pretrained, by the names of ``pretrain.py --method`` and of "+" in ``cross_validate.py``."""
+"""The ways to pretrain an encoder, by the names in ``pretrain.py --method`` and after "+" in ``cross_validate.py``."""
 
 from examples.protocol.methods.base import Pretraining
 from examples.protocol.methods.caid import CAiD

@@ -1,4 +1,4 @@
-"""What all methods of pretraining share: an encoder, what a batch is drawn from, how it is drawn, and a loss."""
+"""What all methods of pretraining share: an encoder, the samples of batches, their augmentation, and a loss."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -17,7 +17,7 @@ from kaf_layer.augmentation import move_keypoints
 
 
 class Slice(NamedTuple):
-    """A slice of a volume, and its number among all that are learnt from."""
+    """A slice of a volume, and its number among all slices of the training."""
 
     stack: Stack
     z: int
@@ -34,7 +34,7 @@ class Slices(NamedTuple):
 
 
 class Pretraining(nn.Module):
-    """An encoder and the loss with its heads, in one module, as distributed training asks.
+    """An encoder and the loss with its heads, in one module, as distributed training requires.
 
     A method says which ``samples`` it learns from. ``batch_of`` joins some of them, and ``draw`` makes the inputs of
     ``forward`` from that batch, on its device. ``forward`` returns the "loss" and whatever else is to be shown.
@@ -71,7 +71,7 @@ class Pretraining(nn.Module):
 
 
 def probe(encoder: nn.Module, levels: int) -> tuple[int, int]:
-    """The channels of an encoder's last map, and how many pixels of the image are one of the map's."""
+    """The channels of an encoder's last map, and the image's pixels to a side of one pixel of the map."""
     edge = max(32, 2 ** (levels - 1))
     images = torch.zeros(1, 1, edge, edge)
     with torch.no_grad():
@@ -81,29 +81,29 @@ def probe(encoder: nn.Module, levels: int) -> tuple[int, int]:
 
 
 def views(batch: Slices, augment: Augmentation, *, count: int = 1) -> tuple[Tensor, Keypoints]:
-    """Each slice augmented in several ways: (count B, 1, H, W), all slices in one way, then all in another."""
+    """Augments each slice several times: (count B, 1, H, W), with all slices once, then all slices again."""
     images, keypoints, _ = augment(*repeat(batch, count))
     return images, keypoints
 
 
 def repeat(batch: Slices, count: int) -> tuple[Tensor, Keypoints]:
-    """All slices of a batch, several times one after another."""
+    """Repeats a batch several times."""
     again = torch.arange(len(batch.images), device=batch.images.device).repeat(count)
     return batch.images[again], batch.keypoints[again]
 
 
 def join(batches: Sequence[Keypoints]) -> Keypoints:
-    """Several batches as one."""
+    """Joins several batches."""
     return Keypoints.stack([batch[i] for batch in batches for i in range(len(batch))])
 
 
 def crop(
     images: Tensor, keypoints: Keypoints, corner: tuple[int, int], size: tuple[int, int]
 ) -> tuple[Tensor, Keypoints]:
-    """The part of images (B, C, H, W) of a size (h, w) whose corner is at (top, left), and the keypoints in it."""
+    """Crops images (B, C, H, W) to a size (h, w) from a corner (top, left), with their keypoints."""
     (top, left), (height, width) = corner, size
 
-    def move(positions: Tensor) -> Tensor:  # by numbers, since a tensor of them would be a copy that a GPU waits for
+    def move(positions: Tensor) -> Tensor:  # subtracts numbers, since copying a tensor of them would wait for a GPU
         x, y = positions.unbind(-1)
         return torch.stack([x - left, y - top], dim=-1)
 
@@ -111,15 +111,15 @@ def crop(
 
 
 def pooled(features: Tensor) -> Tensor:
-    """The mean over a map's pixels."""
+    """The mean over the pixels of a map."""
     return features.flatten(2).mean(dim=2)
 
 
 def head(in_channels: int, *channels: int) -> nn.Sequential:
     """Linear layers with ReLU between, on normalised features.
 
-    Averages of an untrained encoder's maps differ little from image to image, and so would the embeddings: without the
-    norm, which spreads them, a contrast takes long to begin.
+    The averages of an untrained encoder's maps differ little between images, and so would their embeddings. The norm
+    spreads them. Without it, a contrast takes long to start learning.
     """
     layers: list[nn.Module] = [nn.BatchNorm1d(in_channels), nn.Linear(in_channels, channels[0])]
     for before, after in pairwise(channels):

@@ -1,7 +1,7 @@
 """CAiD (Taher et al., "Context-aware instance discrimination for self-supervised learning in medical imaging", 2022).
 
-Instance discrimination, and beside it a decoder that restores what was augmented. Of the discriminators that the paper
-takes, this is SimSiam (Chen and He, 2021), which needs neither large batches nor negatives.
+CAiD combines instance discrimination with a decoder that restores the image before augmentation. Among the methods of
+discrimination in the paper, this file uses SimSiam (Chen and He, 2021), which needs no large batches and no negatives.
 """
 
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ CONTEXT = 10.0  # the weight of the restoration
 
 
 class CAiD(Pretraining):
-    """Two views of a slice predict each other's embedding, and each its own image before its intensities were changed.
+    """Two views of a slice predict each other's embedding. Each also predicts its image with the original intensities.
 
-    The decoder sees the encoder's last map alone, so that all that is restored has gone through it.
+    The decoder sees only the encoder's last map, so everything that it restores is in that map.
     """
 
     def __init__(self, network: nn.Module, samples: Sequence[Slice], options: PretrainOptions) -> None:
@@ -55,21 +55,21 @@ class CAiD(Pretraining):
             "loss": instance + CONTEXT * context,
             "instance": instance.detach(),
             "context": context.detach(),
-            "spread": F.normalize(embeddings.detach(), dim=1).std(dim=0).mean(),  # zero where all have collapsed
+            "spread": F.normalize(embeddings.detach(), dim=1).std(dim=0).mean(),  # zero if all have collapsed
         }
 
 
 def agreement(predictions: Tensor, embeddings: Tensor) -> Tensor:
-    """SimSiam's loss: minus the cosine of each view's prediction and the other view's embedding, which is held fixed.
+    """SimSiam's loss: minus the cosine of each view's prediction and the other view's embedding, without its gradient.
 
-    Both are (2 B, E), view i of the first half beside view i of the second.
+    Both tensors are (2 B, E). View i of the first half and view i of the second half are of the same slice.
     """
     other = embeddings.detach().roll(len(embeddings) // 2, dims=0)
     return -F.cosine_similarity(predictions.float(), other.float(), dim=1).mean()
 
 
 def decoder(channels: int, stride: int) -> nn.Sequential:
-    """From a map to the image: twice the size and half the channels, until the size is the image's."""
+    """From a map to the image: each step doubles the size and halves the channels."""
     layers: list[nn.Module] = []
     while stride > 1:
         after = max(8, channels // 2)

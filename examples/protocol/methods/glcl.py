@@ -1,9 +1,9 @@
-"""GLCL: contrasts by partitions of volumes (global) and by regions of maps (local).
+"""GLCL: a global contrast between partitions of volumes, and a local one between regions of maps.
 
 Chaitanya et al., "Contrastive learning of global and local features for medical image segmentation with limited
-annotations", 2020. As theirs are the four partitions, the global contrast G^D, the local one L^R, its number of regions
-and their size, and the temperature. They train the decoder after the encoder, which is then frozen; here both learn at
-once, and the local contrast gives the encoder no gradient.
+annotations", 2020. The four partitions, the global contrast G^D, the local contrast L^R, the number and size of its
+regions and the temperature are the paper's. The paper trains the decoder after the encoder, which is then frozen. Here
+both are trained at the same time, and the local contrast gives the encoder no gradient.
 """
 
 from collections.abc import Sequence
@@ -20,11 +20,11 @@ from examples.unet import Decoder
 from kaf_layer import Keypoints
 
 PARTITIONS = 4
-REGIONS, REGION = 13, 3  # how many of a map, and pixels to a side of each
+REGIONS, REGION = 13, 3  # the number of regions in a map, and the pixels to a side of each
 
 
 class GlobalGLCL(Pretraining):
-    """Slices of one quarter of a volume, of any volume, are alike, and unlike those of other quarters."""
+    """Slices in the same quarter of any volumes are similar, and differ from slices in other quarters."""
 
     def __init__(self, network: nn.Module, samples: Sequence[Slice], options: PretrainOptions) -> None:
         super().__init__(network, samples, options)
@@ -40,9 +40,9 @@ class GlobalGLCL(Pretraining):
 
 
 class GLCL(GlobalGLCL):
-    """The same, and the decoder's maps tell places apart, whatever the contrast and brightness.
+    """The global contrast, and maps of the decoder that distinguish places, whatever the contrast and brightness.
 
-    All blocks of a UNet's decoder but the last learn, three of four, as theirs.
+    All blocks of a UNet's decoder except the last are trained: three of four, as in the paper.
     """
 
     def __init__(self, network: nn.Module, samples: Sequence[Slice], options: PretrainOptions) -> None:
@@ -57,7 +57,7 @@ class GLCL(GlobalGLCL):
         )
 
     def draw(self, batch: Slices, augment: Augmentation) -> tuple[Any, ...]:
-        """A third view is the first with another contrast and brightness."""
+        """The third view is the first one with another contrast and brightness."""
         images, keypoints, partitions = super().draw(batch, augment)
         count = len(batch.images)
         again = torch.arange(3 * count, device=images.device) % (2 * count)
@@ -75,7 +75,7 @@ class GLCL(GlobalGLCL):
         return {"loss": loss + local, "global": loss.detach(), "local": local.detach()}
 
     def decode(self, features: Sequence[Tensor]) -> Tensor:
-        """The map of the last block that learns."""
+        """The map of the last block that is trained."""
         *skips, x = (feature.detach() for feature in features)
         for up, block, skip in zip(self.ups, self.blocks, reversed(skips), strict=False):
             x = block(torch.cat([up(x), skip], dim=1))
@@ -83,7 +83,7 @@ class GLCL(GlobalGLCL):
 
 
 def partition_contrast(embeddings: Tensor, partitions: Tensor, *, temperature: float) -> Tensor:
-    """The mean of -log(exp(s_ap) / (exp(s_ap) + sum over n of exp(s_an))): a and p of one partition, n of others.
+    """The mean of -log(exp(s_ap) / (exp(s_ap) + sum over n of exp(s_an))), with a and p of one partition, n of others.
 
     Args:
         embeddings: (B, E).
@@ -100,14 +100,14 @@ def partition_contrast(embeddings: Tensor, partitions: Tensor, *, temperature: f
 
 
 def regions(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """The same random regions of two maps (B, C, H, W), each (B, R, 9 C)."""
+    """The same random regions of two maps (B, C, H, W), as two tensors (B, R, 9 C)."""
     one, other = (F.unfold(features, REGION, stride=REGION).mT for features in (one, other))
     chosen = torch.randperm(one.shape[1], device=one.device)[:REGIONS]
     return one[:, chosen], other[:, chosen]
 
 
 def region_contrast(one: Tensor, other: Tensor, *, temperature: float) -> Tensor:
-    """NT-Xent within each image: a region (B, R, C) and itself in the other map, among all regions of both maps."""
+    """NT-Xent within each image: each region (B, R, C) must find itself in the other map, among all regions of both."""
     unit = F.normalize(torch.cat([one, other], dim=1).float(), dim=2)
     count = unit.shape[1]
     itself = torch.eye(count, dtype=torch.bool, device=unit.device)

@@ -1,4 +1,4 @@
-"""The paper's own pretraining, all of Eq. 3, and PCL (Zeng et al. 2021), its first part alone."""
+"""The paper's pretraining, which is all of Eq. 3, and PCL (Zeng et al. 2021), which is its first part alone."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
@@ -14,7 +14,7 @@ from examples.protocol.training.batches import collate
 from examples.protocol.volumes.stacks import Stack, match_slices, say, stack_matches
 from kaf_layer import KAFPretrainingLoss, Keypoints, Matches
 
-Pair = tuple[Stack, int, int, Matches]  # two slices of a volume, and the partners of their keypoints
+Pair = tuple[Stack, int, int, Matches]  # a volume, the numbers of two slices, and the matches of their keypoints
 
 
 class Pairs(NamedTuple):
@@ -27,7 +27,7 @@ class Pairs(NamedTuple):
 
 
 class KAF(Pretraining):
-    """Learns from pairs of neighbouring slices; a network without tokens by the positional contrast alone."""
+    """Learns from pairs of neighbouring slices. A network without tokens learns by the positional contrast alone."""
 
     def __init__(self, network: nn.Module, samples: Sequence[Pair], options: PretrainOptions) -> None:
         super().__init__(network, samples, options)
@@ -48,7 +48,7 @@ class KAF(Pretraining):
 
     @staticmethod
     def samples(stacks: Sequence[Stack], options: PretrainOptions) -> list[Pair]:
-        """Each slice with the next; the only slice of a volume with itself."""
+        """Pairs of each slice with the next one. If a volume has only one slice, it is paired with itself."""
         pairs = []
         for stack in tqdm(stacks, desc="matches", leave=False):
             if len(stack.images) == 1:
@@ -79,4 +79,4 @@ class KAF(Pretraining):
 
 
 class PCL(KAF):
-    """The contrast of slices by their positions."""
+    """The contrast of slices by their positions, alone."""

@@ -17,10 +17,10 @@ GRID = 3  # patches to a side
 
 
 class PIRL(Pretraining):
-    """A slice, and the slice as a shuffled jigsaw, are like the memory of it, and unlike those of all other slices.
+    """A slice and its shuffled jigsaw are similar to the memory of the slice, and differ from that of all other slices.
 
-    The memory is a running mean of each slice's embedding. The loss is Eq. 5 of the paper with as many negatives as
-    there are other slices, weighted one half for the slice and one half for its jigsaw.
+    The memory is a running mean of each slice's embedding. The loss is Eq. 5 of the paper, with all other slices as
+    negatives. The slice and its jigsaw each have a weight of one half.
     """
 
     memory: Tensor
@@ -59,16 +59,16 @@ class PIRL(Pretraining):
         return {"loss": (losses[0] + losses[1]) / 2, "whole": losses[0].detach(), "jigsaw": losses[1].detach()}
 
     def remember(self, embeddings: Tensor, numbers: Tensor) -> None:
-        """Moves the memory of these slices, and of those of all processes, halfway to their embeddings."""
+        """Moves the memory of the slices of all processes halfway to their embeddings."""
         embeddings, numbers = gather(embeddings), gather(numbers)
         self.memory[numbers] = F.normalize((self.memory[numbers] + embeddings.to(self.memory)) / 2, dim=1)
 
 
 def noise_contrast(embeddings: Tensor, memory: Tensor, numbers: Tensor, *, temperature: float) -> Tensor:
-    """Noise-contrastive estimation (Eqs. 4 and 5): embedding i (B, E) is of memory (N, E) number i, and of no other.
+    """Noise-contrastive estimation (Eqs. 4 and 5): each embedding (B, E) matches one memory (N, E), and no other.
 
-    With the share h of a memory's exp(similarity / temperature) in those of all, -log h of its own and -log(1 - h)
-    of each other memory, summed; the mean over the batch.
+    Let h be the share of a memory's exp(similarity / temperature) in the sum over all memories. The loss is the sum of
+    -log h for the slice's own memory and -log(1 - h) for each other one, and its mean over the batch.
     """
     logits = embeddings.float() @ memory.T / temperature
     own = F.one_hot(numbers, len(memory)).bool()
@@ -78,7 +78,7 @@ def noise_contrast(embeddings: Tensor, memory: Tensor, numbers: Tensor, *, tempe
 
 
 def cut(images: Tensor, keypoints: Keypoints, divisor: int) -> tuple[Tensor, Keypoints]:
-    """The 3x3 pieces of each image, row by row: (9 B, C, h, w), h and w divisible by ``divisor``, gaps between them."""
+    """The 3x3 pieces of each image, row by row: (9 B, C, h, w), with gaps, h and w divisible by ``divisor``."""
     cells = [size // GRID for size in images.shape[2:]]
     height, width = (cell // divisor * divisor for cell in cells)
     if not height or not width:
@@ -90,5 +90,5 @@ def cut(images: Tensor, keypoints: Keypoints, divisor: int) -> tuple[Tensor, Key
             pieces.append(piece)
             moved.append(inside)
     stacked = torch.stack(pieces, dim=1).flatten(0, 1)
-    joined = join(moved)  # piece by piece; the images are image by image
+    joined = join(moved)  # ordered by piece, whereas the images are ordered by image
     return stacked, joined[torch.arange(len(stacked)).view(GRID**2, -1).T.flatten()]

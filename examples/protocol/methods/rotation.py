@@ -15,9 +15,10 @@ from kaf_layer.augmentation import move_keypoints
 
 
 class Rotation(Pretraining):
-    """Says by how many quarters each slice was turned, given in all four turns at once: twice others' images.
+    """Predicts by how many quarters each slice was turned.
 
-    Of a patch that is not square, its middle is turned.
+    A batch contains each slice in all four turns, so it has twice the images of other methods. If a patch is not
+    square, its central square is turned.
     """
 
     def __init__(self, network: nn.Module, samples: Sequence[Slice], options: PretrainOptions) -> None:
@@ -36,14 +37,14 @@ class Rotation(Pretraining):
 
 
 def middle(images: Tensor, keypoints: Keypoints) -> tuple[Tensor, Keypoints]:
-    """The largest square about the centre of images (B, C, H, W)."""
+    """The largest square around the centre of images (B, C, H, W)."""
     edge = min(images.shape[2:])
     top, left = ((size - edge) // 2 for size in images.shape[2:])
     return crop(images, keypoints, (top, left), (edge, edge))
 
 
 def turn(images: Tensor, keypoints: Keypoints, times: int) -> tuple[Tensor, Keypoints]:
-    """Square images turned by so many quarters against the clock, and their keypoints with them."""
+    """Turns square images and their keypoints counter-clockwise by a number of quarters."""
     edge = images.shape[-1]
 
     def move(positions: Tensor) -> Tensor:

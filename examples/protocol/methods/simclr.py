@@ -1,7 +1,7 @@
 """SimCLR (Chen et al., "A simple framework for contrastive learning of visual representations", 2020).
 
-Its loss NT-Xent is our PCLLoss where only the views of one slice are positives: in place of positions it gets the
-slices' numbers, divided by how many there are.
+Its loss NT-Xent is our PCLLoss with only the views of the same slice as positives. In place of positions, the loss gets
+the number of each slice divided by the number of slices.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from kaf_layer import Keypoints, PCLLoss
 
 
 class InstanceContrast(nn.Module):
-    """NT-Xent of two views (B, E) of slices with the numbers (B,), of so many slices; over all processes."""
+    """NT-Xent of two views (B, E) of slices with the given numbers (B,), over all processes."""
 
     def __init__(self, slices: int, *, temperature: float) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class InstanceContrast(nn.Module):
 
 
 class SimCLR(Pretraining):
-    """Two views of each slice find each other among the views of the batch, those of other processes too."""
+    """Two views of each slice must find each other among all views of the batch, over all processes."""
 
     def __init__(self, network: nn.Module, samples: Sequence[Slice], options: PretrainOptions) -> None:
         super().__init__(network, samples, options)

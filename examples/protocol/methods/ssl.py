@@ -1,8 +1,8 @@
-"""SwinUNETR's own pretraining: inpainting, rotation and contrastive coding, all at once.
+"""The pretraining of SwinUNETR: inpainting, rotation and contrastive coding at the same time.
 
-Tang et al., "Self-supervised pre-training of Swin transformers for 3D medical image analysis", 2022. As theirs are the
-three losses with equal weights, the L1 norm of what is painted, and the share that is cut out. Theirs learns from
-volumes, turned about their long axis; this one learns from slices.
+Tang et al., "Self-supervised pre-training of Swin transformers for 3D medical image analysis", 2022. The three
+losses with equal weights, the L1 norm for inpainting and the share that is cut out are the paper's. The paper learns
+from volumes, which are turned around their long axis; this file learns from slices.
 """
 
 from collections.abc import Sequence
@@ -20,11 +20,11 @@ from examples.protocol.options import PretrainOptions
 from examples.protocol.training.augmentation import Augmentation
 from kaf_layer import Keypoints
 
-SHARE = 0.3  # of each image that is cut out
+SHARE = 0.3  # the share of each image that is cut out
 
 
 class SSL(Pretraining):
-    """From a slice that was turned and has holes: paints the holes, tells the turn, finds the slice's other view."""
+    """Given a slice that was turned and has holes: fills the holes, predicts the turn, and finds the other view."""
 
     def __init__(self, network: nn.Module, samples: Sequence[Slice], options: PretrainOptions) -> None:
         super().__init__(network, samples, options)
@@ -52,14 +52,14 @@ class SSL(Pretraining):
 
 
 def turn_each(images: Tensor, keypoints: Keypoints, turns: Tensor) -> tuple[Tensor, Keypoints]:
-    """Square images, each turned by its own number of quarters, with their keypoints."""
+    """Turns each of some square images, with its keypoints, by its own number of quarters."""
     ways = [turn(images, keypoints, times) for times in range(4)]
     chosen = turns * len(images) + torch.arange(len(images), device=turns.device)
     return torch.cat([turned for turned, _ in ways])[chosen], join([moved for _, moved in ways])[chosen]
 
 
 def cut_out(images: Tensor) -> Tensor:
-    """Images (B, C, H, W) with rectangles of zeros, the mean of a volume, which cover at least ``SHARE`` of each."""
+    """Fills rectangles of images (B, C, H, W) with zeros, the mean of a volume, until they cover ``SHARE`` of each."""
     size = images.shape[2:]
     hidden = torch.zeros(len(images), 1, *size, dtype=torch.bool)
     for mask in hidden[:, 0]:

@@ -1,1 +1,1 @@
-"""What the options name: networks, detectors, and the loss on tokens."""
+"""The networks and detectors that options name, the cache of keypoints, and the loss on tokens."""

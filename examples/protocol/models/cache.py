@@ -1,4 +1,4 @@
-"""Detected keypoints kept on the disk, and found again by the content of the images."""
+"""A cache of detected keypoints on the disk, by the content of the images."""
 
 import hashlib
 from collections.abc import Iterable
@@ -17,19 +17,19 @@ CHEAP = ("grid", "none")  # detectors that need no cache
 
 
 def cached(detector: KeypointDetector, options: Options) -> KeypointDetector:
-    """The detector of these options, which looks into ``--cache`` first, if there is one."""
+    """Adds the cache of ``--cache`` to a detector, if that option is given."""
     if options.cache is None or options.detector in CHEAP:
         return detector
     return CachedDetector(detector, options.cache, names(options))
 
 
 class CachedDetector:
-    """A detector that detects the keypoints of the same images once.
+    """A detector that detects the keypoints of the same images only once.
 
     Args:
-        detector: from images to keypoints.
-        folder: where a file is kept for each batch of images.
-        names: what the keypoints depend on besides the images.
+        detector: the detector to call for images that are not in the cache.
+        folder: the folder with a file for each batch of images.
+        names: all that the keypoints depend on apart from the images.
     """
 
     def __init__(self, detector: KeypointDetector, folder: Path, names: Iterable[bytes]) -> None:
@@ -44,7 +44,7 @@ class CachedDetector:
         hashed.update(f"{tuple(images.shape)} {images.dtype}".encode())
         hashed.update(images.detach().cpu().numpy().tobytes())
         path = self.folder / f"{hashed.hexdigest()}.pt"
-        with suppress(FileNotFoundError, ValueError):  # what cannot be read is detected again
+        with suppress(FileNotFoundError, ValueError):  # a file that cannot be read is replaced
             return Keypoints(**load(path)).to(images.device)
         keypoints = self.detector(images)
         on_cpu = keypoints.to("cpu")
@@ -53,7 +53,7 @@ class CachedDetector:
 
 
 def names(options: Options) -> list[bytes]:
-    """The detector, its options, its weights and its code."""
+    """The name, options, weights and code of a detector."""
     weights = options.detector_weights
     code = sorted(Path(kaf_layer.detection.__file__).parent.rglob("*.py")) if options.detector == "sift" else []
     chosen = f"{options.detector} {options.max_keypoints} {options.spatial_dims} {kaf_layer.__version__}"

@@ -11,7 +11,7 @@ from examples.protocol.options import Options
 from examples.superpoint import SuperPoint
 from kaf_layer import GridDetector, KeypointDetector, Keypoints, SIFTDetector
 
-# Each is built for a largest number of keypoints; its weights come from --detector-weights.
+# Each takes the largest number of keypoints. Its weights come from --detector-weights.
 FEATURES: dict[str, Callable[[int], nn.Module]] = {
     "disk": lambda _: KF.DISK(),
     "dedode": lambda _: KF.DeDoDe(descriptor_model="B"),
@@ -26,10 +26,10 @@ FEATURES: dict[str, Callable[[int], nn.Module]] = {
 def build_detector(options: Options) -> KeypointDetector:
     if options.detector in FEATURES:
         feature = FEATURES[options.detector](options.max_keypoints)
-        assert options.detector_weights is not None  # the options are refused without them
+        assert options.detector_weights is not None  # options without them are refused
         weights = load(options.detector_weights)
         try:
-            feature.load_state_dict(weights.get("extractor", weights))  # DISK's file holds other things beside it
+            feature.load_state_dict(weights.get("extractor", weights))  # DISK's file also holds other things
         except (RuntimeError, AttributeError, TypeError) as error:
             raise ValueError(f"{options.detector_weights} holds no weights of --detector {options.detector}") from error
         return feature if isinstance(feature, SuperPoint) else KorniaDetector(feature, options.max_keypoints)
@@ -41,7 +41,7 @@ def build_detector(options: Options) -> KeypointDetector:
 
 
 def redetector(options: Options) -> KeypointDetector | None:
-    """What finds keypoints anew in augmented images: those of a grid, and in volumes all."""
+    """The detector for augmented images if keypoints are not moved: those of a grid, and all keypoints of volumes."""
     if options.detector == "grid" and options.spatial_dims == 2:
         return GridDetector(options.spacing * options.resize)
     return build_detector(options) if options.spatial_dims == 3 else None

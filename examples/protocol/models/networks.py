@@ -11,24 +11,24 @@ from kaf_layer import KAFEncoderOutput, KAFLayer, Keypoints
 
 
 def build_model(options: Options) -> nn.Module:
-    """The network of one's choice, with an ``encoder`` from (images, keypoints) to KAFEncoderOutput."""
+    """The network that options name, with an ``encoder`` from (images, keypoints) to KAFEncoderOutput."""
     classes, width = options.classes, options.width
     if options.model == "swin-unetr":
         from monai.networks.nets import SwinUNETR
 
-        features = 12 * -(-width // 8)  # a multiple of 12; 48 beside a UNet of width 32
+        features = 12 * -(-width // 8)  # a multiple of 12, which is 48 for a UNet of width 32
         dims, window = options.spatial_dims, options.window
         return WithoutKeypoints(SwinUNETR(1, classes, feature_size=features, spatial_dims=dims, window_size=window))
     if options.model == "swin-unet":
         from examples.swin_unet import SwinUNet
 
-        return SwinUNet(1, classes, embed_dim=3 * width)  # the paper's 96 beside a UNet of width 32
+        return SwinUNet(1, classes, embed_dim=3 * width)  # the paper's 96 for a UNet of width 32
     if options.model == "unet-c2" and options.spatial_dims == 3:
         return UNet3dC2(1, classes, width=width, strides=[2] * (options.levels - 1))
     if options.model == "unet-c2":
         return UNetC2(1, classes, width=width, levels=options.levels)
     chosen = options.scales if options.model.startswith("kaf") else ()
-    with torch.random.fork_rng():  # the rest starts as it does without layers, for paired comparisons
+    with torch.random.fork_rng():  # the other weights start as they do without layers, for paired comparisons
         layers = [build_layer(width * 2**i, options) if i in chosen else None for i in range(options.levels - 1)]
     if options.share_attention:
         for layer in filter(None, layers):
@@ -50,7 +50,7 @@ def build_layer(channels: int, options: Options) -> KAFLayer:
 
 
 class WithoutKeypoints(nn.Module):
-    """A network that is given keypoints and takes none."""
+    """Makes a network that takes only images accept keypoints too, which it ignores."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class WithoutKeypoints(nn.Module):
 
 
 class SwinEncoder(nn.Module):
-    """The Swin Transformer within a SwinUNETR, as an encoder."""
+    """The Swin Transformer of a SwinUNETR as an encoder."""
 
     def __init__(self, swin: nn.Module) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class SwinEncoder(nn.Module):
 
 
 def weights_of(network: nn.Module, parts: list[nn.Module]) -> dict[str, Tensor]:
-    """What of a network's state dict belongs to some of its parts, by the names in the network."""
+    """The part of a network's state dict that belongs to some of its modules."""
     chosen = {id(tensor) for part in parts for tensor in part.state_dict(keep_vars=True).values()}
     state = network.state_dict(keep_vars=True)
     return {name: tensor.detach() for name, tensor in state.items() if id(tensor) in chosen}

@@ -1,4 +1,4 @@
-"""An auxiliary loss in fine-tuning: each token is to name the class of the pixel at its keypoint."""
+"""An auxiliary loss for fine-tuning: each token must predict the class of the pixel at its keypoint."""
 
 from typing import NamedTuple
 
@@ -11,19 +11,19 @@ from kaf_layer import Keypoints
 
 
 class TokenLogits(NamedTuple):
-    """Logits of the pixels (B, K, H, W), and of the tokens of each layer (B, N, K)."""
+    """The logits of the pixels (B, K, H, W) and of the tokens of each layer (B, N, K)."""
 
     pixels: Tensor
     tokens: list[Tensor]
 
 
 class WithTokenLogits(nn.Module):
-    """A UNet with KAF layers that classifies their tokens too, by a linear map for each layer."""
+    """A UNet with KAF layers that also classifies their tokens, with a linear map for each layer."""
 
     def __init__(self, network: UNet, embed_dim: int, num_classes: int) -> None:
         super().__init__()
         self.network = network
-        with torch.random.fork_rng():  # what is drawn later is what it is without this loss
+        with torch.random.fork_rng():  # later random numbers are those without this loss
             self.heads = nn.ModuleList(nn.Linear(embed_dim, num_classes) for _ in network.encoder.layers)
 
     def forward(self, images: Tensor, keypoints: Keypoints) -> TokenLogits:
@@ -34,7 +34,7 @@ class WithTokenLogits(nn.Module):
 
 
 def token_loss(logits: list[Tensor], keypoints: Keypoints, labels: Tensor) -> Tensor:
-    """The cross-entropy of tokens with the labels (B, H, W) at their keypoints: a mean over valid ones and layers."""
+    """The cross-entropy of tokens with the labels (B, H, W) at their keypoints, averaged over valid ones and layers."""
     targets = labels.flatten(1).gather(1, keypoints.cells(labels.shape[1:]))
     valid = keypoints.valid
     losses = [F.cross_entropy(each.movedim(-1, 1), targets, reduction="none") for each in logits]

@@ -53,11 +53,12 @@ class Recipe(ReadingOptions):
     batch: int = 10  # of fine-tuning
 
 
-# Sections 4 and B of the paper. Synapse: the 13 organs of its archive, the settings of CHD, which is CT too, and the
-# window of Chen et al. ("TransUNet", 2021). The last four are ours. Sunnybrook: the whole field of view, at a size
-# that two CPU cores can train on, with levels so few that the receptive field is a third of it (the paper's: 140 of 352
-# pixels). How else it differs was found on the subjects of benchmarks/results/sunnybrook-inner-split.json, none of whom
-# the folds 0 and 1 of the default split test. Lumbar: the whole field of view, in its own resolution.
+# The first three are from Sections 4 and B of the paper. Synapse has the 13 organs of its archive, the settings of CHD,
+# which is CT too, and the window of Chen et al. ("TransUNet", 2021). The others are ours. Sunnybrook has the whole
+# field of view at a size that two CPU cores can train on, and so few levels that the receptive field is a third of it
+# (the paper's: 140 of 352 pixels). Its other settings were chosen on the subjects of
+# benchmarks/results/sunnybrook-inner-split.json, none of which is tested in folds 0 and 1 of the default split. Lumbar
+# has the whole field of view at its own resolution.
 PRESETS = {
     "acdc": Recipe(classes=4, patch=(352, 352), width=48, threshold=0.35, lr=5e-4, epochs=200),
     "chd": Recipe(classes=8, patch=(512, 512), width=32, threshold=0.1, lr=5e-5, epochs=100),

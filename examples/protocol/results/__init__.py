@@ -1,1 +1,1 @@
-"""What runs are judged by: scores, comparisons and tables."""
+"""Scores, comparisons and tables."""

@@ -11,11 +11,11 @@ from scipy.stats import wilcoxon
 from examples.protocol.options import ComparisonOptions
 
 Result = dict[str, Any]  # what finetune.py writes, with the method, fold, seed and number of labelled subjects
-Subject = tuple[int, str]  # a fold, and the name of a subject that it tests
+Subject = tuple[int, str]  # a fold and the name of one of its test subjects
 
 
 class Difference(NamedTuple):
-    """How far one method is ahead of another: Dice, its p-value, and in how many folds of how many."""
+    """How far one method is ahead of another: Dice, its p-value, and the number of folds, of all folds."""
 
     dice: float
     p: float
@@ -24,15 +24,15 @@ class Difference(NamedTuple):
 
 
 def spread(values: Sequence[float], *, digits: int = 3) -> str:
-    """Mean and, of several values, their standard deviation, without the NaN of folds that lack a class."""
+    """The mean of values and, if there are several, their standard deviation. NaN is left out: a fold lacks a class."""
     values = [value for value in values if not isnan(value)] or [nan]
     return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def subject_scores(results: Sequence[Result]) -> dict[Subject, float]:
-    """Dice of each subject tested: the mean over its volumes and seeds of the mean over the classes that each has.
+    """The Dice of each subject: the mean over its volumes and seeds of the mean over the classes in each.
 
-    Volumes of one subject resemble each other: a test that counted them as independent would give too small a p-value.
+    Volumes of one subject resemble each other. A test that treats them as independent gives too small a p-value.
     """
     scores = defaultdict(list)
     for result in results:
@@ -44,11 +44,11 @@ def subject_scores(results: Sequence[Result]) -> dict[Subject, float]:
 
 
 def difference(results: Sequence[Result], others: Sequence[Result]) -> Difference:
-    """Compares two methods on the subjects that both were tested on, by a Wilcoxon signed-rank test (two-sided)."""
+    """Compares two methods on the subjects that both have, with a two-sided Wilcoxon signed-rank test."""
     ours, theirs = subject_scores(results), subject_scores(others)
     pairs = {subject: ours[subject] - theirs[subject] for subject in ours if subject in theirs}
     if not pairs:
-        raise ValueError("the methods to be compared share no subject, give both the same folds and --labelled")
+        raise ValueError("the methods to be compared share no subject: run both on the same folds and --labelled")
     folds = defaultdict(list)
     for (fold, _), value in pairs.items():
         folds[fold].append(value)
@@ -58,7 +58,7 @@ def difference(results: Sequence[Result], others: Sequence[Result]) -> Differenc
 
 
 def compare(results: Sequence[Result], reference: str, titles: dict[str, str]) -> list[str]:
-    """A table of how far the reference is ahead of each other method, for each number of labelled subjects."""
+    """A table that shows how far the reference is ahead of each other method, for each number of labelled subjects."""
     counts = list(dict.fromkeys(result["M"] for result in results))
     of = {key: [r for r in results if (r["method"], r["M"]) == key] for key in {(r["method"], r["M"]) for r in results}}
     lines = [f"{titles[reference]} ahead of (Dice, mean over subjects; p; folds)", ""]
@@ -76,14 +76,14 @@ def describe(d: Difference) -> str:
 
 
 def runs_ahead(results: Sequence[Result], others: Sequence[Result]) -> str:
-    """In how many of the runs that both have, by fold and seed, the first are ahead."""
+    """The number of runs, by fold and seed, in which the first method is ahead, of all runs that both have."""
     theirs = {(result["fold"], result["seed"]): result["dice"] for result in others}
     ahead = [result["dice"] > theirs[run] for result in results if (run := (result["fold"], result["seed"])) in theirs]
     return f"{sum(ahead)} of {len(ahead)}"
 
 
 def print_comparison(results: Sequence[Result], options: ComparisonOptions) -> None:
-    """Prints the comparison of a reference with the other methods, for the results that the options choose."""
+    """Compares a reference with the other methods, on the results that the options choose."""
     chosen = {"M": options.labelled, "fold": options.folds, "seed": options.seeds}
     results = [r for r in results if all(r[key] in values for key, values in chosen.items() if values)]
     results = [r for r in results if not options.levels or r["settings"]["levels"] in options.levels]

@@ -29,7 +29,7 @@ NETWORK += ("position", "detector", "max_keypoints", "spacing", "drop_keypoints"
 
 
 def table(results: Sequence[Result], beside: Mapping[str, Mapping[str, float]]) -> str:
-    """Dice of each method for each M: the mean over classes, and others' beside it, then each class, over the folds."""
+    """The Dice of each method for each M over folds: the mean over classes with the rows of others, then each class."""
     methods, counts = (list(dict.fromkeys(result[key] for result in results)) for key in ("method", "M"))
     classes = len(results[0]["scores"][0]) - 1
     lines = []
@@ -50,7 +50,7 @@ def table(results: Sequence[Result], beside: Mapping[str, Mapping[str, float]]) 
 
 
 def distances(results: Sequence[Result]) -> list[str]:
-    """Distances of surfaces, as the table of Dice; nothing of runs from before they were measured."""
+    """The distances between surfaces, in a table like that of Dice; empty for older runs, which lack them."""
     if not all("hd95" in result for result in results):
         return []
     methods, counts = (list(dict.fromkeys(result[key] for result in results)) for key in ("method", "M"))
@@ -68,7 +68,7 @@ def distances(results: Sequence[Result]) -> list[str]:
 
 
 def over_folds(results: Sequence[Result], chosen: int | None, kind: str = "scores") -> list[float]:
-    """Dice, or another kind of score, of each fold, the mean over its seeds: of one class, or over all if None."""
+    """A score of each fold, the mean over its seeds: of one class, or the mean over all classes if it is None."""
     folds = defaultdict(list)
     for result in results:
         rows = [row[1:] if chosen is None else row[1 + chosen : 2 + chosen] for row in result[kind]]
@@ -77,7 +77,7 @@ def over_folds(results: Sequence[Result], chosen: int | None, kind: str = "score
 
 
 def report(results: Sequence[Result], command: str, data: str, own: TableOptions, *, folds: int, beside: Rows) -> str:
-    """The tables, and what one needs to know to read them and to make them again."""
+    """The tables, with all that is needed to read them and to make them again."""
     first = results[0]
     chosen, versions = first["settings"], first["versions"]
     tested = sorted({result["fold"] for result in results})

@@ -1,4 +1,4 @@
-"""How training images, and volumes in one piece, are varied."""
+"""The augmentation of training images, and of volumes in one piece."""
 
 from dataclasses import replace
 from functools import partial
@@ -16,13 +16,13 @@ from kaf_layer.augmentation import KeypointAugmentation
 class Augmentation(nn.Module):
     """Rotates, shifts and scales images or volumes, keypoints and labels, and changes contrast and brightness.
 
-    What comes into view is the image mirrored at its border: an empty frame would tell attention, which sees all of the
-    image, how it was moved, and so where the organs of the few training subjects are.
+    The image is mirrored at its border, so that there is no empty frame. From a frame, attention, which sees the whole
+    image, could learn how the image was moved, and so where the organs of the few training subjects are.
 
     Args:
-        drop_keypoints: each sample loses a random share of its keypoints, from none up to this.
-        detector: finds keypoints anew instead of moving them, for those of a grid, which tell by themselves how they
-            were moved, and for those of volumes.
+        drop_keypoints: each sample loses a random share of its keypoints, between none and this share.
+        detector: detects keypoints again in the augmented images, instead of moving them. It is for the keypoints of a
+            grid, which would show how they were moved, and for those of volumes.
         spatial_dims: 3 for volumes.
     """
 
@@ -52,9 +52,9 @@ class Augmentation(nn.Module):
 
 
 class VolumeAugmentation(nn.Module):
-    """Moves volumes (B, 1, D, H, W) and labels (B, D, H, W), mirrored at the border, and leaves keypoints as they are.
+    """Moves volumes (B, 1, D, H, W) and labels (B, D, H, W), mirrored at the border. Keypoints do not change.
 
-    The affine transform is kornia's, but not its warping, which leaves an empty frame.
+    The affine transform is Kornia's. Kornia's warping is not used, since it leaves an empty frame.
     """
 
     def __init__(self, affine: RandomAffine3D) -> None:
@@ -74,7 +74,7 @@ class VolumeAugmentation(nn.Module):
 
 
 def vary(images: Tensor) -> Tensor:
-    """Changes each image's contrast and brightness."""
+    """Changes the contrast and brightness of each image."""
     each = (len(images), *[1] * (images.ndim - 1))
     contrast = torch.empty(each, device=images.device).uniform_(0.6, 1.5).to(images.dtype)
     brightness = torch.empty(each, device=images.device).uniform_(-0.2, 0.2).to(images.dtype)

@@ -1,4 +1,4 @@
-"""Batches: which samples they hold, how workers join them, and how they reach a device."""
+"""Batches: which samples they contain, how they are loaded, and how they are moved to a device."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from examples.protocol.volumes.stacks import Stack
 from kaf_layer import Keypoints
 
-Sample = tuple[Stack, int]  # a volume and the number of a slice in it; 0 for all of the volume
+Sample = tuple[Stack, int]  # a volume and the number of a slice in it, or 0 for a volume in one piece
 Item = TypeVar("Item")
 
 
@@ -43,15 +43,15 @@ def slices_of(stacks: Sequence[Stack]) -> list[Sample]:
 
 
 class Batches:
-    """The batches of one epoch after another, loaded in the background and moved to a device without waiting for it.
+    """Loads the batches of each epoch and moves them to a device without waiting for it.
 
     Args:
-        samples: what batches are drawn from.
-        join: makes a batch of some samples, in the processes of the workers.
-        size: the samples in a batch.
-        device: where batches are to be.
-        workers: the number of processes that load batches; 0 loads them in this one.
-        rank: of how many processes of the training this is, and how many there are: each takes its share of a batch.
+        samples: the samples to draw batches from.
+        join: makes a batch from some samples. It runs in the worker processes.
+        size: the number of samples in a batch, over all processes of the training.
+        device: the device to move batches to.
+        workers: the number of processes that load batches. With 0, this process loads them.
+        rank: the number of this process and how many there are. Each process takes its share of a batch.
     """
 
     def __init__(
@@ -67,13 +67,13 @@ class Batches:
         self.count, self.size, self.device, self.rank = len(samples), size, device, rank
         self.chosen: list[list[int]] = []
         self.loader: DataLoader[Any] = DataLoader(
-            samples,  # type: ignore[arg-type]  # any sequence will do
+            samples,  # type: ignore[arg-type]  # it takes any sequence
             batch_sampler=self.chosen,
             collate_fn=join,
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
-            generator=torch.Generator(),  # its own: the loader must not draw from the augmentation's
+            generator=torch.Generator(),  # its own, so that the loader does not use the augmentation's
         )
 
     def epoch(self, steps: int, *, seed: int) -> Iterator[Any]:
@@ -85,7 +85,7 @@ class Batches:
 
 
 def draw_batches(count: int, size: int, steps: int, *, seed: int) -> list[list[int]]:
-    """Full batches of sample numbers: every sample once before any is drawn again."""
+    """Draws full batches of sample numbers, where every sample is drawn once before any is drawn again."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.cat([torch.randperm(count, generator=generator) for _ in range(math.ceil(steps * size / count))])
     return order[: steps * size].view(steps, size).tolist()

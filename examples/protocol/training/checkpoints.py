@@ -1,4 +1,4 @@
-"""What an output folder holds of a run: what another run may continue, and what it must not replace."""
+"""What a run leaves in its output folder: which runs may continue it, and which must not replace it."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
@@ -12,12 +12,12 @@ from examples.protocol.files import load
 from examples.protocol.options import Options
 
 Settings = Mapping[str, Any]
-# Settings that are compared by content, in words.
+# Names in messages for settings that are compared by content.
 NAMES = {"subjects": "subjects (--data, --split, --fold or --labelled)", "digest": "weights of --pretrained"}
 
 
 class History(NamedTuple):
-    """The seconds of a training, those before a resumption included, and the mean loss of each epoch."""
+    """The seconds of a training, including those before it was resumed, and the mean loss of each epoch."""
 
     seconds: float
     losses: list[float]
@@ -27,7 +27,7 @@ def restore(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, set
     """Loads a checkpoint into a module and its optimizer, and returns the history until then.
 
     Raises:
-        ValueError: if the checkpoint is of a run with other settings, with how they differ.
+        ValueError: if the checkpoint is of a run with other settings; the message names the differences.
     """
     content = load(path)
     if different := differences(content["settings"], settings):
@@ -38,7 +38,7 @@ def restore(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, set
 
 
 def differences(before: Settings, now: Settings) -> str:
-    """How the settings of an earlier run differ from these, in words; empty if they do not."""
+    """The differences between the settings of an earlier run and these, in words, or an empty text."""
     different = [name for name, value in before.items() if now.get(name) != value]
     return ", ".join(
         f"{NAMES[name]} differ"
@@ -55,10 +55,10 @@ def refuse_other(before: Settings, now: Settings, output: Path, *, state: str = 
         before: the settings of the run in --output.
         now: the settings of this run.
         output: the folder.
-        state: of the run in --output, in words.
+        state: the state of the run in --output, in words.
 
     Raises:
-        ValueError: if they differ, with how.
+        ValueError: if the settings differ; the message names the differences.
     """
     if different := differences(before, now):
         raise ValueError(
@@ -68,10 +68,10 @@ def refuse_other(before: Settings, now: Settings, output: Path, *, state: str = 
 
 
 def check_unfinished(options: Options, settings: Settings, say: Callable[[str], None]) -> None:
-    """Keeps a run that was killed from being replaced by another; says when the same run starts over.
+    """Keeps an unfinished run from being replaced by another, and says if the same run starts over.
 
     Raises:
-        ValueError: if --output holds the checkpoint of a run with other settings, with how they differ.
+        ValueError: if --output holds the checkpoint of a run with other settings; the message names the differences.
     """
     path = options.output / "checkpoint.pt"
     if options.resume or not path.is_file():
@@ -94,17 +94,17 @@ def digest(path: Path | None) -> str | None:
 
 
 def load_pretrained(module: nn.Module, path: Path) -> str:
-    """Takes what fits from a file of weights; returns a report of what was loaded, skipped and missing."""
+    """Loads the weights of a file that fit a module, and reports what was loaded, skipped and missing."""
     weights, own = load(path), module.state_dict()
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise ValueError(f"{path} must be a plain state dict, such as weights.pt of pretrain.py")
     fits = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
     skipped = {name: value for name, value in weights.items() if name not in fits}
     missing = [name for name in own if name not in fits]
-    # A batch norm's counter, a whole number without axes, fits any other.
+    # The counter of a batch norm, an integer without axes, fits that of any other.
     if not any(value.is_floating_point() for value in fits.values()):
         raise ValueError(
-            f"{path} has nothing that fits: it holds {shapes(weights)[:3]}, and the network {shapes(own)[:3]}"
+            f"{path} holds no weights that fit: it holds {shapes(weights)[:3]}, the network has {shapes(own)[:3]}"
         )
     module.load_state_dict(fits, strict=False)
     lines = [
@@ -120,5 +120,5 @@ def shapes(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def modules(names: Iterable[str]) -> list[str]:
-    """What tensors belong to, three names deep."""
+    """The modules that tensors belong to, to a depth of three names."""
     return list(dict.fromkeys(".".join(name.split(".")[:3]) for name in names))

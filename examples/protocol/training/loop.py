@@ -1,7 +1,7 @@
-"""The training loop that pretraining and fine-tuning share: epochs, checkpoints, logs, and what they start from.
+"""The training loop that pretraining and fine-tuning share, with its checkpoints and logs.
 
-Every epoch draws its batches and augmentations from a seed of its own, so that a run that is killed and
-resumed from its last checkpoint gives, on a CPU, bit for bit the weights of one that was not.
+Each epoch has its own seed for batches and augmentation. So a run that is killed and resumed from its last checkpoint
+gives, on a CPU, exactly the weights of a run that was not killed.
 """
 
 import math
@@ -34,27 +34,27 @@ def train(
     options: FinetuneOptions | PretrainOptions,
     settings: Settings,
 ) -> tuple[nn.Module, History]:
-    """Trains on all samples, by a learning rate that falls to zero along a cosine.
+    """Trains on all samples, with a learning rate that falls to zero along a cosine.
 
     Args:
-        module: what learns.
-        samples: what batches are drawn from.
-        join: makes a batch of some samples; it is called by the processes that load batches.
-        compute: from the module and a batch on its device to the "loss", and whatever else is to be shown, by name.
-        optimizer: of the module's parameters, with the learning rates to start from.
-        accelerator: devices, precision and processes.
-        options: of the command line.
-        settings: what decides the run's result; a checkpoint with other settings is not resumed.
+        module: the module to train.
+        samples: the samples to draw batches from.
+        join: makes a batch from some samples. It runs in the processes that load batches.
+        compute: takes the module and a batch on its device, and returns the "loss" and other values to show, by name.
+        optimizer: the optimizer of the module's parameters, with the initial learning rates.
+        accelerator: provides devices, precision and processes.
+        options: the options of the command line.
+        settings: what determines the run's result. A checkpoint with other settings is not resumed.
 
     Returns:
-        the module, as it was given, and the training's history.
+        The module, as it was given, and the history of the training.
 
     Raises:
-        FloatingPointError: if an epoch's loss is not finite; the last checkpoint stays.
+        FloatingPointError: if the loss of an epoch is not finite. The last checkpoint remains.
     """
     if options.batch % accelerator.num_processes:
         raise ValueError(
-            f"--batch must be a multiple of the processes, {accelerator.num_processes}, got {options.batch}"
+            f"--batch must be a multiple of the number of processes, {accelerator.num_processes}, got {options.batch}"
         )
     checkpoint = options.output / "checkpoint.pt"
     resumed = options.resume and checkpoint.is_file()
@@ -117,32 +117,32 @@ def train(
 
 
 def log(writer: SummaryWriter, values: Mapping[str, float], epoch: int) -> None:
-    """Adds numbers to TensorBoard's logs, on the disk when this returns."""
+    """Adds numbers to TensorBoard's logs and writes them to the disk."""
     try:
         for name, value in values.items():
             writer.add_scalar(name, value, epoch)
         writer.flush()
     except OSError as error:
-        raise OSError(f"logs in {writer.log_dir} cannot be written: {error}; then go on with --resume") from error
+        raise OSError(f"logs in {writer.log_dir} cannot be written: {error}; then continue with --resume") from error
 
 
 def start(options: Options, **handlers: Any) -> Accelerator:
-    """Devices, precision and processes, as ``torchrun`` or ``accelerate launch`` determines them."""
-    # Without being told, several processes on a machine without an accelerator would each think it is alone.
+    """Sets up devices, precision and processes as ``torchrun`` or ``accelerate launch`` demands."""
+    # Without this, each of several processes on a machine without an accelerator would run as if it were the only one.
     cpu = not torch.accelerator.is_available()
     return Accelerator(mixed_precision=options.mixed_precision, cpu=cpu, **handlers)
 
 
 def settings_of(options: Options, accelerator: Accelerator, **content: Any) -> dict[str, Any]:
-    """What decides a run's result: its options, with the precision in use, and what is compared by content."""
+    """What determines a run's result: its options, the precision in use, and what is compared by content."""
     return dict(sorted((options.settings() | {"mixed_precision": accelerator.mixed_precision} | content).items()))
 
 
 def cosine(lr: float, progress: float) -> float:
-    """From the learning rate down to zero as progress goes from 0 to 1."""
+    """A learning rate that falls to zero while progress goes from 0 to 1."""
     return lr * (1 + math.cos(math.pi * progress)) / 2
 
 
 def seed_of(*numbers: int) -> int:
-    """A seed from several numbers."""
+    """Combines several numbers into a seed."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
