@@ -1,1 +1,1 @@
-"""Scripts to copy, each by itself; the paper's experiments are in ``examples.protocol``."""
+"""Scripts to copy, each complete in one file. The paper's experiments are in ``examples.protocol``."""

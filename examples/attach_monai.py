@@ -1,4 +1,4 @@
-"""KAF layers in a trained MONAI UNet, by three lines; MONAI's loss and sliding window go on as before.
+"""Adds KAF layers to a trained MONAI UNet in three lines; MONAI's loss and sliding window work as before.
 
 python examples/attach_monai.py --steps 50
 """
@@ -18,7 +18,7 @@ from kaf_layer.interop import KAFBackbone, attach
 
 
 def slices(subject: int) -> tuple[Tensor, Tensor]:
-    """Synthetic images (4, 1, 96, 80), normalised, and their labels: put your own data here."""
+    """Synthetic normalised images (4, 1, 96, 80) and their labels: put your own data here."""
     draw = np.random.RandomState(subject)
     drawn = [create_test_image_2d(96, 80, num_seg_classes=3, rad_max=15, random_state=draw) for _ in range(4)]
     images, labels = (torch.from_numpy(np.stack(arrays))[:, None].float() for arrays in zip(*drawn, strict=True))
@@ -26,7 +26,7 @@ def slices(subject: int) -> tuple[Tensor, Tensor]:
 
 
 def train(model: nn.Module, steps: int) -> float:
-    """Trains what requires gradients; the loss of the last step."""
+    """Trains the parameters that require gradients, and returns the loss of the last step."""
     images, labels = slices(0)
     criterion = DiceCELoss(to_onehot_y=True, softmax=True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
@@ -40,7 +40,7 @@ def train(model: nn.Module, steps: int) -> float:
 
 
 def insert_layers(unet: UNet) -> KAFBackbone:
-    """The three lines: which submodules (``unet.named_modules()`` lists them), where keypoints come from, attach."""
+    """The three lines: the names of submodules (``unet.named_modules()`` lists them), the detector, and attach."""
     names = {"model.0": 16, "model.1.submodule.0": 32}
     detector = SIFTDetector(max_keypoints=128, contrast_threshold=0.02, descriptors=False)
     return attach(unet, names, detector=detector, depth=2, embed_dim=64)
@@ -57,21 +57,22 @@ def main(steps: int = 50) -> None:
 
     model = insert_layers(unet)
     with torch.no_grad():
-        print("as the UNet until trained:", torch.equal(model(images), before))
+        print("identical to the UNet before training:", torch.equal(model(images), before))
 
     model.backbone.requires_grad_(False)
-    print(f"KAF layers behind the frozen UNet: loss {train(model.train(), steps):.3f} after {steps} steps more")
+    loss = train(model.train(), steps)
+    print(f"KAF layers after stages of the frozen UNet: loss {loss:.3f} after {steps} more steps")
 
-    with torch.no_grad():  # each window has keypoints of its own
+    with torch.no_grad():  # each window has its own keypoints
         logits = sliding_window_inference(images, (64, 64), sw_batch_size=4, predictor=model.eval())
     print("sliding window:", tuple(logits.shape))
 
     unet.load_state_dict(checkpoint)
     with torch.no_grad():
-        print("detached, it is the UNet again:", torch.equal(model.remove_layers()(images), before))
+        print("identical to the UNet after removing the layers:", torch.equal(model.remove_layers()(images), before))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=50, help="of each training")
+    parser.add_argument("--steps", type=int, default=50, help="steps of each training")
     main(parser.parse_args().steps)

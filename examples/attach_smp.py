@@ -1,4 +1,4 @@
-"""KAF layers in a UNet of segmentation-models-pytorch, behind its encoder's first stages; images have four channels.
+"""Adds KAF layers after the first encoder stages of a segmentation-models-pytorch UNet, for images of four channels.
 
 python examples/attach_smp.py
 """
@@ -14,7 +14,7 @@ from kaf_layer import SIFTDetector, attach
 
 def main() -> None:
     unet = smp.Unet("resnet18", encoder_weights=None, in_channels=4, classes=3).eval()
-    images = torch.rand(2, 4, 96, 128)  # four modalities: keypoints are found in the mean of all
+    images = torch.rand(2, 4, 96, 128)  # four modalities, whose mean is used to detect keypoints
     labels = torch.randint(3, (2, 96, 128))
     with torch.no_grad():
         before = unet(images)
@@ -23,7 +23,7 @@ def main() -> None:
     names = {"encoder.layer1": 64, "encoder.layer2": 128}
     model = attach(unet, names, detector=detector, embed_dim=64, depth=2)
     with torch.no_grad():
-        print("as before until trained:", torch.equal(model(images), before))
+        print("identical before training:", torch.equal(model(images), before))
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     loss = smp.losses.DiceLoss("multiclass")(model.train()(images), labels)

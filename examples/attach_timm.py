@@ -1,4 +1,4 @@
-"""KAF layers in a timm classifier: any model, convolutional or a Swin transformer, whose stages you name.
+"""Adds KAF layers after stages of a timm classifier, which may be any convolutional network or Swin Transformer.
 
 python examples/attach_timm.py --model swin_tiny_patch4_window7_224
 """
@@ -15,7 +15,7 @@ from kaf_layer import SIFTDetector, attach
 
 
 def main(name: str = "resnet18") -> None:
-    backbone = timm.create_model(name, pretrained=False, num_classes=2).eval()  # pretrained=True fetches its weights
+    backbone = timm.create_model(name, pretrained=False, num_classes=2).eval()  # pretrained=True downloads weights
     images = torch.rand(2, *backbone.default_cfg["input_size"])
     with torch.no_grad():
         before = backbone(images)
@@ -26,7 +26,7 @@ def main(name: str = "resnet18") -> None:
     print({name: layer.in_channels for name, layer in zip(stages, model.layers.values(), strict=True)})
 
     with torch.no_grad():
-        print("as before until trained:", torch.equal(model(images), before))
+        print("identical before training:", torch.equal(model(images), before))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     loss = torch.nn.functional.cross_entropy(model.train()(images), torch.tensor([0, 1]))
     loss.backward()

@@ -1,4 +1,4 @@
-"""The paper's FCN (Section 4): VGG blocks of two convolutions each, with and without KAF layers.
+"""The paper's FCN (Section 4): VGG blocks with two convolutions each, with and without KAF layers.
 
 logits = KAFFCN(in_channels=1, num_classes=4)(images, SIFTDetector()(images))
 """
@@ -19,7 +19,7 @@ def conv_block(in_channels: int, out_channels: int) -> nn.Sequential:
 
 
 class FCN(nn.Module):
-    """Blocks, each but the last followed by its layer, if any; the last three vote (FCN-8s).
+    """Blocks, each except the last followed by a layer if there is one. The last three blocks vote (FCN-8s).
 
     ``layers`` are modules from (map, keypoints) to (fused map, tokens) with ``fused_channels``; there is one block
     more than layers, five in the paper.
@@ -36,7 +36,7 @@ class FCN(nn.Module):
         super().__init__()
         widths = [width * 2 ** min(i, 3) for i in range(len(layers) + 1)]
         each = zip(widths, [*layers, None], strict=True)
-        # Typed loosely, as the attributes of a module are.
+        # Any, since the attributes of a module have no narrower type.
         fused: list[Any] = [w if layer is None else layer.fused_channels for w, layer in each]
         stages = [
             nn.Sequential(nn.MaxPool2d(2) if i else nn.Identity(), conv_block(before, w), conv_block(w, w))
@@ -55,7 +55,7 @@ class FCN(nn.Module):
 
 
 class KAFFCN(FCN):
-    """The FCN with a KAF layer after each of the first four blocks; ``options`` are KAFLayer's."""
+    """The FCN with a KAF layer after each of the first four blocks. ``options`` are those of KAFLayer."""
 
     def __init__(self, in_channels: int = 1, num_classes: int = 4, *, width: int = 32, **options: Any) -> None:
         layers = [KAFLayer(width * 2**i, **options) for i in range(4)]

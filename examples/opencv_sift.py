@@ -1,4 +1,4 @@
-"""OpenCV's SIFT as a KeypointDetector: on the CPU, image by image, for keypoints that are computed ahead.
+"""OpenCV's SIFT as a KeypointDetector: on the CPU, image by image, for keypoints that are computed in advance.
 
 python examples/opencv_sift.py image.png
 """
@@ -15,7 +15,7 @@ from kaf_layer import Keypoints
 
 
 class OpenCVSIFT:
-    """The same keypoints as ``SIFTDetector``, without gradients, and faster on a CPU.
+    """Detects the same keypoints as ``SIFTDetector``, without gradients and faster on a CPU.
 
     Args:
         max_keypoints: how many keypoints an image keeps, the strongest first. OpenCV repeats a position
@@ -24,15 +24,15 @@ class OpenCVSIFT:
     """
 
     def __init__(self, max_keypoints: int = 512, *, precise: bool = True) -> None:
-        # Arguments by position: their names changed between OpenCV 4 and 5.
+        # By position, since the names of these arguments changed between OpenCV 4 and 5.
         self.sift = cv2.SIFT_create(max_keypoints, 3, 0.04, 10, 1.6, precise)
 
     def __call__(self, images: Tensor) -> Keypoints:
-        """Keypoints of images (B, C, H, W) of any range, one channel or RGB, padded to the largest count."""
+        """The keypoints of images (B, C, H, W) of any range, with one channel or RGB, padded to the largest number."""
         return Keypoints.stack([self.detect(image) for image in images.detach().cpu()]).to(images.device)
 
     def detect(self, image: Tensor) -> Keypoints:
-        """Keypoints of one image (C, H, W), without a batch axis."""
+        """The keypoints of one image (C, H, W), without a batch axis."""
         array = image.float().movedim(0, -1).numpy()
         grey = array[..., 0] if len(image) == 1 else cv2.cvtColor(array, cv2.COLOR_RGB2GRAY)
         grey = cv2.normalize(grey, None, 0, 255, cv2.NORM_MINMAX).round().astype(np.uint8)

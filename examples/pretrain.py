@@ -1,4 +1,4 @@
-"""Pretraining without labels, in a page: the paper's losses (Eq. 3) on pairs of neighbouring slices.
+"""Pretraining without labels on one page: the paper's losses (Eq. 3) on pairs of neighbouring slices.
 
 python examples/pretrain.py --steps 100 --output encoder.pt
 """
@@ -16,14 +16,14 @@ from kaf_layer import KAFEncoder, KAFLayer, KAFPretrainingLoss, KeypointAugmenta
 
 
 def volume(subject: int) -> Tensor:
-    """A synthetic volume (32, 1, 96, 80) of values in [0, 1]: put your own, unlabelled data here."""
+    """A synthetic volume (32, 1, 96, 80) with values in [0, 1]: put your own unlabelled data here."""
     draw = np.random.RandomState(subject)
     image, _ = create_test_image_3d(96, 80, 32, num_objs=24, rad_max=12, random_state=draw)
     return torch.from_numpy(image).movedim(-1, 0)[:, None].float()
 
 
 def pairs(volumes: list[Tensor], count: int) -> tuple[Tensor, Tensor]:
-    """Slices (2 count, 1, H, W), slice i beside its neighbour i + count, and their places in the volume, 0 to 1."""
+    """Slices (2 count, 1, H, W), where i and i + count are neighbours, and their positions in the volume, 0 to 1."""
     chosen = [volumes[i] for i in torch.randint(len(volumes), (count,))]
     at = torch.tensor([int(torch.randint(len(slices) - 1, ())) for slices in chosen])
     images = [slices[i + step] for step in (0, 1) for slices, i in zip(chosen, at.tolist(), strict=True)]
@@ -46,7 +46,7 @@ def main(steps: int, output: Path, *, batch: int = 4) -> None:
         keypoints = detector(images)
         matches = match_keypoints(keypoints[:batch], keypoints[batch:])
         images, keypoints, _ = augment(images, keypoints)
-        matches = matches.among(keypoints[:batch], keypoints[batch:])  # without those that left the image
+        matches = matches.among(keypoints[:batch], keypoints[batch:])  # without keypoints that have left the image
         features, tokens = encoder(images, keypoints)
         losses = criterion(features[-1], positions, tokens, keypoints, matches)
         optimizer.zero_grad()

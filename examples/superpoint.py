@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from kaf_layer import Keypoints
 
-CELL = 8  # pixels to a side, of which one may be a keypoint
+CELL = 8  # the pixels to a side of a cell, in which at most one pixel is a keypoint
 
 
 class SuperPoint(nn.Module):
-    """Keypoints of images (B, C, H, W) of any range, one channel or RGB, by descending score, without gradients.
+    """Detects keypoints in images (B, C, H, W) of any range, with one channel or RGB.
+
+    The keypoints are in descending order of their scores. They have no gradients.
 
     The names of its layers are those of the published weights, from ``conv1a.weight`` to ``convDb.bias``.
 
@@ -42,7 +44,7 @@ class SuperPoint(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Keypoints:
-        """``max_keypoints`` slots for each image, with scores and descriptors (B, N, 256) of length 1."""
+        """Keypoints with ``max_keypoints`` slots for each image, scores, and descriptors (B, N, 256) of length 1."""
         if images.ndim != 4 or images.shape[1] not in (1, 3):
             raise ValueError(f"images must be (B, 1, H, W) or (B, 3, H, W), got {images.shape=}")
         height, width = images.shape[2:]
@@ -50,7 +52,7 @@ class SuperPoint(nn.Module):
         low, high = grey.amin((1, 2, 3), keepdim=True), grey.amax((1, 2, 3), keepdim=True)
         grey = (grey - low) / (high - low).clamp(min=1e-6)
         padded = F.pad(grey, (0, -width % CELL, 0, -height % CELL), mode="replicate")
-        # Image by image, which costs less memory.
+        # Image by image, which needs less memory.
         heatmap, descriptors = map(torch.cat, zip(*(self.maps(image) for image in padded.split(1)), strict=True))
         scores = suppress(heatmap[:, :height, :width], self.radius).flatten(1)
         scores = F.pad(scores, (0, max(0, self.max_keypoints - scores.shape[1])))
@@ -67,15 +69,15 @@ class SuperPoint(nn.Module):
             x = self.get_submodule(f"conv{level}a")(x).relu()
             x = self.get_submodule(f"conv{level}b")(x).relu()
             x = F.max_pool2d(x, 2) if level < 4 else x
-        # The last of the 65 channels says that there is no keypoint in the cell.
+        # The last of the 65 channels is the probability that the cell has no keypoint.
         cells = self.convPb(self.convPa(x).relu()).softmax(dim=1)[:, :-1]
         return F.pixel_shuffle(cells, CELL)[:, 0], self.convDb(self.convDa(x).relu())
 
 
 def suppress(heatmap: Tensor, radius: int) -> Tensor:
-    """Non-maximum suppression of (B, H, W): the strongest pixel is kept, its neighbours become 0, and so on.
+    """Non-maximum suppression of (B, H, W): keeps the strongest pixel, sets its neighbours to 0, and so on.
 
-    In each round all pixels are kept that are the strongest of their neighbourhoods; of equal ones, the first.
+    Each round keeps all pixels that are the strongest in their neighbourhoods. Of equal pixels it keeps the first.
     """
     order = heatmap.flatten(1).argsort(dim=1, stable=True, descending=True).argsort(dim=1)
     rank = (order.shape[1] - order).view_as(heatmap).float()  # from 1: no two pixels are equal
@@ -93,7 +95,7 @@ def suppress(heatmap: Tensor, radius: int) -> Tensor:
 
 
 def describe(descriptors: Tensor, positions: Tensor) -> Tensor:
-    """Descriptors (B, N, C) at positions (B, N, 2) in pixels: bicubic between cells, then of length 1."""
+    """Descriptors (B, N, C) at positions (B, N, 2) in pixels, interpolated by cubic splines and scaled to length 1."""
     sizes = positions.new_tensor([descriptors.shape[3], descriptors.shape[2]]) * CELL
     grid = (positions + 0.5) / sizes * 2 - 1
     sampled = F.grid_sample(descriptors, grid[:, None], mode="bicubic", padding_mode="border", align_corners=False)

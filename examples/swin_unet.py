@@ -21,7 +21,7 @@ def swin_blocks(level: int, embed_dim: int) -> BasicLayer:
 
 
 class Merge(nn.Module):
-    """Half the size and twice the channels."""
+    """Halves the size and doubles the channels."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Merge(nn.Module):
 
 
 class Expand(nn.Module):
-    """The size times ``factor``, without interpolation: a linear layer whose channels are laid out as pixels."""
+    """Multiplies the size by ``factor`` with a linear layer, whose channels become pixels."""
 
     def __init__(self, channels: int, out_channels: int, *, factor: int = 2) -> None:
         super().__init__()
@@ -47,16 +47,16 @@ class Expand(nn.Module):
 
 
 class Norm(nn.LayerNorm):
-    """Over the channels of a map."""
+    """Layer norm over the channels of a map."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
 class SwinUNet(nn.Module):
-    """Patches of 4x4 pixels, three stages and a bottleneck of two Swin blocks each, and as many stages upwards.
+    """Patches of 4x4 pixels, three stages and a bottleneck of two Swin blocks each, and three stages upwards.
 
-    It starts at random, where the paper takes weights from ImageNet, and drops no paths.
+    Its weights start at random, whereas the paper takes weights from ImageNet. It has no stochastic depth.
     ``embed_dim``, 96 in the paper, is a multiple of 3.
     """
 

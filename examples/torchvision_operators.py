@@ -1,8 +1,8 @@
-"""Import this before torchvision, or a library that imports it, where torch is a CPU build.
+"""With a CPU build of torch, import this before torchvision or any library that imports it.
 
-PyPI's torchvision is built for CUDA. Beside a CPU build of torch its operators do not load, and ``import torchvision``
-ends with "operator torchvision::nms does not exist". This module then declares the two operators that the import looks
-for. They get no code: they suppress overlapping boxes, which no network here does. Anywhere else it changes nothing.
+PyPI's torchvision is built for CUDA. With a CPU build of torch its operators do not load, and ``import torchvision``
+fails with "operator torchvision::nms does not exist". This module then declares the two operators that the import
+needs. They have no code, since no network here suppresses overlapping boxes. In other environments it changes nothing.
 """
 
 import importlib
@@ -25,4 +25,4 @@ def _declare() -> torch.library.Library | None:
     return None
 
 
-_OPERATORS = _declare()  # they are declared for as long as this is held
+_OPERATORS = _declare()  # the operators exist as long as this object does

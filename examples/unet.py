@@ -1,4 +1,4 @@
-"""The paper's UNet (Section 4), plain, wider (c2) and with KAF layers: copy it and make it yours.
+"""The paper's UNet (Section 4), plain, wider (c2) and with KAF layers: copy and adapt it.
 
 logits = KAFUNet(in_channels=1, num_classes=4)(images, SIFTDetector()(images))
 """
@@ -19,7 +19,7 @@ def conv_block(in_channels: int, out_channels: int) -> nn.Sequential:
 
 
 class Decoder(nn.Module):
-    """For each level: double the size, concatenate the encoder's map of that size, convolve twice."""
+    """For each level: doubles the size, concatenates the encoder's map of that size, and convolves twice."""
 
     def __init__(self, skip_channels: Sequence[int], widths: Sequence[int], num_classes: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Decoder(nn.Module):
 
 
 class UNet(nn.Module):
-    """Encoder blocks, each but the deepest followed by its layer, if any, and a decoder block for each of these.
+    """Encoder blocks, each except the deepest followed by a layer if there is one, and a decoder block for each.
 
     ``layers`` are modules from (map, keypoints) to (fused map, tokens) with ``fused_channels``; there is one block
     more than layers, five in the paper. Where layers concatenate, the decoder and the deepest block are twice as wide,
@@ -54,7 +54,7 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         *shallow, deep = (width * 2**i for i in range(len(layers) + 1))
-        # Typed loosely, as the attributes of a module are.
+        # Any, since the attributes of a module have no narrower type.
         fused: list[Any] = [
             w if layer is None else layer.fused_channels for w, layer in zip(shallow, layers, strict=True)
         ]
@@ -85,7 +85,7 @@ class UNet(nn.Module):
 
 
 class Repeat(nn.Module):
-    """Concatenates a map with itself: what a KAF layer costs the convolutions around it, without the layer."""
+    """Concatenates a map with itself. The following convolutions are then as wide as with a KAF layer."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class UNetC2(UNet):
 
 
 class KAFUNet(UNet):
-    """The UNet with a KAF layer after each encoder block but the deepest; ``options`` are KAFLayer's."""
+    """The UNet with a KAF layer after each encoder block except the deepest. ``options`` are those of KAFLayer."""
 
     def __init__(
         self, in_channels: int = 1, num_classes: int = 4, *, width: int = 32, levels: int = 5, **options: Any

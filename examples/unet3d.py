@@ -1,4 +1,4 @@
-"""A KAF-UNet for volumes, of MONAI's blocks: copy it and make it yours.
+"""A KAF-UNet for volumes, made of MONAI's blocks: copy and adapt it.
 
 python examples/unet3d.py
 """
@@ -16,7 +16,7 @@ BLOCK: dict[str, Any] = {"spatial_dims": 3, "kernel_size": 3, "norm_name": "batc
 
 
 class UNet3d(nn.Module):
-    """Encoder blocks, each but the deepest followed by its layer, if any, and a decoder block for each of these.
+    """Encoder blocks, each except the deepest followed by a layer if there is one, and a decoder block for each.
 
     ``layers`` are modules from (map, keypoints) to (fused map, tokens) with ``fused_channels``. ``strides`` says by
     how much each block divides the axes (D, H, W) of the map before it: leave thick slices at 1.
@@ -41,7 +41,7 @@ class UNet3d(nn.Module):
             for before, w, stride in zip([in_channels, *fused], widths, [1, *self.strides], strict=False)
         ]
         self.encoder = KAFEncoder(stages, [*layers, None])
-        # MONAI's block joins two maps of its own width: what is fused is brought to it.
+        # MONAI's block joins two maps of the same width, so fused maps are brought to that width.
         self.skips = nn.ModuleList(
             nn.Identity() if f == w else Convolution(3, f, w, kernel_size=1, act="relu", norm="batch")
             for f, w in zip(fused[:-1], widths, strict=False)
@@ -64,7 +64,7 @@ class UNet3d(nn.Module):
 
 
 class Repeat(nn.Module):
-    """Concatenates a map with itself: what a KAF layer costs the convolutions around it, without the layer."""
+    """Concatenates a map with itself. The following convolutions are then as wide as with a KAF layer."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class UNet3dC2(UNet3d):
 
 
 class KAFUNet3d(UNet3d):
-    """The UNet with a KAF layer after each encoder block but the deepest; ``options`` are KAFLayer's."""
+    """The UNet with a KAF layer after each encoder block except the deepest. ``options`` are those of KAFLayer."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class KAFUNet3d(UNet3d):
 
 def main() -> None:
     volumes = torch.rand(1, 1, 12, 48, 40)
-    thick: dict[str, Any] = {"strides": [(1, 2, 2), (1, 2, 2), 2]}  # slices four times as thick as pixels are wide
+    thick: dict[str, Any] = {"strides": [(1, 2, 2), (1, 2, 2), 2]}  # for slices four times as thick as a pixel is wide
     keypoints = SIFTDetector(64, spatial_dims=3, spacing=(4.0, 1.0, 1.0), descriptors=False)(volumes)
     networks = {"UNet": UNet3d(**thick), "UNet (c2)": UNet3dC2(**thick), "KAF-UNet": KAFUNet3d(depth=2, **thick)}
     for name, model in networks.items():

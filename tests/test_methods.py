@@ -166,7 +166,7 @@ def test_the_three_losses_of_swin_unetrs_pretraining(stacks: list[Stack]) -> Non
     samples = METHODS["ssl"].samples(stacks, chosen)
     method = METHODS["ssl"](build_model(chosen), samples, chosen)
     samples = samples[::3]
-    inputs = method.draw(samples, augmentation.Augmentation(), torch.device("cpu"))
+    inputs = method.draw(method.batch_of(samples), augmentation.Augmentation())
     images, keypoints, originals, turns, _ = inputs
     assert images.shape == originals.shape == (2 * len(samples), 1, 36, 36)
     found = method(*inputs)
@@ -230,7 +230,7 @@ def test_the_local_contrast_gives_the_encoder_no_gradient(stacks: list[Stack]) -
     chosen = options("--model", "unet", "--method", "glcl")
     method = METHODS["glcl"](build_model(chosen), [], chosen)
     samples = method.samples(stacks, chosen)[:4]
-    batch = method.draw(samples, augmentation.Augmentation(), torch.device("cpu"))
+    batch = method.draw(method.batch_of(samples), augmentation.Augmentation())
     images, keypoints, partitions = batch
     assert images.shape[0] == len(keypoints) == 12
     assert partitions.tolist() == [0, 1, 2, 3] * 2
@@ -268,7 +268,7 @@ def test_methods_train_all_of_an_encoder(stacks: list[Stack], model: str, edge: 
         network = build_model(chosen)
         samples = METHODS[name].samples(square, chosen)
         method = METHODS[name](network, samples, chosen)
-        method(*method.draw(samples[::5], augmentation.Augmentation(), torch.device("cpu")))["loss"].backward()
+        method(*method.draw(method.batch_of(samples[::5]), augmentation.Augmentation()))["loss"].backward()
         missing = [key for key, parameter in method.named_parameters() if parameter.grad is None]
         assert not missing, (name, missing[:3])
         learnt = weights_of(network, method.parts())

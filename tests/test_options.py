@@ -1,5 +1,6 @@
 """The options of the protocol: they need nothing slow to load, and earlier runs still compare equal."""
 
+import re
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError
@@ -87,3 +88,14 @@ def test_the_names_are_those_of_the_library() -> None:
     assert tuple(OPTIMIZERS) == choices.OPTIMIZERS
     assert get_args(choices.Fusion) == get_args(FusionMode)
     assert get_args(choices.Position) == get_args(PositionType)
+
+
+def test_no_library_imports_a_command_or_a_lower_folder() -> None:
+    """In the order of the table in README.md."""
+    folder = ROOT / "examples" / "protocol"
+    order = re.findall(r"^\| `(\w+)/` \|", (folder / "README.md").read_text(), flags=re.MULTILINE)
+    assert {path.name for path in folder.iterdir() if (path / "__init__.py").is_file()} == set(order)
+    for file in folder.glob("*/*.py"):
+        imported = re.findall(r"^\s*from examples\.protocol\.(\w+)", file.read_text(), flags=re.MULTILINE)
+        allowed = {*order[: order.index(file.parent.name) + 1], "files"}
+        assert set(imported) <= allowed, file

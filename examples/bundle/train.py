@@ -1,11 +1,11 @@
-"""Trains the network of the bundle on Sunnybrook, and beside it the same UNet without KAF layers.
+"""Trains the network of the bundle on Sunnybrook, and the same UNet without KAF layers.
 
     python -m examples.bundle.train --data ../shared/data/sunnybrook  # half an hour on one core, into outputs/bundle
 
-The network is the one that ``configs/inference.json`` describes, so that its weights load there. Both networks start
-from the same backbone, and see the same batches of augmented slices. The first --labelled subjects of a fold of the
-committed split are for training, all other subjects for testing. Slices are transposed, since MONAI's LoadImage puts x
-first. Writes model.pt (the bundle's weights), unet.pt and model.json (settings, split and scores).
+The network is the one in ``configs/inference.json``, which can load its weights. Both networks start from the same
+backbone and are trained on the same batches of augmented slices. The first --labelled subjects of a fold of the
+committed split are for training, all other subjects are for testing. Slices are transposed, since MONAI's LoadImage
+puts x first. The command writes model.pt (the bundle's weights), unet.pt and model.json (settings, split and scores).
 """
 
 import argparse
