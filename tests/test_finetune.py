@@ -168,6 +168,7 @@ def test_a_training_that_diverges_ends_with_advice(stacks: list[Stack], tmp_path
     with pytest.raises(FloatingPointError, match=r"loss of epoch \d is nan: try a lower --lr than 1e\+20"):
         finetune.main([*arguments, "--lr", "1e20"], stacks=stacks)
     assert not (tmp_path / "result.json").exists()
+    finetune.main([*arguments, "--epochs", "1"], stacks=stacks)  # what failed has left nothing that blocks the next run
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def test_what_does_not_fit_is_refused(weights: Path, volumes: Path, tmp_path: Pa
     with pytest.raises(FileNotFoundError, match=r"there is no file .*none\.pt"):
         run(other / "none.pt", volumes)
     (other / "result.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"other.weights\.pt has no result\.json beside it"):
+    with pytest.raises(FileNotFoundError, match=r"other.weights\.pt has no result\.json next to it"):
         run(other / "weights.pt", volumes)
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"--data .*empty must hold"):

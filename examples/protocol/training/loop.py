@@ -99,7 +99,8 @@ def train(
         means = {name: float(value) for name, value in totals.items()}
         if not math.isfinite(means["loss"]):
             advice = f"try a lower --lr than {options.lr}, or --mixed-precision no"
-            raise FloatingPointError(f"the training loss of epoch {epoch + 1} is {means['loss']}: {advice}")
+            place = "; choose another --output too, or remove the checkpoint there" if checkpoint.is_file() else ""
+            raise FloatingPointError(f"the training loss of epoch {epoch + 1} is {means['loss']}: {advice}{place}")
         losses.append(means["loss"])
         bar.set_postfix({name: f"{value:.3f}" for name, value in means.items()})
         if writer:
