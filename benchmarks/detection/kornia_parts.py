@@ -81,7 +81,7 @@ def rows(image: Tensor, repeats: int) -> Iterator[Row]:
 
     moved, kept, _ = refine(space, extrema, valid, **options)
     place = locate(space, moved, kept)
-    maxima = (moved.stride[:, 0] == 1) & kept & (place.contrast > 0)
+    maxima = (moved.stride[..., 0] == 1) & kept & (place.contrast > 0)
     layer, y, x = moved.pixel[maxima].unbind(-1)
     theirs_at = interpolated()[0][0, 0, 1:, layer, y, x].T  # x, y
     error = (theirs_at - place.centre[maxima]).norm(dim=-1)

@@ -79,10 +79,8 @@ def laplacian_turned(volume: Volume, *, sigma: float) -> Points:
     scale = torch.full(peaks.shape[:2], 2 * sigma)
     centre = peaks * torch.tensor(voxels.factors)
     layer = torch.full_like(centre[..., :1], min(5, round(3 * np.log2(2 * sigma / 1.6))))
-    first = space.grids[0]
-    size, stride, pitch = (torch.tensor(constants).expand_as(centre) for constants in first)
-    zero = torch.zeros(peaks.shape[:2], dtype=torch.long)
-    extrema = Extrema(zero, zero, size, stride, pitch, torch.cat([layer, centre], dim=-1).long())
+    start, step, size, stride, pitch = (rows[0].expand(*peaks.shape[:2], -1) for rows in space.tables())
+    extrema = Extrema(start[..., 0], step, size, stride, pitch, torch.cat([layer, centre], dim=-1).long())
     described = describe(space, extrema, Place(centre.flip(-1).float(), scale, scale), root=True)
     return Points(peaks[0].numpy(), described[0].double().numpy())
 

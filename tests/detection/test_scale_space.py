@@ -1,12 +1,14 @@
 """The scale space against NumPy loops in float64."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from kaf_layer.detection.sift.blur import blur, gaussian_kernels
 from kaf_layer.detection.sift.extrema import find_extrema
-from kaf_layer.detection.sift.pyramid import double, scale_space
+from kaf_layer.detection.sift.pyramid import ScaleSpace, double, scale_space
 
 
 def naive_blur(image: np.ndarray, sigma: float) -> np.ndarray:
@@ -74,12 +76,23 @@ def test_extrema_are_those_of_scipys_filters(room):
             inside = mask[1:-1, 5:-5, 5:-5]
             expected += [(image, i, x + 1, y + 5, z + 5) for x, y, z in np.argwhere(inside)]
     assert len(expected) > 20
-    extrema, valid = find_extrema(space, threshold=0.004, room=room)
-    octaves = extrema.stride[:, 0].log2().long()
-    found = torch.cat([extrema.image[:, None], octaves[:, None], extrema.pixel], dim=1)[valid].tolist()
-    assert sorted(map(tuple, found)) == sorted(expected)
-    values = space.take(extrema.position())[valid]
-    assert values.tolist() == [space.octaves()[o][b, x, y, z].item() for b, o, x, y, z in found]
+    found = []
+    for image, start in searched(space, room):
+        extrema, valid = find_extrema(image, threshold=0.004, room=room)
+        place = torch.cat([extrema.stride[..., :1].log2().long(), extrema.pixel], dim=-1)
+        found += [(start + i, *row) for i in range(len(valid)) for row in place[i, valid[i]].tolist()]
+        values = image.take(extrema.position())
+        for i in range(len(valid)):
+            expected_values = [image.octaves()[o][i, x, y, z].item() for o, x, y, z in place[i, valid[i]].tolist()]
+            assert values[i, valid[i]].tolist() == expected_values
+    assert sorted(found) == sorted(expected)
+
+
+def searched(space: ScaleSpace, room: int | None) -> list[tuple[ScaleSpace, int]]:
+    """The whole batch and, without a room, one image after the other; each with the number of its first image."""
+    if room is not None:
+        return [(space, 0)]
+    return [(dataclasses.replace(space, values=values[None]), i) for i, values in enumerate(space.values)]
 
 
 def test_the_weakest_are_lost_where_there_is_no_room():
@@ -88,12 +101,14 @@ def test_the_weakest_are_lost_where_there_is_no_room():
     space = scale_space(images, layers=3, sigma=0.8, blurred=0.5)
 
     def strengths(room):
-        extrema, valid = find_extrema(space, threshold=0.0, room=room)
-        index = extrema.position()
-        following = index + extrema.size.prod(-1)
-        values = (space.take(following) - space.take(index)).abs()
-        first = valid & (extrema.stride[:, 0] == 1)
-        return [values[first & (extrema.image == image)].sort(descending=True).values for image in range(2)]
+        of_images = []
+        for image, _ in searched(space, room):
+            extrema, valid = find_extrema(image, threshold=0.0, room=room)
+            index = extrema.position()
+            values = (image.take(index + extrema.step[..., 0]) - image.take(index)).abs()
+            first = valid & (extrema.stride[..., 0] == 1)
+            of_images += [v[chosen].sort(descending=True).values for v, chosen in zip(values, first, strict=True)]
+        return of_images
 
     for few, all_of_them in zip(strengths(5), strengths(None), strict=True):
         assert len(all_of_them) > 5

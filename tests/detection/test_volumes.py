@@ -107,7 +107,7 @@ def test_extrema_are_those_of_scipys_differences(room):
     doubled = double(volume[None], "precise")
     space = scale_space(doubled, layers=3, sigma=1.6, blurred=1.0, border=1)
     extrema, valid = find_extrema(space, threshold=0.005, room=room)
-    first = valid & (extrema.stride[:, 0] == 1)
+    first = valid & (extrema.stride[..., 0] == 1)
     ours = {tuple(pixel) for pixel in extrema.pixel[first].tolist()}
 
     # Blurred from the original each time, not progressively.
@@ -150,8 +150,7 @@ def test_descriptor_is_its_definition():
     spacing = (1.5, 1.0, 1.0)
     space = Voxels.spaced(spacing, 3).scale_space(volume[None], "precise", layers=3, sigma=1.6, border=1)
     found, valid = find_extrema(space, threshold=0.05, room=None)
-    index = torch.arange(len(valid))[valid & (found.stride[:, 1] == 2)][3:5]
-    extrema = found.take(index[None])
+    extrema = found.take(torch.arange(valid.shape[1])[(valid & (found.stride[..., 1] == 2))[0]][3:5])
     place = locate(space, extrema, torch.ones(1, 2, dtype=torch.bool))
     centre, scale = place.centre, place.scale
     frame = orient(space, extrema, place)

@@ -21,22 +21,26 @@ class Kernels:
 
     weights: Annotated[Tensor, "blurs taps"]
     radii: tuple[int, ...]
-    _blocks: dict[int, Annotated[Tensor, "blurs blocks BLOCK window"]] = field(default_factory=dict)
+    _matrices: dict[int, Annotated[Tensor, "blurs blocks BLOCK window"]] = field(default_factory=dict)
 
     def blocks(self, size: int) -> list[Annotated[Tensor, "blocks BLOCK window"]]:
         """For each blur of so many pixels, the weights that each gives to those of its block's window."""
-        # Far from both ends all blocks are alike: compute one, and repeat it.
-        radius = max(self.radii)
-        margin = -(-radius // BLOCK)
-        repeats = max(0, size // BLOCK - 1 - 2 * margin)
-        size = size - repeats * BLOCK
-        if size not in self._blocks:  # many octaves' sizes differ by whole blocks
-            self._blocks[size] = _convolution_blocks(size, self.weights, radius)
-        matrix = self._blocks[size]
-        if repeats:
-            repeated = matrix[:, margin : margin + 1].expand(-1, repeats, -1, -1)
-            matrix = torch.cat([matrix[:, :margin], repeated, matrix[:, margin:]], dim=1)
+        radius, matrix = max(self.radii), self._matrix(size)
         return [m[..., radius - r : matrix.shape[-1] - radius + r] for m, r in zip(matrix, self.radii, strict=True)]
+
+    def _matrix(self, size: int) -> Annotated[Tensor, "blurs blocks BLOCK window"]:
+        if size not in self._matrices:
+            # Far from both ends all blocks are alike: compute one, and repeat it.
+            radius = max(self.radii)
+            margin = -(-radius // BLOCK)
+            repeats = max(0, size // BLOCK - 1 - 2 * margin)
+            if repeats:
+                matrix = self._matrix(size - repeats * BLOCK)  # many octaves' sizes differ by whole blocks
+                repeated = matrix[:, margin : margin + 1].expand(-1, repeats, -1, -1)
+                self._matrices[size] = torch.cat([matrix[:, :margin], repeated, matrix[:, margin:]], dim=1)
+            else:
+                self._matrices[size] = _convolution_blocks(size, self.weights, radius)
+        return self._matrices[size]
 
 
 def gaussian_kernels(sigmas: Sequence[float], like: Tensor) -> Kernels:
@@ -54,14 +58,17 @@ def gaussian_kernels(sigmas: Sequence[float], like: Tensor) -> Kernels:
     return Kernels(weights / weights.sum(1, keepdim=True), radii)
 
 
-def blur(images: Annotated[Tensor, "B *S"], kernels: Sequence[Kernels]) -> Iterator[Annotated[Tensor, "B *S"]]:
+def blur(
+    images: Annotated[Tensor, "B *S"], kernels: Sequence[Kernels], *, start: int = 0
+) -> Iterator[Annotated[Tensor, "B *S"]]:
     """Blurs of the images, each of the one before; they are reflected about their outermost pixels, as in OpenCV.
 
     Args:
         images: (B, *S).
         kernels: for each axis those of all blurs.
+        start: the first of the blurs.
     """
-    axes = [kernel.blocks(size) for size, kernel in zip(images.shape[1:], kernels, strict=True)]
+    axes = [kernel.blocks(size)[start:] for size, kernel in zip(images.shape[1:], kernels, strict=True)]
     for matrices in zip(*axes, strict=True):
         images = _blur(images, matrices)
         yield images

@@ -189,7 +189,9 @@ class SIFTDetector(nn.Module):
             # A CPU is faster with one image at a time, whose scale space may stay in its cache.
             batches = [grey] if static else grey.split(1)
             parts = [self._detect(batch, static=static) for batch in batches]
-        values: dict[str, Any] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        values: dict[str, Any] = parts[0]
+        if len(parts) > 1:
+            values = {name: torch.cat([part[name] for part in parts]) for name in values}
         return Keypoints(**values, image_size=tuple(images.shape[2:]))
 
     def extra_repr(self) -> str:
@@ -236,7 +238,11 @@ class SIFTDetector(nn.Module):
             values["descriptors"] = self._dims.describe(space, extrema, place, root=self.root)
         for name, value in values.items():
             values[name] = torch.where(valid if value.ndim == 2 else valid[..., None], value, 0.0)
-        return {name: self._pad(value) for name, value in {"valid": valid, **values}.items()}
+        values["valid"] = valid
+        missing = self.max_keypoints - valid.shape[1]
+        if missing:
+            values = {name: F.pad(value, (0, 0) * (value.ndim - 2) + (0, missing)) for name, value in values.items()}
+        return values
 
     def _search(self, space: ScaleSpace, *, static: bool) -> tuple[Extrema, Annotated[Tensor, "B N"]]:
         # OpenCV rounds this threshold down to whole grey levels.
@@ -252,7 +258,5 @@ class SIFTDetector(nn.Module):
             follow=self._dims.follow,
             static=static,
         )
-        return select(extrema, valid, response, batch=space.values.shape[0], slots=self.max_keypoints, static=static)
-
-    def _pad(self, value: Tensor) -> Tensor:
-        return F.pad(value, (0, 0) * (value.ndim - 2) + (0, self.max_keypoints - value.shape[1]))
+        slots = self.max_keypoints if static else min(self.max_keypoints, int(valid.sum()))
+        return select(extrema, valid, response, slots=slots)

@@ -22,9 +22,10 @@ def spacing_of(samples: int) -> float:
 
 def cell_weights(samples: int, like: Tensor) -> Annotated[Tensor, "samples CELLS"]:
     """The weight of each sample in each cell along an axis: linear between cells, times a Gaussian window."""
-    axis = (torch.arange(samples, device=like.device, dtype=like.dtype) + 0.5) * (SIDE / samples) - SIDE / 2
-    cell = torch.arange(CELLS, device=like.device, dtype=like.dtype) - (CELLS - 1) / 2
-    return F.relu(1 - (axis[:, None] - cell).abs()) * torch.exp(-(axis[:, None] ** 2) / (CELLS**2 / 2))
+    last = (SIDE - SIDE / samples) / 2
+    axis = torch.linspace(-last, last, samples, device=like.device, dtype=like.dtype)[:, None]
+    cell = torch.linspace((1 - CELLS) / 2, (CELLS - 1) / 2, CELLS, device=like.device, dtype=like.dtype)
+    return F.relu(1 - (axis - cell).abs()) * torch.exp(axis.square() * (-2 / CELLS**2))
 
 
 def to_descriptor(histogram: Annotated[Tensor, "... K"], *, root: bool) -> Annotated[Tensor, "... K"]:

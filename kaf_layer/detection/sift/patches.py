@@ -31,7 +31,8 @@ def sample_gradients(
     Outside the image there is no gradient. Distances are physical; gradients are not divided by the step.
     """
     dims, scale = place.centre.shape[-1], place.scale
-    axis = (torch.arange(samples + 2, device=scale.device, dtype=scale.dtype) - (samples + 1) / 2) * step
+    last = (samples + 1) / 2 * step  # one point more at either end, for differences
+    axis = torch.linspace(-last, last, samples + 2, device=scale.device, dtype=scale.dtype)
     grid = torch.stack(torch.meshgrid([axis] * dims, indexing="ij")[::-1])
     points = frame @ grid.flatten(1)
     points = points * (scale[..., None] / extrema.pitch.flip(-1))[..., None] + place.centre[..., None]
@@ -53,16 +54,15 @@ def _interpolate(
     space: ScaleSpace, extrema: Extrema, points: Annotated[Tensor, "B N D P"]
 ) -> tuple[Annotated[Tensor, "B N P"], Annotated[Tensor, "B N P"]]:
     """Linear interpolation along every axis, and which of the points lie inside the layer."""
-    size = extrema.size.flip(-1)  # in the order of the points, x first
-    last = (size - 1)[..., None]
+    last = extrema.size.flip(-1)[..., None] - 1  # in the order of the points, x first
     inside = ((points >= 0) & (points <= last)).all(2)
-    low = points.detach().floor().long().clamp(min=0).minimum(last - 1)
-    index = (extrema.start + extrema.pixel[..., 0] * size.prod(-1))[..., None]
-    strides: list[int | Tensor] = [1]
-    for along, length in zip(low.unbind(2), size.unbind(-1), strict=True):
-        index = index + along * strides[-1]
-        strides.append(length[..., None] * strides[-1])
-    return _between(space, index, strides[:-1], (points - low).unbind(2)), inside
+    low = points.detach().floor().clamp(min=0).minimum(last - 1)
+    layer = extrema.start + extrema.pixel[..., 0] * extrema.step[..., 0]
+    corner, steps = low.long().unbind(2), extrema.step[..., 1:].flip(-1)[..., None].unbind(2)
+    index = layer[..., None] + corner[0]  # whose step is 1
+    for along, step in zip(corner[1:], steps[1:], strict=True):
+        index = index + along * step
+    return _between(space, index, [1, *steps[1:]], (points - low).unbind(2)), inside
 
 
 def _between(space: ScaleSpace, index: Tensor, strides: Sequence[int | Tensor], fractions: Sequence[Tensor]) -> Tensor:

@@ -10,7 +10,6 @@ import math
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kaf_layer.detection.sift.extrema import Extrema
@@ -25,6 +24,7 @@ ANGLE_BINS, ANGLE_SAMPLES = 36, 13
 MOST = 4  # orientations of a keypoint: more peaks of 80 % do not fit into 36 smoothed bins
 REACH, WINDOW = 4.5, 1.5  # gradients within 3 times 1.5 scales, weighted by a Gaussian of 1.5 scales
 DIRECTIONS, SAMPLES = 8, 16
+ONE = 2**32  # as an integer, of what is summed in integers
 
 
 def orient(
@@ -70,25 +70,33 @@ def peaks(
         The angle at which each of 36 bins of the gradient's histogram peaks, in radians from the x axis towards the
         y axis, and the bin's strength relative to the strongest, which is 0 unless it is a peak of at least 80 % of it.
     """
-    scale, step = place.scale, 2 * REACH / (ANGLE_SAMPLES - 1)
+    step = 2 * REACH / (ANGLE_SAMPLES - 1)
     magnitude, angle = _polar(*sample_gradients(space, extrema, place, upright(place), ANGLE_SAMPLES, step))
-    axis = torch.linspace(-REACH, REACH, ANGLE_SAMPLES, device=scale.device, dtype=scale.dtype)
-    weight = torch.exp(-(axis[:, None] ** 2 + axis**2) / (2 * WINDOW**2)).flatten()
+    axis = torch.linspace(-REACH, REACH, ANGLE_SAMPLES, device=angle.device, dtype=angle.dtype)
+    window = torch.exp(axis.square() * (-0.5 / WINDOW**2))
+    weight = magnitude * (window[:, None] * (window * ONE)).flatten()
     position = angle * (ANGLE_BINS / math.tau) % ANGLE_BINS
     lower = position.floor()
-    share = torch.cat([1 - position + lower, position - lower], dim=-1) * (magnitude * weight).repeat(1, 1, 2)
+    upper = position - lower
+    share = (torch.stack([1 - upper, upper], dim=2) * weight[:, :, None]).flatten(2).long()
     bins = torch.cat([lower, lower + 1], dim=-1).long() % ANGLE_BINS
     # Integers are summed, so that the order of the sum does not matter.
-    histogram = torch.zeros_like(bins[..., :ANGLE_BINS])
-    histogram = histogram.scatter_add(-1, bins, (share * 2**32).long()).to(scale.dtype)
-    next_to, beyond = histogram.roll(1, -1) + histogram.roll(-1, -1), histogram.roll(2, -1) + histogram.roll(-2, -1)
-    smooth = 6 * histogram + 4 * next_to + beyond
-    left, right = smooth.roll(1, -1), smooth.roll(-1, -1)
+    histogram = torch.zeros_like(bins[..., :ANGLE_BINS]).scatter_add_(-1, bins, share).to(angle.dtype)
+    around = _wrapped(histogram, 2)
+    next_to, beyond = around[..., 1:-3] + around[..., 3:-1], around[..., :-4] + around[..., 4:]
+    smooth = beyond.add(next_to, alpha=4).add(histogram, alpha=6)
+    around = _wrapped(smooth, 1)
+    left, right = around[..., :-2], around[..., 2:]
     strongest = smooth.amax(-1, keepdim=True)
-    is_peak = (smooth > left) & (smooth > right) & (smooth >= 0.8 * strongest)
-    curvature = torch.where(is_peak, left - 2 * smooth + right, 1.0)
-    peak = torch.arange(ANGLE_BINS, device=scale.device) + 0.5 * (left - right) / curvature
+    is_peak = (smooth > torch.maximum(left, right)) & (smooth >= 0.8 * strongest)
+    curvature = torch.where(is_peak, (left + right).sub(smooth, alpha=2), 1.0)
+    peak = torch.arange(ANGLE_BINS, device=angle.device) + 0.5 * (left - right) / curvature
     return peak * (math.tau / ANGLE_BINS), torch.where(is_peak, smooth / strongest, 0.0)
+
+
+def _wrapped(histogram: Annotated[Tensor, "... bins"], count: int) -> Annotated[Tensor, "... bins+2*count"]:
+    """The histogram of a circle, with some of its bins again at either end."""
+    return torch.cat([histogram[..., -count:], histogram, histogram[..., :count]], dim=-1)
 
 
 def describe(space: ScaleSpace, extrema: Extrema, place: Place, *, root: bool) -> Annotated[Tensor, "B N 128"]:
@@ -109,7 +117,8 @@ def describe(space: ScaleSpace, extrema: Extrema, place: Place, *, root: bool) -
     # OpenCV counts directions from the x axis away from the y axis. Bin 8 is bin 0 again.
     bins = torch.arange(DIRECTIONS + 1, device=weight.device, dtype=weight.dtype)[:, None]
     position = -direction * (DIRECTIONS / math.tau) % DIRECTIONS
-    directions = F.relu(1 - (position[..., None, :] - bins).abs()) * magnitude[..., None, :]
+    distance = (position[..., None, :] - bins).abs().clamp(max=1)
+    directions = torch.addcmul(magnitude[..., None, :], magnitude[..., None, :], distance, value=-1)
     histogram = directions @ cells.T
     histogram = torch.cat([histogram[..., :1, :] + histogram[..., -1:, :], histogram[..., 1:-1, :]], dim=-2)
     return to_descriptor(histogram.mT.flatten(-2), root=root)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Annotated, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from kaf_layer.detection.sift.blur import blur, gaussian_kernels
+from kaf_layer.detection.sift.blur import Kernels, blur, gaussian_kernels
 
 __all__ = ["Octave", "ScaleSpace", "double", "scale_space"]
 
@@ -64,6 +66,16 @@ class ScaleSpace:
         parts = zip(self.values.split(sizes, dim=1), self.grids, strict=True)
         return [part.unflatten(1, (-1, *grid.size)) for part, grid in parts]
 
+    def tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """For each octave its start in an image's row, and the step, size, stride and pitch, as in ``Extrema``."""
+        size, stride, pitch = (
+            _stack([grid[field] for grid in self.grids], dtype, self.values)
+            for field, dtype in enumerate((torch.long, torch.long, self.values.dtype))
+        )
+        step = F.pad(size.flip(1).cumprod(1).flip(1), (0, 1), value=1)
+        layer = step[:, :1]
+        return (layer.cumsum(0) - layer) * (self.layers + 3), step, size, stride, pitch
+
     def take(self, index: Tensor) -> Tensor:
         """The values at ``index`` of the rows laid end to end, in its shape."""
         # Indexing with brackets does the same, eight times slower on CPUs.
@@ -101,6 +113,12 @@ def scale_space(
     return ScaleSpace(values, grids, layers, sigma, border)
 
 
+def _stack(rows: Sequence[Sequence[float]], dtype: torch.dtype, like: Tensor) -> Annotated[Tensor, "rows columns"]:
+    """A matrix of Python's numbers. A single tensor of them would be a synchronising copy on CUDA."""
+    numbers = {number: like.new_full((), number, dtype=dtype) for number in {number for row in rows for number in row}}
+    return torch.stack([numbers[number] for row in rows for number in row]).unflatten(0, (len(rows), -1))
+
+
 def _octaves(grid: Octave, border: int) -> list[Octave]:
     grids = []
     while min(grid.size) > 2 * border:
@@ -117,19 +135,24 @@ def _octaves(grid: Octave, border: int) -> list[Octave]:
 def _planes(
     images: Annotated[Tensor, "B *S"], grids: list[Octave], layers: int, sigma: float, blurred: tuple[float, ...]
 ) -> Iterator[Annotated[Tensor, "B *S"]]:
-    # Along a coarse axis the blurs that the image has already, and blurs much narrower than a pixel, are neglected.
     steps = [sigma * 2 ** (i / layers) * math.sqrt(1 - 2 ** (-2 / layers)) for i in range(1, layers + 3)]
-    missing = [math.sqrt(max((sigma / p) ** 2 - b**2, 0.01)) for p, b in zip(grids[0].pitch, blurred, strict=True)]
-    initial = {sigma: gaussian_kernels([sigma], images) for sigma in set(missing)}
-    (first,) = blur(images, [initial[sigma] for sigma in missing])
-    pitches = {pitch for grid in grids for pitch in grid.pitch}
-    kernels = {pitch: gaussian_kernels([step / pitch for step in steps], images) for pitch in pitches}
-    for grid in grids:
-        yield first
-        for i, plane in enumerate(blur(first, [kernels[pitch] for pitch in grid.pitch]), start=1):
+
+    def kernels(pitch: float, before: float) -> Kernels:
+        """The blur that the image misses along an axis, and those of the layers."""
+        # Along a coarse axis the blur that the image has already, and blurs much narrower than a pixel, are neglected.
+        missing = math.sqrt(max((sigma / pitch) ** 2 - before**2, 0.01))
+        return gaussian_kernels([missing, *(step / pitch for step in steps)], images)
+
+    axes = [tuple(zip(grid.pitch, blurred, strict=True)) for grid in grids]
+    known = {axis: kernels(*axis) for axis in {axis for octave in axes for axis in octave}}
+    first, start = images, 0  # only the first octave's first layer is to be blurred
+    for grid, octave in zip(grids, axes, strict=True):
+        planes = blur(first, [known[axis] for axis in octave], start=start)
+        for i, plane in enumerate(chain([first][:start], planes)):
             yield plane
             if i == layers:
                 first = _halve(plane, grid.halved())
+        start = 1
 
 
 def _halve(images: Annotated[Tensor, "B *S"], halved: Sequence[bool]) -> Annotated[Tensor, "B *half"]:

@@ -8,16 +8,23 @@ from typing import Annotated, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["FAR", "Fit", "fit_quadratic", "is_corner"]
+__all__ = ["FAR", "Fit", "central_differences", "fit_quadratic", "is_corner"]
 
-FAR = 1e6  # outside any image; infinity would not survive the conversion to integers
+FAR = 1e6  # outside any image
 
 
 class Fit(NamedTuple):
-    """The quadratic through a neighbourhood of 3 pixels along each axis (Brown and Lowe 2002)."""
+    """The quadratic through a neighbourhood of 3 pixels along each axis (Brown and Lowe 2002).
+
+    Args:
+        value: at the centre.
+        downhill: the negative gradient there.
+        hessian: the second derivatives.
+        offset: of the peak from the centre.
+    """
 
     value: Annotated[Tensor, "..."]
-    gradient: Annotated[Tensor, "... A"]
+    downhill: Annotated[Tensor, "... A"]
     hessian: Annotated[Tensor, "... A A"]
     offset: Annotated[Tensor, "... A"]
 
@@ -26,40 +33,60 @@ class Fit(NamedTuple):
         return self.offset.clamp(-0.5, 0.5)
 
     def contrast(self) -> Annotated[Tensor, "..."]:
-        """The value after that step, ``D + g . step / 2`` (Lowe 2004, equation 3)."""
-        return self.value + 0.5 * (self.gradient * self.step()).sum(-1)
+        """The value after that step, ``D + g . step / 2`` with the gradient g (Lowe 2004, equation 3)."""
+        return torch.sub(self.value, (self.downhill * self.step()).sum(-1), alpha=0.5)
 
 
-def fit_quadratic(cube: Tensor, axes: int) -> Fit:
+def central_differences(axes: int, like: Tensor) -> Annotated[Tensor, "3**A columns"]:
+    """The matrix that turns a neighbourhood into its value, its negative gradient and the rows of its Hessian.
+
+    The second-last and third-last rows of the Hessian are repeated at the end. So three views of the rows are the
+    Hessian of the last three axes and that matrix with its rows moved up by one and by two.
+
+    Args:
+        axes: A, the number of axes, 3 or 4.
+        like: a tensor of the device and type.
+    """
+    steps = torch.arange(-1.0, 2.0, device=like.device, dtype=like.dtype)
+    square = steps.square()
+    # By the number of derivatives along the axis: none, the first (downhill), the second.
+    stencils = 1 - square, steps / -2, 3 * square - 2
+    rows = [*range(axes), axes - 3, axes - 2]
+    columns = [(), *((axis,) for axis in range(axes)), *((row, axis) for row in rows for axis in range(axes))]
+    factors = [stencils[column.count(axis)] for axis in range(axes) for column in columns]
+    matrix, *others = torch.stack(factors).unflatten(0, (axes, -1))
+    for factor in others:
+        matrix = (matrix[:, :, None] * factor[:, None]).flatten(1)
+    return matrix.mT
+
+
+def fit_quadratic(around: Annotated[Tensor, "... 3**A"], derivatives: Tensor) -> Fit:
     """Fits a quadratic to the values around a pixel (Lowe 2004, equations 2 and 3).
 
     The offset of its peak is ``-H^-1 g``, with the gradient g and the Hessian H from central differences. In volumes
     the layers and the space are solved separately. It is differentiable. Where H is singular the offset is FAR.
 
     Args:
-        cube: (..., 3, ..., 3), with ``axes`` axes of 3.
-        axes: A, the number of axes.
+        around: the values, the last axis fastest.
+        derivatives: what :func:`central_differences` gives.
     """
+    axes = 3 if derivatives.shape[0] == 3**3 else 4
+    value, downhill, rows = (around @ derivatives).split([1, axes, (axes + 2) * axes], dim=-1)
+    rows = rows.unflatten(-1, (axes + 2, axes))
+    # Cramer's rule: fewer kernels than a factorisation, and what is singular is no error.
+    block = rows[..., axes - 3 :, axes - 3 :]
+    cofactors = torch.linalg.cross(block[..., 1:4, :], block[..., 2:5, :])
+    determinant = (block[..., 0, :] * cofactors[..., 0, :]).sum(-1, keepdim=True)
+    offset = _divide((cofactors * downhill[..., axes - 3 :, None]).sum(-2), determinant)
+    if axes == 4:
+        offset = torch.cat([_divide(downhill[..., :1], rows[..., 0, :1]), offset], dim=-1)
+    return Fit(value[..., 0], downhill, rows[..., :axes, :], offset)
 
-    def line(*varied: int) -> Tensor:
-        """The values at 3 places along these axes, and at the centre of the others."""
-        return cube[(..., *(slice(None) if axis in varied else 1 for axis in range(axes)))]
 
-    before, centre, after = torch.stack([line(axis) for axis in range(axes)], dim=-2).unbind(-1)
-    gradient = (after - before) * 0.5
-    pairs = list(combinations(range(axes), 2))
-    squares = torch.stack([line(*pair) for pair in pairs], dim=-3)
-    mixed = (squares[..., 2, 2] - squares[..., 2, 0] - squares[..., 0, 2] + squares[..., 0, 0]) / 4
-    entries = dict(zip(pairs, mixed.unbind(-1), strict=True))
-    entries |= {(axis, axis): x for axis, x in enumerate(torch.sub(after + before, centre, alpha=2).unbind(-1))}
-    rows = [entries[min(i, j), max(i, j)] for i in range(axes) for j in range(axes)]
-    hessian = torch.stack(rows, dim=-1).unflatten(-1, (axes, axes))
-    if axes == 3:
-        offset = -_solve(hessian, gradient)
-    else:
-        layer, space = _solve(hessian[..., :1, :1], gradient[..., :1]), _solve(hessian[..., 1:, 1:], gradient[..., 1:])
-        offset = -torch.cat([layer, space], dim=-1)
-    return Fit(centre[..., 0], gradient, hessian, offset)
+def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """The quotient, or FAR where the denominator is 0."""
+    regular = denominator != 0
+    return torch.where(regular, numerator / torch.where(regular, denominator, 1.0), FAR)
 
 
 def is_corner(hessian: Annotated[Tensor, "... D D"], edge_threshold: float) -> Annotated[Tensor, "..."]:
@@ -82,15 +109,3 @@ def is_corner(hessian: Annotated[Tensor, "... D D"], edge_threshold: float) -> A
     # Three real roots have one sign if the coefficients of their polynomial alternate or agree (Descartes).
     one_sign = (minors > 0) & (trace * determinant > 0)
     return one_sign & (trace.abs() ** 3 * r < (r + 2) ** 3 * determinant.abs())
-
-
-def _solve(matrix: Annotated[Tensor, "... n n"], vector: Annotated[Tensor, "... n"]) -> Annotated[Tensor, "... n"]:
-    """Cramer's rule for n = 1 or 3: fewer kernels than a factorisation, and what is singular is no error."""
-    if matrix.shape[-1] == 1:
-        cofactors, determinant = torch.ones_like(matrix), matrix[..., 0]
-    else:
-        cofactors = torch.linalg.cross(matrix.roll(-1, -2), matrix.roll(-2, -2))
-        determinant = (matrix[..., 0, :] * cofactors[..., 0, :]).sum(-1, keepdim=True)
-    regular = determinant != 0
-    solution = (cofactors * vector[..., None]).sum(-2) / torch.where(regular, determinant, 1.0)
-    return torch.where(regular, solution, FAR)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kaf_layer.detection.sift.extrema import Extrema
 from kaf_layer.detection.sift.pyramid import ScaleSpace
-from kaf_layer.detection.sift.quadratic import FAR, Fit, fit_quadratic, is_corner
+from kaf_layer.detection.sift.quadratic import central_differences, fit_quadratic, is_corner
 
 __all__ = ["Place", "locate", "refine"]
 
@@ -41,10 +41,10 @@ def refine(
     Returns:
         The moved extrema, which of them are keypoints, and their response, the magnitude of the contrast.
     """
-    stencil = extrema.stencil()
+    stencil, derivatives = extrema.stencil(), central_differences(extrema.pixel.shape[-1], space.values)
     if follow:
-        extrema, valid = _follow(space, extrema, valid, stencil, static=static)
-    result = fit(space, extrema, valid, stencil)
+        extrema, valid = _follow(space, extrema, valid, stencil, derivatives, static=static)
+    result = fit_quadratic(_neighbourhood(space, extrema, stencil), derivatives)
     if follow:
         valid = valid & (result.offset.abs() < 0.5).all(-1)  # else it has not settled
     response = result.contrast().abs()
@@ -55,28 +55,34 @@ def refine(
 
 
 def _follow(
-    space: ScaleSpace, extrema: Extrema, valid: Tensor, stencil: Tensor, *, static: bool
+    space: ScaleSpace, extrema: Extrema, valid: Tensor, stencil: Tensor, derivatives: Tensor, *, static: bool
 ) -> tuple[Extrema, Tensor]:
     """Moves extrema to the pixel in which their quadratic peaks."""
     last = F.pad(extrema.size - (space.border + 1), (1, 0), value=space.layers)
     first = F.pad(torch.full_like(extrema.size, space.border), (1, 0), value=1)
-    moving = None if static else torch.arange(valid.shape[0], device=valid.device)
+    moving = None if static else torch.arange(valid.shape[1], device=valid.device)
     for _ in range(STEPS - 1):
-        old, alive, around = extrema, valid, stencil
+        old, alive, around, low, high = extrema, valid, stencil, first, last
         if moving is not None:
-            old, alive, around = extrema.take(moving), valid[moving], stencil[moving]
-        move = fit(space, old, alive, around).offset.clamp(-FAR, FAR).nan_to_num(FAR).round().long()
-        new = old.pixel + move
-        low, high = (first, last) if moving is None else (first[moving], last[moving])
-        alive = alive & ((new >= low) & (new <= high)).all(-1)
-        new = torch.where(alive[:, None], new, old.pixel)
+            old = extrema.take(moving)
+            alive, around, low, high = (values.index_select(1, moving) for values in (valid, stencil, first, last))
+        target = old.pixel + fit_quadratic(_neighbourhood(space, old, around), derivatives).offset.round()
+        alive = alive & (target.clamp(low, high) == target).all(-1)  # NaN equals nothing
+        pixel = torch.where(alive[..., None], target, old.pixel).long()
         if moving is None:
-            extrema, valid = extrema._replace(pixel=new), alive
+            extrema, valid = extrema._replace(pixel=pixel), alive
         else:
-            extrema = extrema._replace(pixel=extrema.pixel.index_copy(0, moving, new))
-            valid = valid.index_copy(0, moving, alive)
-            moving = moving[alive & (move != 0).any(-1)]
+            extrema = extrema._replace(pixel=extrema.pixel.index_copy(1, moving, pixel))
+            valid = valid.index_copy(1, moving, alive)
+            moving = moving[(pixel != old.pixel).any(-1)[0]]
     return extrema, valid
+
+
+def _neighbourhood(space: ScaleSpace, extrema: Extrema, stencil: Tensor) -> Annotated[Tensor, "B M P"]:
+    """The P differences of Gaussians around each pixel, 3 along every axis: (layer, y, x) or (layer, z, y, x)."""
+    axes = extrema.pixel.shape[-1]
+    values = space.take(extrema.position()[(..., *(None,) * axes)] + stencil)
+    return values.diff(dim=-axes).flatten(-axes)
 
 
 class Place(NamedTuple):
@@ -101,20 +107,12 @@ class Place(NamedTuple):
 
 
 def locate(space: ScaleSpace, extrema: Extrema, valid: Tensor) -> Place:
-    """The positions of the keypoints between pixels, and their contrast. Differentiable."""
-    peak = fit(space, extrema, valid, extrema.stencil())
+    """The positions of the keypoints between pixels, and their contrast.
+
+    They are differentiable, and finite in slots that are not valid.
+    """
+    around = _neighbourhood(space, extrema, extrema.stencil()).where(valid[..., None], 0.0)
+    peak = fit_quadratic(around, central_differences(extrema.pixel.shape[-1], space.values))
     place = extrema.pixel + peak.step()
     scale = space.sigma * 2 ** (place[..., 0] / space.layers)
     return Place(place[..., 1:].flip(-1), scale, peak.contrast())
-
-
-def fit(space: ScaleSpace, extrema: Extrema, valid: Tensor, stencil: Tensor) -> Fit:
-    """The quadratic through the differences of Gaussians around each pixel, along (layer, y, x) or (layer, z, y, x).
-
-    It is differentiable, and finite in slots that are not valid.
-    """
-    axes = extrema.pixel.shape[-1]
-    ones = (1,) * axes
-    index = extrema.position().view(*valid.shape, *ones) + stencil
-    cube = space.take(index).diff(dim=-axes)
-    return fit_quadratic(cube.where(valid.view(*valid.shape, *ones), 0.0), axes)
