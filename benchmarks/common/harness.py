@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from examples.protocol.options.console import HelpFormatter
+
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = ROOT / "benchmarks" / "results"  # what the README and the site show
 RESULTS = Path(os.environ.get("RESULTS", ROOT / "outputs" / "benchmarks"))  # where tables go without --publish
@@ -25,14 +27,6 @@ class Publish(argparse.Action):
     def __call__(self, *_: object) -> None:
         global RESULTS
         RESULTS = PUBLISHED
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of the description, and shows every default that is a value."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        shown = action.default is not None and action.default is not False
-        return super()._get_help_string(action) if shown else action.help
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

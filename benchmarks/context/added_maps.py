@@ -24,7 +24,7 @@ from benchmarks.common import harness
 from examples.protocol.experiments.inputs import prepare_volumes, read_volumes
 from examples.protocol.files import load
 from examples.protocol.models.networks import build_model
-from examples.protocol.options import FinetuneOptions, read_settings
+from examples.protocol.options import FinetuneOptions, console, read_settings
 from examples.protocol.options.choices import LOSSES
 from examples.protocol.training.augmentation import Augmentation
 from examples.protocol.training.batches import Batch, gather, slices_of
@@ -135,4 +135,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    console.run(main)

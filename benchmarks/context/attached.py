@@ -26,7 +26,7 @@ from examples.protocol.experiments.inference import evaluate
 from examples.protocol.experiments.inputs import load_split, load_stacks
 from examples.protocol.files import read_json, write_json
 from examples.protocol.models.networks import WithoutKeypoints
-from examples.protocol.options import Options, parse
+from examples.protocol.options import Options, console, parse
 from examples.protocol.results.comparison import difference, runs_ahead, spread
 from examples.protocol.results.scores import mean_score
 from examples.protocol.training.augmentation import Augmentation
@@ -125,4 +125,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    console.run(main)

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from benchmarks.common import harness
 from benchmarks.context.figure import draw
 from examples.protocol.files import read_json
+from examples.protocol.options import console
 
 METHODS = {
     "unet": "UNet",
@@ -109,4 +110,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    console.run(main)

@@ -15,6 +15,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.common import harness
+from examples.protocol.options import console
 
 
 def changes(first: Sequence[dict[str, Any]], second: Sequence[dict[str, Any]]) -> dict[tuple[str, int], list[float]]:
@@ -49,4 +50,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    console.run(main)

@@ -1,1 +1,1 @@
-"""Does SIFTDetector find and match what other detectors do, and how fast?"""
+"""Does SIFTDetector find and match the same keypoints as other detectors, and how fast is it?"""

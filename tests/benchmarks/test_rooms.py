@@ -1,4 +1,4 @@
-"""A benchmark whose library is missing says how to install it; no benchmark imports a script."""
+"""The package of benchmarks: no file imports a command, and a mistake ends with one line that says what to do."""
 
 import ast
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.common.missing import message
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FILES = [path for path in (ROOT / "benchmarks").rglob("*.py") if path.parent.name != "benchmarks"]
 
 
@@ -58,6 +58,15 @@ def test_a_missing_library(command: str, library: str, package: str, tmp_path: P
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith(f"error: this benchmark needs {library}: pip install {package}, or ")
+
+
+def test_a_mistake_ends_with_a_line() -> None:
+    arguments = [sys.executable, "-m", "benchmarks.context.reruns", "nowhere.json", "nowhere.json"]
+    done = subprocess.run(arguments, cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    assert "nowhere.json" in line
 
 
 def test_other_errors_keep_their_traceback() -> None:

@@ -1,29 +1,21 @@
-"""Every benchmark at its smallest, and what the harness counts against closed forms."""
+"""flops.py, memory.py and launches.py against closed forms."""
 
 import json
 import shutil
-import sys
-from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("monai")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-import benchmarks
 from benchmarks.common import harness
-from benchmarks.common.harness import markdown, report
-from benchmarks.common.measuring import compare, count_flops, saved_bytes
 from benchmarks.common.networks import NETWORKS
 from benchmarks.cost import flops, launches, memory, sweep
-from benchmarks.speed import layers as speed
+from benchmarks.speed import layers
 
 EMBED, POINTS, SCALES = 256, 500, 4
 
@@ -34,61 +26,8 @@ def results(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(module, monkeypatch, *arguments):
-    """Runs a script's main, which may change global settings of torch."""
-    monkeypatch.setattr(sys, "argv", [module.__file__, *arguments])
-    grad = torch.is_grad_enabled()
-    try:
-        module.main()
-    finally:
-        torch.set_grad_enabled(grad)
-
-
 def rows_of(results: Path, name: str) -> list[dict]:
     return json.loads((results / f"{name}.json").read_text())["rows"]
-
-
-@pytest.mark.parametrize("fake", [False, True])
-class TestCounts:
-    @pytest.fixture(autouse=True)
-    def mode(self, fake):
-        with FakeTensorMode() if fake else nullcontext():
-            yield
-
-    @pytest.mark.parametrize("masked", [False, True])
-    def test_attention(self, masked):
-        q, k, v = torch.rand(2, 4, 10, 8, requires_grad=True), torch.rand(2, 4, 30, 8), torch.rand(2, 4, 30, 8)
-        mask = torch.ones(2, 1, 1, 30, dtype=torch.bool) if masked else None
-        assert count_flops(lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)) == 2 * 2 * 2 * 10 * 30 * 32
-
-    def test_attention_backward(self):
-        q, k, v = (torch.rand(2, 4, 10, 8, requires_grad=True) for _ in range(3))
-        # The gradients of two products are four.
-        expected = 3 * 2 * 2 * 2 * 10 * 10 * 32
-        assert count_flops(lambda: F.scaled_dot_product_attention(q, k, v).sum().backward()) == expected
-
-    def test_convolution(self):
-        convolution, image = nn.Conv2d(3, 5, 3, padding=1), torch.rand(2, 3, 8, 12)
-        forward = 2 * 9 * 3 * 5 * 2 * 8 * 12
-        assert count_flops(lambda: convolution(image)) == forward
-        # The image needs no gradient, the weight does.
-        assert count_flops(lambda: convolution(image).sum().backward()) == 2 * forward
-
-    def test_saved(self):
-        linear, x = nn.Linear(8, 16), torch.rand(3, 5, 8)
-        assert saved_bytes(lambda: linear(x)) == 4 * 3 * 5 * 8  # the input, not the weight, of which a view is saved
-        assert saved_bytes(lambda: linear(x), aside=[x]) == 0
-        # The result of the ReLU is saved twice, by it and by the second layer.
-        second = nn.Linear(16, 4)
-        assert saved_bytes(lambda: second(F.relu(linear(x))), aside=[x]) == 4 * 3 * 5 * 16
-
-    def test_saved_scores(self):
-        """Attention written out saves its weights; the fused kernel does not."""
-        q = torch.rand(1, 2, 64, 8, requires_grad=True)
-        plain = saved_bytes(lambda: torch.softmax(q @ q.mT, dim=-1) @ q, aside=[q])
-        assert plain == 4 * 2 * 64 * 64
-        fused = saved_bytes(lambda: F.scaled_dot_product_attention(q, q, q), aside=[q])
-        assert fused == 4 * (2 * 64 * 8 + 2 * 64)  # the result, and a sum for each query
 
 
 def attention_blocks(tokens: int, channels: int, window: int) -> int:
@@ -178,71 +117,11 @@ def test_fake_tensors_count_as_real_ones(name):
         assert counts() == real
 
 
-def test_speed():
-    """The rest of speed.py has its tests in test_speed_benchmark.py."""
-    row = speed.stack_flops(32)
+def test_flops_of_a_stack_of_layers():
+    row = layers.stack_flops(32)
     attention = SCALES * (position_encoder(512) + 6 * attention_blocks(512, EMBED, 512)) / 1e9
     assert row["attention"] == pytest.approx(attention, rel=1e-12)
     assert row["ratio"] == pytest.approx(row["all"] / attention, rel=1e-12)
-
-
-def test_sinkhorn(results, monkeypatch):
-    from benchmarks.detection import matching
-
-    run(matching, monkeypatch, "--only", "sinkhorn", "--points", "8", "--repeats", "1")
-    unrolled, ours = rows_of(results, "matching-sinkhorn-cpu")
-    assert ours["times faster"] == pytest.approx(
-        unrolled["forward and backward, ms"] / ours["forward and backward, ms"], rel=1e-9
-    )
-    assert ours["times less"] == pytest.approx(unrolled["saved, MB"] / ours["saved, MB"], rel=1e-9)
-
-
-def test_detection(results, monkeypatch):
-    pytest.importorskip("cv2", reason="the detector is compared with OpenCV's")
-    skimage = pytest.importorskip("skimage")
-    from benchmarks.detection import images as detection
-
-    monkeypatch.setattr(
-        detection, "natural_images", lambda: [np.ascontiguousarray(skimage.data.camera()[:128, 192:320])]
-    )
-    run(detection, monkeypatch, "--only", "agreement", "--data", "nowhere")
-    assert len(rows_of(results, "detection-agreement-cpu")) == 2
-
-
-def test_compare_alternates():
-    calls: list[str] = []
-    medians = compare({name: lambda name=name: calls.append(name) for name in "ab"}, repeats=3, warmup=1)
-    assert calls == ["a", "b"] * 4
-    assert set(medians) == {"a", "b"}
-    assert all(seconds >= 0 for seconds in medians.values())
-
-
-def test_report(results):
-    rows = [{"network": "a", "GFLOPs": 0.12345, "n": 7}, {"network": "b", "GFLOPs": 1234.5, "n": 8}]
-    assert markdown(rows).splitlines() == [
-        "| network | GFLOPs | n |",
-        "| --- | --- | --- |",
-        "| a | 0.123 | 7 |",
-        "| b | 1234 | 8 |",
-    ]
-    text = report("name", rows, notes="Notes.", measured=False)
-    assert "Notes." in text
-    assert (results / "name.md").read_text() == text
-    assert rows_of(results, "name") == rows
-
-
-def test_rows_are_saved_as_they_come(results):
-    seen = []
-
-    def rows():
-        for i in range(3):
-            yield {"n": i}
-            seen.append(len(rows_of(results, "name")))
-
-    report("name", rows(), notes="Notes.", measured=False)
-    assert seen == [1, 2, 3]
-    assert report("none", [], notes="Notes.", measured=False) == ""
-    assert not (results / "none.md").exists()
 
 
 def test_peers_that_are_missing_or_broken_are_told_and_stop_no_other(results, monkeypatch, capsys):
@@ -266,14 +145,6 @@ def test_peers_that_are_missing_or_broken_are_told_and_stop_no_other(results, mo
     assert all(row["32"] > 0 for row in others)
     assert "broken: not measured" in capsys.readouterr().err
     assert (results / "attention.png").stat().st_size > 0
-
-
-def test_nothing_is_published_unless_asked_for(results):
-    parser = harness.parser("")
-    parser.parse_args([])
-    assert results == harness.RESULTS
-    parser.parse_args(["--publish"])
-    assert Path(benchmarks.__file__).parent / "results" == harness.RESULTS
 
 
 @pytest.mark.parametrize("arguments", [["--edges", "100"], ["--attentions", "6"], ["--edges", "-16"]])
