@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-__all__ = ["at_least_float32", "exact_products", "single_under_autocast", "without_autocast"]
+__all__ = ["at_least_float32", "exact_products", "product_dtype", "single_under_autocast", "without_autocast"]
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -24,6 +24,11 @@ def without_autocast(device: torch.device) -> AbstractContextManager[None]:
 def single_under_autocast(values: Tensor) -> Tensor:
     """Converts half to single precision under autocast, for sums that grow over many layers."""
     return values.to(at_least_float32(values.dtype)) if is_autocasting(values.device) else values
+
+
+def product_dtype(values: Tensor) -> torch.dtype:
+    """The type in which matrix products of values are computed: autocast's if it is on, otherwise their own."""
+    return torch.get_autocast_dtype(values.device.type) if is_autocasting(values.device) else values.dtype
 
 
 def is_autocasting(device: torch.device) -> bool:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import product
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +18,8 @@ from torch import Tensor
 from benchmarks.common.harness import parser, report
 from benchmarks.cost.kernels import CARDS, Card, Kernel, count, floor
 from examples.unet import KAFUNet
-from kaf_layer import KAFLayer, KAFPretrainingLoss, Keypoints, SIFTDetector, match_keypoints
+from kaf_layer import KAFLayer, KAFPretrainingLoss, KeypointDiffusion, Keypoints, SIFTDetector, match_keypoints
+from kaf_layer.diffusion.network import Method
 from kaf_layer.matching import log_sinkhorn
 
 BATCH, EDGE, POINTS, WIDTH, DEPTH = 8, 512, 500, 32, 6
@@ -64,6 +67,18 @@ def compiled_layer(scale: int) -> Passes:
     return dict(zip(("forward", "backward"), schedule.kernels, strict=True))
 
 
+def diffusion(edge: int, method: Method, slots: int = POINTS) -> Passes:
+    """One of the ways to compute the diffusion of the KAF-UNet's layer on a map."""
+    channels = WIDTH * EDGE // edge
+    with torch.device("meta"):
+        module = KeypointDiffusion(256, channels)
+        module.method = method
+        tokens = torch.empty(BATCH, slots, 256, dtype=HALF, requires_grad=True)
+        features = torch.empty(BATCH, channels, edge, edge, dtype=HALF, requires_grad=True)
+        points = Keypoints(torch.zeros(BATCH, slots, 2), torch.ones(BATCH, slots, dtype=torch.bool), (edge, edge))
+    return both(lambda: [module(tokens, points, (edge, edge), features=features)], dtype=HALF)
+
+
 def network() -> Passes:
     with torch.device("meta"):
         model, images = KAFUNet(width=WIDTH, depth=DEPTH), torch.empty(BATCH, 1, EDGE, EDGE)
@@ -100,6 +115,8 @@ def rows(*, compiled: bool, chosen: Card) -> Iterator[dict[str, object]]:
         cases[title] = partial(eager_layer, scale)
         if compiled:
             cases[f"{title}, compiled"] = partial(compiled_layer, scale)
+    for edge, method in product((EDGE, EDGE // 4, EDGE // 8), get_args(Method)):
+        cases[f"diffusion on a map of {edge}x{edge}, `{method}`"] = partial(diffusion, edge, method)
     cases |= {
         "KAF-UNet": network,
         "`SIFTDetector`, float32": detector,

@@ -80,7 +80,7 @@ def diffusion(dtype: torch.dtype, slots: int, batch: int, edge: int, *, repeats:
         "keypoints": slots,
         "batch": batch,
         "dtype": name_of(dtype),
-        "method": cheapest_method(slots, size),
+        "method": cheapest_method(slots, size, device=DEVICE, dtype=dtype),
         "ours, forward, ms": 1e3 * quantities["forward"]["ours"],
     }
     ratios = {name: values["plain"] / values["ours"] for name, values in quantities.items()}

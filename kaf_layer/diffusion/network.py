@@ -23,7 +23,7 @@ from kaf_layer.diffusion.sparse import (
 )
 from kaf_layer.keypoints import Keypoints, check_size
 from kaf_layer.normalization import is_synchronised, normalise_rows
-from kaf_layer.precision import at_least_float32
+from kaf_layer.precision import at_least_float32, product_dtype
 from kaf_layer.scattering import Reduce, cell_shares, check_reduce, scatter_keypoints
 
 __all__ = ["KeypointDiffusion", "cheapest_method"]
@@ -31,13 +31,19 @@ __all__ = ["KeypointDiffusion", "cheapest_method"]
 Method = Literal["rows", "hybrid", "dense"]
 
 
-def cheapest_method(slots: int, size: Sequence[int]) -> Method:
-    """Chooses how to compute the diffusion network, by a rule on shapes only. The results are the same.
+def cheapest_method(
+    slots: int, size: Sequence[int], *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> Method:
+    """Chooses how to compute the diffusion network, by a rule on shapes, device and type. The results are the same.
 
     - ``"rows"`` computes both convolutions around the keypoints only, if their 3x3 neighbourhoods
       could cover no more than a third of the map.
     - ``"hybrid"`` does so for the first convolution, if there are at most half as many slots as pixels.
     - ``"dense"`` computes both on the whole map.
+
+    On an accelerator dense convolutions in half precision are an order of magnitude faster than in single precision,
+    and sums into rows are not. There the limits are a sixth of the map, and a 16th as many slots as pixels. These are
+    estimates from counted bytes and FLOPs (``benchmarks/cost/roofline.py``), not from measured times.
 
     A graph for ``torch.export`` always holds ``"rows"``, which fits all shapes. A graph for ONNX holds ``"dense"``,
     which every runtime supports.
@@ -45,16 +51,22 @@ def cheapest_method(slots: int, size: Sequence[int]) -> Method:
     Args:
         slots: N, the number of slots of each sample.
         size: the map's size in tensor order.
+        device: where it is computed.
+        dtype: of matrix products.
 
     Example:
         >>> [cheapest_method(512, (edge, edge)) for edge in (512, 64, 16)]
         ['rows', 'hybrid', 'dense']
+        >>> [cheapest_method(512, (edge, edge), device="cuda", dtype=torch.bfloat16) for edge in (512, 128, 64)]
+        ['rows', 'hybrid', 'dense']
     """
     if torch.onnx.is_in_onnx_export():
         return "dense"
-    if torch.compiler.is_exporting() or 3 * 3 ** len(size) * slots <= prod(size):
+    has_fast_convolutions = torch.device(device).type != "cpu" and dtype in (torch.float16, torch.bfloat16)
+    cover, pixels = (6, 16) if has_fast_convolutions else (3, 2)
+    if torch.compiler.is_exporting() or cover * 3 ** len(size) * slots <= prod(size):
         return "rows"
-    return "hybrid" if 2 * slots <= prod(size) else "dense"
+    return "hybrid" if pixels * slots <= prod(size) else "dense"
 
 
 class KeypointDiffusion(nn.Module):
@@ -185,7 +197,9 @@ class KeypointDiffusion(nn.Module):
 
     def _method(self, tokens: Tensor, size: Sequence[int]) -> Method:
         """The cheapest method, or the chosen one, if it gives the result of the modules."""
-        method = self.method or cheapest_method(tokens.shape[1], size)
+        method = self.method or cheapest_method(
+            tokens.shape[1], size, device=tokens.device, dtype=product_dtype(tokens)
+        )
         # An empty batch has no statistics; torch's own modules handle it.
         if tokens.shape[0] == 0 or not _is_plain_convolution(self.conv1):
             return "dense"

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from benchmarks.common import harness
 from benchmarks.cost import roofline
 from benchmarks.cost.kernels import CARDS, Card, Kernel, count, floor, size_of
-from benchmarks.cost.roofline import detector, eager_layer, main, transport
+from benchmarks.cost.roofline import detector, diffusion, eager_layer, main, transport
 from kaf_layer import KAFLayer, Keypoints, SIFTDetector
+from kaf_layer.diffusion import cheapest_method
 
 A, B, C = 3, 5, 7
 
@@ -141,6 +142,20 @@ def test_the_detector_issues_as_many_kernels_for_every_batch() -> None:
         other, waits = count(lambda: SIFTDetector(500)(meta(2, 1, 512, 512)))
     assert len(other) == len(found)
     assert not waits
+
+
+@pytest.mark.parametrize(("edge", "slots"), [(256, 512), (128, 512), (64, 512), (32, 256)])
+def test_the_rule_of_the_diffusion_by_counts(edge: int, slots: int) -> None:
+    """In half precision it is within a quarter of the best; a CPU's rule is no better, and far worse on some maps."""
+    for card in (CARDS["H100"], CARDS["A100"]):
+        times = {
+            method: sum(floor(kernels, card) for kernels in diffusion(edge, method, slots).values())
+            for method in ("rows", "hybrid", "dense")
+        }
+        chosen = times[cheapest_method(slots, (edge, edge), device="cuda", dtype=torch.bfloat16)]
+        of_a_cpu = times[cheapest_method(slots, (edge, edge))]
+        assert chosen < 1.25 * min(times.values())
+        assert of_a_cpu >= (1.4 if edge == 128 else 1.0) * chosen
 
 
 @pytest.mark.parametrize("padded", [True, False])

@@ -322,6 +322,35 @@ def test_the_rule():
     assert cheapest_method(512, (64, 64, 64)) == "rows"
 
 
+def test_the_rule_by_device_and_type():
+    """In half precision on an accelerator convolutions are cheaper; on a CPU, and in single precision, they are not."""
+    half = {"device": "cuda", "dtype": torch.bfloat16}
+    assert [cheapest_method(512, (edge, edge), **half) for edge in (512, 256, 128, 64, 32)] == [
+        "rows", "rows", "hybrid", "dense", "dense",
+    ]  # fmt: skip
+    assert [cheapest_method(slots, (32, 32, 32), **half) for slots in (128, 512, 4096)] == ["rows", "hybrid", "dense"]
+    for others in ({"device": "cuda"}, {"dtype": torch.bfloat16}):
+        assert all(
+            cheapest_method(512, (edge, edge), **others) == cheapest_method(512, (edge, edge)) for edge in (128, 64)
+        )
+
+
+def test_the_rule_takes_the_type_of_autocast(monkeypatch):
+    seen = []
+
+    def rule(slots, size, **options):
+        seen.append((slots, *size, *options.values()))
+        return "rows"
+
+    monkeypatch.setattr("kaf_layer.diffusion.network.cheapest_method", rule)
+    keypoints, module = random_keypoints((20, 24), (5, 2), dtype=torch.float32), make((10, 12), dtype=torch.float32)
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            module(torch.randn(2, 7, 6), keypoints, (10, 12))
+    cpu = torch.device("cpu")
+    assert seen == [(7, 10, 12, cpu, torch.float32), (7, 10, 12, cpu, torch.bfloat16)]
+
+
 def test_its_state_dict_names_the_layers():
     names = {name.split(".")[0] for name in KeypointDiffusion(8, 4).state_dict()}
     assert names == {"conv1", "norm", "conv2"}
