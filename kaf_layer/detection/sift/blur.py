@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -28,18 +28,29 @@ class Kernels:
         radius, matrix = max(self.radii), self._matrix(size)
         return [m[..., radius - r : matrix.shape[-1] - radius + r] for m, r in zip(matrix, self.radii, strict=True)]
 
+    def prepare(self, sizes: Iterable[int]) -> None:
+        """Computes the matrices for images of several sizes at once, which takes few kernels."""
+        reduced = sorted({size - BLOCK * self._repeats(size) for size in sizes} - self._matrices.keys())
+        if reduced:
+            counts = [-(-size // BLOCK) for size in reduced]
+            matrices = _convolution_blocks(reduced, counts, self.weights, max(self.radii)).split(counts, dim=1)
+            self._matrices.update(zip(reduced, matrices, strict=True))
+
+    def _repeats(self, size: int) -> int:
+        """Far from both ends all blocks are alike: how many more there are than have to be computed."""
+        return max(0, size // BLOCK - 1 - 2 * self._margin())
+
+    def _margin(self) -> int:
+        return -(-max(self.radii) // BLOCK)
+
     def _matrix(self, size: int) -> Annotated[Tensor, "blurs blocks BLOCK window"]:
         if size not in self._matrices:
-            # Far from both ends all blocks are alike: compute one, and repeat it.
-            radius = max(self.radii)
-            margin = -(-radius // BLOCK)
-            repeats = max(0, size // BLOCK - 1 - 2 * margin)
+            self.prepare([size])
+            margin, repeats = self._margin(), self._repeats(size)
             if repeats:
-                matrix = self._matrix(size - repeats * BLOCK)  # many octaves' sizes differ by whole blocks
+                matrix = self._matrices[size - BLOCK * repeats]
                 repeated = matrix[:, margin : margin + 1].expand(-1, repeats, -1, -1)
                 self._matrices[size] = torch.cat([matrix[:, :margin], repeated, matrix[:, margin:]], dim=1)
-            else:
-                self._matrices[size] = _convolution_blocks(size, self.weights, radius)
         return self._matrices[size]
 
 
@@ -96,16 +107,16 @@ def _blur(
 
 
 def _convolution_blocks(
-    size: int, weights: Annotated[Tensor, "blurs taps"], radius: int
+    sizes: Sequence[int], counts: Sequence[int], weights: Annotated[Tensor, "blurs taps"], radius: int
 ) -> Annotated[Tensor, "blurs blocks BLOCK window"]:
-    """The weights of a convolution of so many pixels, reflection included."""
-    blurs, device = weights.shape[0], weights.device
-    blocks = -(-size // BLOCK)
-    pixels = torch.arange(blocks * BLOCK, device=device).clamp(max=size - 1)
-    period = 2 * size - 2
-    source = (pixels[:, None] + torch.arange(-radius, radius + 1, device=device)) % period
-    source = torch.minimum(source, period - source).view(blocks, BLOCK, -1)
-    starts = torch.arange(-radius, blocks * BLOCK - radius, BLOCK, device=device)
-    column = (source - starts.view(-1, 1, 1)).expand(blurs, -1, -1, -1)
-    matrix = weights.new_zeros(blurs, blocks, BLOCK, BLOCK + 2 * radius)
+    """The weights of convolutions of so many pixels, reflection included; one size's blocks after the other's."""
+    device = weights.device
+    # Each block's first pixel, and the last of its image.
+    start = torch.cat([torch.arange(0, count * BLOCK, BLOCK, device=device) for count in counts]).view(-1, 1, 1)
+    last = torch.cat([start.new_full((n,), size - 1) for n, size in zip(counts, sizes, strict=True)]).view(-1, 1, 1)
+    pixels = torch.minimum(start + torch.arange(BLOCK, device=device)[:, None], last)
+    source = (pixels + torch.arange(-radius, radius + 1, device=device)) % (2 * last)
+    source = torch.minimum(source, 2 * last - source)
+    column = (source - (start - radius)).expand(weights.shape[0], -1, -1, -1)
+    matrix = weights.new_zeros(*column.shape[:3], BLOCK + 2 * radius)
     return matrix.scatter_add_(3, column, weights[:, None, None].expand_as(column))

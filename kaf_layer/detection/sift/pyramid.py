@@ -145,6 +145,11 @@ def _planes(
 
     axes = [tuple(zip(grid.pitch, blurred, strict=True)) for grid in grids]
     known = {axis: kernels(*axis) for axis in {axis for octave in axes for axis in octave}}
+    for axis, kernel in known.items():
+        octaves = zip(grids, axes, strict=True)
+        kernel.prepare(
+            n for grid, octave in octaves for n, other in zip(grid.size, octave, strict=True) if other == axis
+        )
     first, start = images, 0  # only the first octave's first layer is to be blurred
     for grid, octave in zip(grids, axes, strict=True):
         planes = blur(first, [known[axis] for axis in octave], start=start)

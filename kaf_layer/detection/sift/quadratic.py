@@ -8,9 +8,9 @@ from typing import Annotated, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["FAR", "Fit", "central_differences", "fit_quadratic", "is_corner"]
+__all__ = ["Fit", "central_differences", "fit_quadratic", "is_corner"]
 
-FAR = 1e6  # outside any image
+TINY = 1e-30  # stands for a determinant of 0, whose gradient would be infinite
 
 
 class Fit(NamedTuple):
@@ -64,7 +64,7 @@ def fit_quadratic(around: Annotated[Tensor, "... 3**A"], derivatives: Tensor) ->
     """Fits a quadratic to the values around a pixel (Lowe 2004, equations 2 and 3).
 
     The offset of its peak is ``-H^-1 g``, with the gradient g and the Hessian H from central differences. In volumes
-    the layers and the space are solved separately. It is differentiable. Where H is singular the offset is FAR.
+    the layers and the space are solved separately. It is differentiable. Where H is singular the peak is far away.
 
     Args:
         around: the values, the last axis fastest.
@@ -84,9 +84,8 @@ def fit_quadratic(around: Annotated[Tensor, "... 3**A"], derivatives: Tensor) ->
 
 
 def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """The quotient, or FAR where the denominator is 0."""
-    regular = denominator != 0
-    return torch.where(regular, numerator / torch.where(regular, denominator, 1.0), FAR)
+    """The quotient; where the denominator is 0 it is far away, unless the numerator is 0 too."""
+    return numerator / torch.where(denominator == 0, TINY, denominator)
 
 
 def is_corner(hessian: Annotated[Tensor, "... D D"], edge_threshold: float) -> Annotated[Tensor, "..."]:
