@@ -1,14 +1,13 @@
-"""What mkdocstrings reads: in docstrings roles become links, ``.. math::`` MathML, "Example:" code; types are told."""
+"""What mkdocstrings reads: in docstrings ``.. math::`` becomes MathML and "Example:" code; types are told."""
 
 import re
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import Any
 
-from griffe import AliasResolutionError, Expr, ExprName, Extension, Module, NameResolutionError, Object
+from griffe import Expr, ExprName, Extension, Module, Object
 from latex2mathml.converter import convert
 
-ROLE = re.compile(r":(?:class|func|meth):`(~?)([\w.]+)`")
 MATH = re.compile(r":math:`([^`]+)`")
 FORMULA = re.compile(r"^\.\. math:: (.*(?:\n[ ]+\S.*)*)", flags=re.MULTILINE)
 
@@ -21,21 +20,10 @@ class Docstrings(Extension):
         if obj.docstring is None:
             return
 
-        def link(match: re.Match[str]) -> str:
-            name = match[2]
-            shown = name.rpartition(".")[2] if match[1] else name
-            if not name.startswith("kaf_layer"):
-                try:
-                    name = obj.resolve(name)
-                except (NameResolutionError, AliasResolutionError):
-                    return f"`{shown}`"  # of another library
-            return f"[`{shown}`][{name}]"
-
         def formula(match: re.Match[str]) -> str:
             return f'<div class="formula">{convert(" ".join(match[1].split()), display="block")}</div>'
 
-        text = ROLE.sub(link, obj.docstring.value)
-        text = FORMULA.sub(formula, text)
+        text = FORMULA.sub(formula, obj.docstring.value)
         text = MATH.sub(lambda match: convert(match[1]), text)
         obj.docstring.value = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
 

@@ -242,7 +242,7 @@ class Attention(nn.Module):
     def weights(
         self, tokens: Tokens, mask: Mask | None, source: Tokens | None = None, positions: Positions | None = None
     ) -> Annotated[Tensor, "B H N M"]:
-        """How much each token takes from each token of the source: the softmax, which :meth:`forward` never holds."""
+        """How much each token takes from each token of the source: the softmax, which ``forward`` never holds."""
         query, key, _ = self._heads(tokens, source, positions)
         scores = query * query.shape[-1] ** -0.5 @ key.mT
         return (scores if mask is None else scores + mask).softmax(dim=-1)

@@ -35,7 +35,7 @@ class KeypointAugmentation(nn.Module):
 
     A keypoint moves with the pixels under it, keeps its slot, and becomes invalid when it leaves the image.
     Descriptors and scores do not change; angles and scales follow the transform. Afterwards
-    :meth:`~kaf_layer.Matches.among` drops the matches of keypoints that have left the image.
+    [Matches.among][kaf_layer.Matches.among] drops the matches of keypoints that have left the image.
 
     Args:
         *transforms: Kornia's 2-D augmentations, which are applied in this order: geometric ones with a transform
@@ -47,10 +47,11 @@ class KeypointAugmentation(nn.Module):
         - keypoints: the keypoints of these images.
         - labels: (B, H, W) or (B, 1, H, W) of any type, resampled to the nearest; or None. New regions are
           0, unless a transform has another ``padding_mode``.
-        - result: :class:`Augmented`. Crops change the size of the images and ``image_size`` of the keypoints.
+        - result: [Augmented][kaf_layer.Augmented]. Crops change the size of the images and ``image_size`` of the
+          keypoints.
 
     Raises:
-        TypeError: if images or labels are not tensors, or keypoints are not :class:`~kaf_layer.Keypoints`.
+        TypeError: if images or labels are not tensors, or keypoints are not ``Keypoints``.
         ValueError: for other transforms, or if images, keypoints and labels do not fit.
 
     Example:

@@ -1,6 +1,6 @@
 """Checks of arguments, with messages that name them.
 
-They look at types and shapes only, except for :func:`raise_where`. None makes a GPU wait.
+They look at types and shapes only, except for ``raise_where``. None makes a GPU wait.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def check_keypoints(**keypoints: Keypoints) -> None:
     """Checks that arguments are batches of keypoints.
 
     Raises:
-        TypeError: if one is not :class:`~kaf_layer.Keypoints`, or does not hold tensors.
+        TypeError: if one is not ``Keypoints``, or does not hold tensors.
         ValueError: if one has no batch axis.
     """
     for name, value in keypoints.items():

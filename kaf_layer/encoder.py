@@ -24,7 +24,7 @@ class KAFEncoder(nn.Module):
 
     Args:
         stages: modules from map to map. A stage that follows a layer takes its ``fused_channels``.
-        layers: the layer that follows each stage, a :class:`~kaf_layer.KAFLayer` or None.
+        layers: the layer that follows each stage, a [KAFLayer][kaf_layer.KAFLayer] or None.
 
     Raises:
         ValueError: if there are not as many layers as stages, or keypoints are missing.

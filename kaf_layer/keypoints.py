@@ -24,11 +24,11 @@ class Keypoints:
 
     Slots that are not ``valid`` may hold anything, NaN included. They influence nothing.
     The class is a pytree, so it passes through ``torch.compile``, ``torch.export`` and
-    DDP. A batch is iterable: ``keypoints[i]`` is one sample, without the batch axis, and :meth:`stack` joins samples.
+    DDP. A batch is iterable: ``keypoints[i]`` is one sample, without the batch axis, and ``stack`` joins samples.
 
     Sampling, attention and diffusion clamp positions outside the image, infinite ones too, to its border.
     In a valid slot a coordinate that is NaN counts as 0. Neither raises an error, because looking at values would make
-    a GPU wait. :meth:`check` looks at them, and ``print(keypoints)`` shows how many keypoints lie outside.
+    a GPU wait. ``check`` looks at them, and ``print(keypoints)`` shows how many keypoints lie outside.
 
     Args:
         positions: (B, N, D) float, in pixels of the image, in ``(x, y)`` or ``(x, y, z)``
@@ -40,7 +40,7 @@ class Keypoints:
         angles: (B, N), in radians, from the x axis towards the y axis.
         descriptors: (B, N, K).
         padded: False promises that every slot is valid, so that attention needs no mask. To
-            remove keypoints from such a batch, use :meth:`keep`.
+            remove keypoints from such a batch, use ``keep``.
 
     Raises:
         ValueError: if a shape, a size, or the type of ``positions`` or ``valid`` does not fit.
@@ -176,7 +176,7 @@ class Keypoints:
         return self._map(lambda value: value[index], KeypointSample if one else Keypoints)
 
     def to(self, *args: Any, **kwargs: Any) -> Keypoints:
-        """Moves or converts the tensors like :meth:`torch.Tensor.to`.
+        """Moves or converts the tensors like ``torch.Tensor.to``.
 
         A dtype changes floating-point tensors only. Positions stay in single precision at least, since half precision
         cannot distinguish neighbouring pixels of a large image.

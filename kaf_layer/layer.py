@@ -45,7 +45,7 @@ class KAFLayer(nn.Module):
         reduce: how tokens in one cell are combined: "mean", "sum" or "amax".
         block: "transformer", or "propagation" as in the authors' code.
         position: how attention knows where keypoints are: "absolute", "rotary", "both" or "none". None is the
-            block's default, see :class:`~kaf_layer.KeypointTransformer`.
+            block's default, see [KeypointTransformer][kaf_layer.KeypointTransformer].
         fusion: "concat" concatenates the features and the diffused map, as in the paper. "add" adds the map, times a
             learned gain for each channel that starts at zero, so that the layer starts as the exact identity.
         spatial_dims: 2 or 3.
@@ -57,7 +57,7 @@ class KAFLayer(nn.Module):
         fused_channels: the channels of the result.
 
     Raises:
-        TypeError: if ``features`` is not a tensor or ``keypoints`` is not :class:`~kaf_layer.Keypoints`.
+        TypeError: if ``features`` is not a tensor or ``keypoints`` is not ``Keypoints``.
         ValueError: if an option is unknown, or the features do not have ``in_channels`` channels, are not a map of the
             keypoints' image, or do not have the weights' type and autocast does not convert them to it.
 

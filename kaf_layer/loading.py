@@ -14,10 +14,10 @@ __all__ = ["collate_keypoints"]
 
 
 def collate_keypoints(samples: Sequence[Keypoints], *, collate_fn_map: Any = None) -> Keypoints:  # noqa: ARG001
-    """Joins samples into a batch by :meth:`Keypoints.stack`; a ``DataLoader`` calls it for keypoints.
+    """Joins samples into a batch by ``Keypoints.stack``; a ``DataLoader`` calls it for keypoints.
 
     Importing the package registers it, so that ``torch.utils.data.default_collate``, and functions that use it such as
-    MONAI's ``list_data_collate``, accept samples that hold keypoints. It also registers :class:`Keypoints` as a type
+    MONAI's ``list_data_collate``, accept samples that hold keypoints. It also registers ``Keypoints`` as a type
     that ``torch.load`` may load with ``weights_only=True``.
 
     Args:

@@ -25,28 +25,28 @@ class Moments(NamedTuple):
 class MaskedBatchNorm(nn.BatchNorm1d):
     """Batch normalisation of tokens (B, N, C) over their valid slots.
 
-    Code that looks for batch norms finds it: code that freezes them, :func:`torch.optim.swa_utils.update_bn`, and
-    ``SyncBatchNorm.convert_sync_batchnorm``. The last replaces it. Call it through :func:`normalise_tokens`, which
+    Code that looks for batch norms finds it: code that freezes them, ``torch.optim.swa_utils.update_bn``, and
+    ``SyncBatchNorm.convert_sync_batchnorm``. The last replaces it. Call it through ``normalise_tokens``, which
     accepts the replacement too.
 
-    :func:`track` updates the running statistics, separately from :meth:`forward`, so that a forward pass that is
+    ``track`` updates the running statistics, separately from ``forward``, so that a forward pass that is
     repeated for the backward pass updates them once.
     """
 
     def forward(  # type: ignore[override]
         self, tokens: Annotated[Tensor, "B N C"], valid: Annotated[Tensor, "B N"]
     ) -> tuple[Annotated[Tensor, "B N C"], Moments | None]:
-        """See :func:`normalise_tokens`."""
+        """See ``normalise_tokens``."""
         return _normalise_tokens(self, tokens, valid)
 
 
 def normalise_tokens(
     norm: nn.Module, tokens: Annotated[Tensor, "B N C"], valid: Annotated[Tensor, "B N"]
 ) -> tuple[Annotated[Tensor, "B N C"], Moments | None]:
-    """Returns the normalised tokens and, in training mode, the moments for :func:`track`.
+    """Returns the normalised tokens and, in training mode, the moments for ``track``.
 
     Args:
-        norm: a :class:`MaskedBatchNorm`, or the ``SyncBatchNorm`` that it was converted to.
+        norm: a ``MaskedBatchNorm``, or the ``SyncBatchNorm`` that it was converted to.
         tokens: (B, N, C). Slots that are not valid must hold finite values.
         valid: (B, N) bool, which slots count.
     """

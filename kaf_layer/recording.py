@@ -19,9 +19,10 @@ __all__ = ["record_attention"]
 def record_attention(module: nn.Module) -> Iterator[dict[str, Annotated[Tensor, "B L H N N"]]]:
     """Records the attention weights of every KAF layer that runs inside the ``with`` block.
 
-    It works for every module that contains a :class:`~kaf_layer.KeypointTransformer`: a :class:`~kaf_layer.KAFLayer`, a
-    :class:`~kaf_layer.KAFEncoder`, or a network made by :func:`~kaf_layer.interop.attach.attach`. Outputs do not
-    change. Outside the block nothing changes: fused attention never holds these weights.
+    It works for every module that contains a [KeypointTransformer][kaf_layer.KeypointTransformer]: a
+    [KAFLayer][kaf_layer.KAFLayer], a [KAFEncoder][kaf_layer.KAFEncoder], or a network made by
+    [attach][kaf_layer.interop.attach.attach]. Outputs do not change. Outside the block nothing changes: fused attention
+    never holds these weights.
 
     Inside the block, compiled modules run without their compiler. If a layer runs more than once, its last pass counts.
 

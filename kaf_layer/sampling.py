@@ -33,13 +33,14 @@ def sample_keypoints(
         mode: "bilinear" interpolates (trilinearly in 3-D), and is differentiable with respect to the positions.
             "nearest" takes the value of the keypoint's cell, as the authors' code does.
         masked: whether slots that are not valid become zero. Otherwise they hold the values of the map's first cell.
-            False saves a step where the next module masks them, as :class:`~kaf_layer.KeypointTransformer` does.
+            False saves a step where the next module masks them, as
+            [KeypointTransformer][kaf_layer.KeypointTransformer] does.
 
     Returns:
         (B, N, C), one value per slot and channel.
 
     Raises:
-        TypeError: if ``features`` is not a tensor or ``keypoints`` is not :class:`~kaf_layer.Keypoints`.
+        TypeError: if ``features`` is not a tensor or ``keypoints`` is not ``Keypoints``.
         ValueError: if the features are not a map of the keypoints' image, or the mode is unknown.
 
     Example:
@@ -88,7 +89,7 @@ def _interpolate(
 
 
 class KeypointSampler(nn.Module):
-    """:func:`sample_keypoints` as a module.
+    """[sample_keypoints][kaf_layer.sample_keypoints] as a module.
 
     Args:
         mode: "bilinear" or "nearest".

@@ -40,7 +40,7 @@ def scatter_keypoints(
         (B, C, *size).
 
     Raises:
-        TypeError: if ``tokens`` is not a tensor or ``keypoints`` is not :class:`~kaf_layer.Keypoints`.
+        TypeError: if ``tokens`` is not a tensor or ``keypoints`` is not ``Keypoints``.
         ValueError: if the shapes do not fit, or ``reduce`` is unknown.
 
     Example:
@@ -132,7 +132,7 @@ def check_reduce(reduce: str) -> None:
 
 
 class KeypointScatter(nn.Module):
-    """:func:`scatter_keypoints` as a module.
+    """[scatter_keypoints][kaf_layer.scatter_keypoints] as a module.
 
     Args:
         reduce: how tokens in one cell are combined: ``"mean"``, ``"sum"`` or ``"amax"``.

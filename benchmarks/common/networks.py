@@ -144,7 +144,7 @@ def swin_unetr(attentions: int, *, embed_dim: int = 48, spatial_dims: int = 2) -
 
 
 class TorchvisionSwin(Network):
-    """torchvision's Swin-T, made deeper as in :func:`swin_t`. It takes three channels."""
+    """torchvision's Swin-T, made deeper as in ``swin_t``. It takes three channels."""
 
     def __init__(self, attentions: int) -> None:
         import examples.torchvision_operators  # noqa: F401  # before torchvision

@@ -13,7 +13,7 @@ __all__ = ["KeypointDetector"]
 
 @runtime_checkable
 class KeypointDetector(Protocol):
-    """Anything that turns a batch of images into :class:`~kaf_layer.Keypoints`.
+    """Anything that turns a batch of images into [Keypoints][kaf_layer.Keypoints].
 
     It is a function or a module, learned or not. The rest of the package requires only that
 

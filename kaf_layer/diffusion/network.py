@@ -73,8 +73,8 @@ class KeypointDiffusion(nn.Module):
     """Spreads tokens over a feature map: convolution, batch normalisation, ReLU, convolution (Section 3.1).
 
     Its input is a map that is zero except at the keypoints' cells. Away from them the result is
-    constant, and nothing is computed. :func:`cheapest_method` chooses the method. Set the attribute
-    ``method`` to choose it yourself.
+    constant, and nothing is computed. [cheapest_method][kaf_layer.diffusion.network.cheapest_method] chooses the
+    method. Set the attribute ``method`` to choose it yourself.
 
     A step is computed around the keypoints only if its result is known to be that of the module: ``conv1`` and
     ``conv2`` are torch's convolutions as they were made here (parametrizations, such as

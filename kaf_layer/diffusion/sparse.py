@@ -53,7 +53,7 @@ def find_neighbours(
 
 
 def closest(neighbours: Annotated[Tensor, "B N 5^D"], spatial_dims: int) -> Annotated[Tensor, "B N 3^D"]:
-    """Of what :func:`find_neighbours` gives for radius 2, what it gives for radius 1."""
+    """Of what ``find_neighbours`` gives for radius 2, what it gives for radius 1."""
     middle = (..., *[slice(1, 4)] * spatial_dims)
     return neighbours.unflatten(2, [5] * spatial_dims)[middle].flatten(2)
 

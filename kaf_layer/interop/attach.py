@@ -39,7 +39,7 @@ def attach(
     """Puts a KAF layer behind submodules of any network.
 
     Each layer adds to the map that its submodule returns, times a learned gain that starts at zero. Before training,
-    the output is identical to the original network's. See :class:`~kaf_layer.interop.KAFBackbone` for the result.
+    the output is identical to the original network's. See [KAFBackbone][kaf_layer.interop.KAFBackbone] for the result.
 
     Args:
         backbone: the network. It gets forward hooks, which do nothing when it is called by itself.
@@ -55,9 +55,9 @@ def attach(
             False for none. None finds out from the ``example``, by the number of channels, and by the other axes,
             which have the image's size divided by a stride. Without an example it is False.
         tokens: the layout of tokens in the image, for submodules that return tokens (B, N, C) as in a vision
-            Transformer: one :class:`~kaf_layer.interop.TokenGrid` for all submodules, or one for each by name.
+            Transformer: one [TokenGrid][kaf_layer.interop.TokenGrid] for all submodules, or one for each by name.
         outputs: the index or key of the map to use, by name, for submodules that return several maps.
-        options: options of each :class:`~kaf_layer.KAFLayer`.
+        options: options of each [KAFLayer][kaf_layer.KAFLayer].
 
     Raises:
         ValueError: if a submodule does not exist (the message names the closest), is named twice, never runs or is

@@ -58,9 +58,9 @@ def load_authors_state_dict(module: nn.Module, state_dict: Mapping[str, Tensor])
     """Loads a state dict with the names of the authors' code, strictly.
 
     Args:
-        module: a :class:`~kaf_layer.KAFLayer` with ``block="propagation", sampling="nearest"``
+        module: a [KAFLayer][kaf_layer.KAFLayer] with ``block="propagation", sampling="nearest"``
             and twice the authors' ``num_layers`` as depth (their layers are pairs of blocks), a
-            UNet of ``examples/unet.py`` with such layers, or a :class:`~kaf_layer.KeypointMatcher`.
+            UNet of ``examples/unet.py`` with such layers, or a [KeypointMatcher][kaf_layer.KeypointMatcher].
         state_dict: the authors' tensors by name.
 
     Returns:

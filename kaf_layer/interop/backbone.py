@@ -23,7 +23,7 @@ __all__ = ["KAFBackbone"]
 
 
 class KAFBackbone(nn.Module):
-    """A network with KAF layers behind some of its submodules; :func:`~kaf_layer.interop.attach.attach` makes it.
+    """A network with KAF layers behind some of its submodules; [attach][kaf_layer.interop.attach.attach] makes it.
 
     Call it like the network: it takes the same arguments and returns the same output. With ``keypoints=...`` it
     does not detect them. ``inspect.signature(model.forward)`` is the network's own, plus ``keypoints=None``. Any number
@@ -50,7 +50,7 @@ class KAFBackbone(nn.Module):
         outputs: the index or key of the map, by name, for submodules that return several.
 
     Raises:
-        ValueError: in the cases of :func:`~kaf_layer.interop.attach.attach`; and in a call, if a submodule does not
+        ValueError: in the cases of [attach][kaf_layer.interop.attach.attach]; and in a call, if a submodule does not
             return a map of the image or does not run exactly once, if there is no image, or if the keypoints belong to
             another image.
         RuntimeError: if the network calls itself, runs a submodule again in the backward pass, or is traced by

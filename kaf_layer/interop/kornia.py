@@ -32,7 +32,7 @@ def to_lafs(keypoints: Keypoints, *, magnification: float = MAGNIFICATION) -> An
         (B, N, 2, 3), differentiable with respect to positions, scales and angles.
 
     Raises:
-        TypeError: if keypoints are no :class:`~kaf_layer.Keypoints`.
+        TypeError: if keypoints are no ``Keypoints``.
         ValueError: if they are of volumes.
 
     Example:

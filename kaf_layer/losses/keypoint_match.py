@@ -23,10 +23,13 @@ def keypoint_match_loss(
     positive_weight: float = 0.45,
     negative_weight: float = 1.0,
 ) -> Annotated[Tensor, ""]:
-    """The negative log-likelihood of matches and of unmatched keypoints; see :class:`KeypointMatchLoss`.
+    """The negative log-likelihood of matches and of unmatched keypoints.
+
+    This is [KeypointMatchLoss][kaf_layer.KeypointMatchLoss] as a function.
 
     Args:
-        log_assignment: log-probabilities of all pairs, dustbins last, as :class:`~kaf_layer.KeypointMatcher` gives.
+        log_assignment: log-probabilities of all pairs, dustbins last, as
+            [KeypointMatcher][kaf_layer.KeypointMatcher] gives.
         keypoints_a: the keypoints of the rows.
         keypoints_b: the keypoints of the columns.
         matches: the matches between these keypoints.
@@ -55,7 +58,7 @@ def _total(cost: Annotated[Tensor, "B N"], mask: Annotated[Tensor, "B N"]) -> An
 class KeypointMatchLoss(nn.Module):
     r"""The loss of matching keypoints by their tokens (Yang et al., NeurIPS 2023, Eq. 2).
 
-    With the assignment P of a :class:`~kaf_layer.KeypointMatcher`, the matches M, and the keypoints I of a
+    With the assignment P of a [KeypointMatcher][kaf_layer.KeypointMatcher], the matches M, and the keypoints I of a
     and J of b that have no partner, it is the mean over samples of
 
     .. math:: -\frac{w_+}{|M|} \sum_{(i, j) \in M} \log P_{ij}
@@ -68,12 +71,12 @@ class KeypointMatchLoss(nn.Module):
         embed_dim: E, the channels of a token.
         positive_weight: the weight of matched pairs; the default is the authors'.
         negative_weight: the weight of keypoints without a partner.
-        **matcher: further options of the :class:`~kaf_layer.KeypointMatcher`, such as ``depth`` or ``device``.
+        **matcher: further options of the [KeypointMatcher][kaf_layer.KeypointMatcher], such as ``depth`` or ``device``.
 
     Shape:
         - tokens_a: (B, N_a, E), one for each slot of keypoints_a.
         - tokens_b: (B, N_b, E), one for each slot of keypoints_b.
-        - matches: the matches between these keypoints, as :func:`~kaf_layer.match_keypoints` gives.
+        - matches: the matches between these keypoints, as [match_keypoints][kaf_layer.match_keypoints] gives.
         - result: a scalar.
 
     Raises:

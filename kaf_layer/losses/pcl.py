@@ -23,7 +23,7 @@ def pcl_loss(
     threshold: float = 0.1,
     gather_distributed: bool = False,
 ) -> Annotated[Tensor, ""]:
-    """The positional contrastive loss, as a function; see :class:`PCLLoss`."""
+    """The positional contrastive loss, as a function; see [PCLLoss][kaf_layer.PCLLoss]."""
     _check(embeddings, positions, temperature, threshold)
     with without_autocast(embeddings.device):
         dtype = at_least_float32(embeddings.dtype)

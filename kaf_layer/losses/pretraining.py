@@ -33,10 +33,11 @@ class KAFPretrainingLoss(nn.Module):
 
     It is the weighted sum of three parts:
 
-    1. bottleneck: :class:`PCLLoss` of the encoder's last map, averaged over its pixels and projected.
-    2. keypoints: :class:`PCLLoss` of the tokens. Those of all scales are concatenated, pass an MLP, and are averaged
-       over the valid keypoints. An image without keypoints has a zero embedding, which is similar to nothing.
-    3. matching: :class:`KeypointMatchLoss` of the same tokens after the MLP, before they are averaged.
+    1. bottleneck: [PCLLoss][kaf_layer.PCLLoss] of the encoder's last map, averaged over its pixels and projected.
+    2. keypoints: [PCLLoss][kaf_layer.PCLLoss] of the tokens. Those of all scales are concatenated, pass an MLP, and are
+       averaged over the valid keypoints. An image without keypoints has a zero embedding, which is similar to nothing.
+    3. matching: [KeypointMatchLoss][kaf_layer.KeypointMatchLoss] of the same tokens after the MLP, before they are
+       averaged.
 
     All are zero for an empty batch. The images come in pairs: image i of the first half of the batch and image i of
     the second half are slices at similar positions, usually neighbours in one volume, each with its own augmentation.
@@ -63,15 +64,15 @@ class KAFPretrainingLoss(nn.Module):
     Shape:
         - bottleneck: (2 B, C, *S).
         - positions: (2 B,), the slices' relative positions in their volumes, from 0 to 1.
-        - tokens: (2 B, N, E_i) for each scale, as :class:`~kaf_layer.KAFEncoder` gives.
+        - tokens: (2 B, N, E_i) for each scale, as [KAFEncoder][kaf_layer.KAFEncoder] gives.
         - keypoints: the keypoints of all 2 B images.
         - matches: from the first half's keypoints to the second half's, B samples.
-        - result: :class:`PretrainingLosses`.
+        - result: [PretrainingLosses][kaf_layer.PretrainingLosses].
 
     Raises:
         TypeError: if an input that a part needs has another type.
         ValueError: if an input that a part needs is missing or does not fit, positions are outside [0, 1], or
-            weights are negative or all zero. For positions on an accelerator see :class:`PCLLoss`.
+            weights are negative or all zero. For positions on an accelerator see [PCLLoss][kaf_layer.PCLLoss].
 
     Example:
         >>> keypoints = Keypoints(torch.rand(4, 5, 2) * 8, torch.ones(4, 5, dtype=torch.bool), (8, 12))

@@ -19,7 +19,7 @@ __all__ = ["Matches", "check_matches", "match_keypoints"]
 class Matches:
     """The partners of the keypoints of two images, a and b, in both directions.
 
-    The class is a pytree, as :class:`~kaf_layer.Keypoints` is.
+    The class is a pytree, as [Keypoints][kaf_layer.Keypoints] is.
 
     Args:
         indices: (B, N_a) long: for each slot of a the slot of its partner in b, or -1 for "no partner".
@@ -51,7 +51,7 @@ class Matches:
                 raise ValueError(f"indices and inverse must be long, got {self.indices.dtype} and {self.inverse.dtype}")
 
     def to(self, *args: Any, **kwargs: Any) -> Matches:
-        """Moves the indices like :meth:`torch.Tensor.to`; they stay long."""
+        """Moves the indices like ``torch.Tensor.to``; they stay long."""
         return Matches(self.indices.to(*args, **kwargs).long(), self.inverse.to(*args, **kwargs).long())
 
     def pin_memory(self) -> Matches:
@@ -69,7 +69,7 @@ class Matches:
 
 
 def check_matches(matches: Matches) -> None:
-    """Checks that an argument is :class:`Matches`.
+    """Checks that an argument is ``Matches``.
 
     Raises:
         TypeError: if it is not, or does not hold tensors.
@@ -99,7 +99,7 @@ def match_keypoints(a: Keypoints, b: Keypoints, *, max_distance: float = 30.0, m
         The partners of both sides, -1 where there is none and in slots that are not valid.
 
     Raises:
-        TypeError: if a or b is not :class:`~kaf_layer.Keypoints`.
+        TypeError: if a or b is not ``Keypoints``.
         ValueError: if descriptors are missing, or image sizes, batch sizes or descriptors do not fit.
 
     Example:

@@ -29,8 +29,9 @@ class KeypointMatcher(nn.Module):
         depth: the number of blocks; every second one attends to the other image.
         num_heads: the number of attention heads; divides ``embed_dim``.
         iterations: the iterations of Sinkhorn's algorithm.
-        position: how attention knows where keypoints are, as in :class:`~kaf_layer.KeypointTransformer`. Queries and
-            keys are rotated within an image only, since differences between positions in two images mean nothing.
+        position: how attention knows where keypoints are, as in [KeypointTransformer][kaf_layer.KeypointTransformer].
+            Queries and keys are rotated within an image only, since differences between positions in two images mean
+            nothing.
         spatial_dims: the number of coordinates of a position.
         device: where the weights are made; torch's default if None.
         dtype: the type of the weights; torch's default if None.
@@ -38,7 +39,7 @@ class KeypointMatcher(nn.Module):
     Shape:
         - tokens_a: (B, N_a, E), one for each slot of keypoints_a.
         - tokens_b: (B, N_b, E), one for each slot of keypoints_b.
-        - result: (B, N_a + 1, N_b + 1) log-probabilities, see :func:`~kaf_layer.matching.log_sinkhorn`. The last
+        - result: (B, N_a + 1, N_b + 1) log-probabilities, see [log_sinkhorn][kaf_layer.matching.log_sinkhorn]. The last
           column and row are the dustbins. Slots that are not valid have -inf.
 
     Raises:

@@ -33,9 +33,9 @@ def draw_attention(
         axes: matplotlib axes.
         image: (H, W).
         keypoints: the keypoints of one sample, in 2-D.
-        weights: (..., N, N), of the same sample, as :func:`~kaf_layer.record_attention` gives them. Leading axes,
-            such as blocks and heads, are averaged. Index them to see one block (``weights[-1]``) or one head
-            (``weights[-1, 0]``).
+        weights: (..., N, N), of the same sample, as [record_attention][kaf_layer.record_attention] gives them.
+            Leading axes, such as blocks and heads, are averaged. Index them to see one block (``weights[-1]``) or one
+            head (``weights[-1, 0]``).
         query: the slot of the keypoint that attends.
         style: options of ``Axes.scatter``.
 

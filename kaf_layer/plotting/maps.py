@@ -65,7 +65,7 @@ def draw_similarity(
     Args:
         axes: matplotlib axes.
         image: (H, W).
-        similarity: a map of any size, as :func:`self_similarity` gives it.
+        similarity: a map of any size, as [self_similarity][kaf_layer.plotting.self_similarity] gives it.
         position: the query point, (x, y), in pixels of the image.
         style: options of ``Axes.imshow`` for the map.
 

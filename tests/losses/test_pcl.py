@@ -176,7 +176,7 @@ def test_errors() -> None:
 
 
 def process(rank: int, world: int, folder: str) -> None:
-    """What each process of :func:`test_processes` runs: DDP on its share, then a batch of another size."""
+    """What each process of ``test_processes`` runs: DDP on its share, then a batch of another size."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     images, positions = shared_batch()

@@ -117,7 +117,7 @@ def read_settings(cls: type[OptionsType], settings: Mapping[str, Any], **others:
 
     Args:
         cls: the dataclass.
-        settings: what :meth:`CommandLine.settings` gave, perhaps with other keys. An option that an older run did not
+        settings: what ``CommandLine.settings`` gave, perhaps with other keys. An option that an older run did not
             know has its default.
         others: values of options that are not among the settings.
     """

@@ -21,12 +21,12 @@ DENSITY = 64  # with a fixed number of slots, one at most for so many pixels: wh
 
 
 class Extrema(NamedTuple):
-    """Places of pixels in a :class:`ScaleSpace`, M of each image.
+    """Places of pixels in a ``ScaleSpace``, M of each image.
 
     Args:
         start: the index of the image's and octave's first value in the flattened scale space.
         step: how far apart values are there, from one layer to the next and from one pixel to the next.
-        size: of the octave, as in :class:`Octave`.
+        size: of the octave, as in ``Octave``.
         stride: of the octave.
         pitch: of the octave.
         pixel: the layer and the pixel in it, in tensor order.

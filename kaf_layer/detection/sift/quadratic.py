@@ -68,7 +68,7 @@ def fit_quadratic(around: Annotated[Tensor, "... 3**A"], derivatives: Tensor) ->
 
     Args:
         around: the values, the last axis fastest.
-        derivatives: what :func:`central_differences` gives.
+        derivatives: what ``central_differences`` gives.
     """
     axes = 3 if derivatives.shape[0] == 3**3 else 4
     value, downhill, rows = (around @ derivatives).split([1, axes, (axes + 2) * axes], dim=-1)
