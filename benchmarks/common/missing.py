@@ -10,12 +10,12 @@ PACKAGES = {"cv2": "opencv-python-headless", "skimage": "scikit-image"}
 
 
 def explain() -> None:
-    """Installs the hook. Imports stand at the top of a file, so they fail before a command's own code runs."""
+    """Installs a hook for exceptions: imports fail at the top of a file, before the command's own code runs."""
     sys.excepthook = _end
 
 
 def message(error: BaseException) -> str | None:
-    """What to tell the user; None if the error is not that of a missing library."""
+    """Returns what to tell the user, or None if the error is not that of a missing library."""
     if not isinstance(error, ModuleNotFoundError) or error.name is None:
         return None
     library = error.name.partition(".")[0]
@@ -25,11 +25,11 @@ def message(error: BaseException) -> str | None:
 
 
 def _end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Ends a benchmark in this way; any other program, and any other error, keeps its traceback."""
-    started = getattr(sys.modules["__main__"], "__file__", None)
-    told = message(error) if started and Path(started).resolve().is_relative_to(FOLDER) else None
-    if told is None:
+    """Ends a benchmark in this way. Any other program and any other error keep their traceback."""
+    main_file = getattr(sys.modules["__main__"], "__file__", None)
+    text = message(error) if main_file and Path(main_file).resolve().is_relative_to(FOLDER) else None
+    if text is None:
         sys.__excepthook__(kind, error, trace)
         return
-    print(f"error: {told}", file=sys.stderr)
+    print(f"error: {text}", file=sys.stderr)
     sys.exit(2)  # the interpreter ends with this status if a hook asks for it

@@ -45,7 +45,7 @@ def draw_synthetic(axes: Axes, content: dict[str, Any]) -> None:
         shades = [0.25 + 0.75 * i / (len(accuracies) - 1) for i in range(len(accuracies))]
         axes.scatter(accuracies, [place] * len(accuracies), s=36, c=shades, cmap="Blues", vmin=0, edgecolors="#1f4e79")
         if row["network"] == "global attention":
-            axes.text(max(accuracies) + 0.04, place, f"not learned yet, in {steps} steps", va="center", color="#6b6b6b")
+            axes.text(max(accuracies) + 0.04, place, f"not learned after {steps} steps", va="center", color="#6b6b6b")
     axes.axvline(0.5, color="#6b6b6b", lw=0.8, ls=":")
     axes.text(0.49, -0.75, "guessing", color="#6b6b6b", ha="right")
     axes.set(xlim=(0, 1.03), ylim=(len(rows) - 0.5, -1.1), xlabel="accuracy on unseen images (darker: farther marker)")
@@ -72,7 +72,7 @@ def draw_gains(axes: Axes, content: dict[str, Any]) -> None:
         for level, row in unets.items()
     ]
     axes.set_xticks(range(len(levels)), names, fontsize=8.5)
-    axes.set(xlim=(-0.5, len(levels) - 0.5), ylabel="Dice ahead of the UNet")
+    axes.set(xlim=(-0.5, len(levels) - 0.5), ylabel="gain of Dice over the UNet")
     data, labelled = told_in(content["notes"], r"(\w+), M = (\d+)")
     axes.set_title(f"{data}, {labelled} labelled subjects: gain by receptive field", loc="left", fontsize=10.5)
     axes.legend(frameon=False, fontsize=9)

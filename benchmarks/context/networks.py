@@ -17,7 +17,7 @@ ATTENTION: dict[str, Any] = {"embed_dim": 64, "depth": 2}
 
 
 class GlobalAttention(nn.Module):
-    """Is used like a KAF layer: all patches of the map attend to each other, and their tokens are concatenated with it.
+    """Takes the place of a KAF layer: all patches attend to each other, and their tokens are concatenated with the map.
 
     Patches are embedded as in a ViT (Dosovitskiy et al., 2021). The blocks are those of the KAF layer.
     """

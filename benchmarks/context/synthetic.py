@@ -32,7 +32,7 @@ BINS = (NEAREST, 28, 40, 52, 64, FARTHEST)  # of the distance, in pixels
 
 @torch.no_grad()
 def receptive_radius(network: nn.Module, *, edge: int = 256) -> int:
-    """Returns how many pixels far an input pixel has influence: as far as a NaN spreads through the convolutions."""
+    """Returns how far an input pixel has influence, in pixels: as far as a NaN spreads through convolutions."""
     images = torch.zeros(1, 1, edge, edge)
     centre = edge // 2
     images[..., centre, centre] = torch.nan

@@ -55,7 +55,7 @@ class Schedule:
 
 
 def _launches(node: BaseSchedulerNode) -> bool:
-    """Whether it is a kernel: not a concatenation whose parts are written in place, nor one of another's results."""
+    """Returns whether it is a kernel, not a concatenation of parts written in place or a result of another kernel."""
     return not isinstance(node, NopKernelSchedulerNode) and not isinstance(node.node, MultiOutput)
 
 

@@ -27,7 +27,7 @@ def run(
     description: str | None,
     arguments: Sequence[str] | None = None,
 ) -> None:
-    """Is the main function of flops.py and memory.py: reports the table and, for images, draws it.
+    """Reports the table of flops.py or memory.py and, for images, draws it.
 
     Args:
         measure: returns quantities of a network on given inputs.

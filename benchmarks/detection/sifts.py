@@ -47,9 +47,11 @@ def natural_images() -> list[np.ndarray]:
 
 
 def mri_slices(folder: Path) -> list[np.ndarray]:
+    files = sorted(folder.glob("sunnybrook/*/*_ED.nii.gz"))
+    if not files:
+        return []
     import nibabel
 
-    files = sorted(folder.glob("sunnybrook/*/*_ED.nii.gz"))
     volumes = (np.asarray(nibabel.Nifti1Image.from_filename(file).dataobj) for file in files)
     return [stretched(volume[..., volume.shape[2] // 2].T) for volume in volumes]
 

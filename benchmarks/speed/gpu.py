@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common.harness import ROOT, Row, parser, report
 from benchmarks.common.measuring import CUDA, DEVICE, Run, compare, for_each
-from benchmarks.common.networks import KEYPOINTS, NETWORKS, WIDTH, build_all
+from benchmarks.common.networks import KEYPOINTS, NETWORKS, WIDTH, build_all, reason_of
 from benchmarks.speed.plain import PlainDiffusion
 from benchmarks.speed.ways import PRECISIONS, WAYS, Case, in_way, precision, record, side_by_side
 from examples.unet import KAFUNet, UNetC2
@@ -155,8 +155,8 @@ def tests(*, small: bool) -> Iterator[Row]:
         runs = {"--device meta": [anywhere[0], "--device", "meta", "-k", "alone and sampler"]}
     for name, arguments in runs.items():
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-        last = subprocess.run(command, cwd=ROOT, text=True, capture_output=True).stdout.strip().splitlines()[-1]
-        yield {"run": name, "tests": last}
+        done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+        yield {"run": name, "tests": (done.stdout or done.stderr).strip().splitlines()[-1]}
 
 
 def context(*, small: bool) -> Iterator[Row]:
@@ -201,8 +201,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not CUDA and not options.small:
         own.error("there is no GPU here; --small rehearses on a CPU")
     for name in options.parts or PARTS:
-        rows = told(PARTS[name](small=options.small))
-        report(f"gpu-{name}", rows, notes=f"{PARTS[name].__doc__} {NOTES}")
+        try:
+            rows = told(PARTS[name](small=options.small))
+            report(f"gpu-{name}", rows, notes=f"{PARTS[name].__doc__} {NOTES}")
+        except ModuleNotFoundError as error:  # noqa: PERF203  # the other parts still run
+            print(f"{name}: {reason_of(error)}", file=sys.stderr)
 
 
 def told(rows: Iterator[Row]) -> Iterator[Row]:

@@ -84,6 +84,18 @@ def test_trainings_have_options_that_exist(part: str, results: Path) -> None:
     assert row["end"] == 0
 
 
+def test_a_part_whose_library_is_missing_stops_no_other(
+    results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(*, small: bool) -> None:  # noqa: ARG001
+        raise ModuleNotFoundError("No module named 'cv2'")
+
+    monkeypatch.setattr(gpu, "PARTS", {"first": missing, "second": lambda **_: iter([{"n": 1}])})
+    gpu.main(["--small"])
+    assert "first: not measured: ModuleNotFoundError: No module named 'cv2'" in capsys.readouterr().err
+    assert len(list(results.glob("gpu-second-*.json"))) == 1
+
+
 def test_a_training_is_stopped_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "SECONDS", 0.2)
     assert gpu.train(["-c", "import time; time.sleep(60)"], small=False)["end"] == "stopped, call it again"
