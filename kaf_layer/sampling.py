@@ -50,30 +50,33 @@ def sample_keypoints(
         1.5
     """
     check_features(features, keypoints)
-    # Gather, not grid_sample: on CUDA its backward pass can be deterministic.
-    rows = features.flatten(2).transpose(1, 2)
     if mode == "nearest":
-        sampled = _gather(rows, keypoints.cells(features.shape[2:]))
+        sampled = _gather(features, keypoints.cells(features.shape[2:]))
     elif mode == "bilinear":
         check_floats(features=features)
-        sampled = _interpolate(rows, keypoints.positions_in(features.shape[2:]), features.shape[2:])
+        sampled = _interpolate(features, keypoints.positions_in(features.shape[2:]))
     else:
         raise ValueError(f"mode must be one of {get_args(SamplingMode)}, got {mode=}")
     return sampled.where(keypoints.valid[..., None], 0) if masked else sampled
 
 
-def _gather(rows: Annotated[Tensor, "B P C"], index: Annotated[Tensor, "B N"]) -> Annotated[Tensor, "B N C"]:
-    return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[2]))
+def _gather(features: Annotated[Tensor, "B C *S"], index: Annotated[Tensor, "B N"]) -> Annotated[Tensor, "B N C"]:
+    """The values of cells. Their gradient has the map's memory format, like those to which it is added."""
+    # Gather, not grid_sample: on CUDA its backward pass can be deterministic.
+    channels, pixels = features.shape[1], features.flatten(2)
+    if features.is_contiguous():
+        return pixels.gather(2, index[:, None].expand(-1, channels, -1)).mT
+    return pixels.mT.gather(1, index[..., None].expand(-1, -1, channels))
 
 
 def _interpolate(
-    rows: Annotated[Tensor, "B P C"], positions: Annotated[Tensor, "B N D"], size: tuple[int, ...]
+    features: Annotated[Tensor, "B C *S"], positions: Annotated[Tensor, "B N D"]
 ) -> Annotated[Tensor, "B N C"]:
     """The mean of the 2**D cells around each position, weighted by their overlap with a cell centred there."""
     index: Any = None
     weight: Any = None
     stride = 1  # in rows, from one cell to the next along the axis; the map's last axis comes first
-    for p, length in zip(positions[:, None].unbind(-1), reversed(size), strict=True):
+    for p, length in zip(positions[:, None].unbind(-1), reversed(features.shape[2:]), strict=True):
         p = p.clamp(0, length - 1)
         low = p.detach().floor().clamp(max=max(length - 2, 0))  # the next cell is in the map too
         upper = p - low
@@ -83,9 +86,9 @@ def _interpolate(
         weight = torch.cat([1 - upper if weight is None else weight - above, above], dim=1)
         stride = stride * length
     # One gather for all corners, since each would allocate a dense gradient of its own.
-    corners = _gather(rows, index.flatten(1)).unflatten(1, index.shape[1:])
+    corners = _gather(features, index.flatten(1)).unflatten(1, index.shape[1:])
     # Rounded once: weights in half precision need not add up to one.
-    return (corners * weight[..., None]).sum(dim=1).to(rows.dtype)
+    return (corners * weight[..., None]).sum(dim=1).to(features.dtype)
 
 
 class KeypointSampler(nn.Module):

@@ -11,6 +11,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import detect_fake_mode
+from torch._inductor import config
 from torch._inductor.compile_fx import fake_tensor_prop
 from torch._inductor.debug import DebugContext
 from torch._inductor.decomposition import select_decomp_table
@@ -41,7 +42,8 @@ class Schedule:
         (output,) = (node for node in module.graph.nodes if node.op == "output")
         results = [node.meta["val"] if isinstance(node, torch.fx.Node) else node for node in output.args[0]]
         view_to_reshape(module)
-        with V.set_fake_mode(detect_fake_mode(inputs)), DebugContext():
+        # On a CPU inductor turns everything before a convolution to channels last, by copies that a GPU does not need.
+        with V.set_fake_mode(detect_fake_mode(inputs)), DebugContext(), config.patch(layout_optimization=False):
             fake_tensor_prop(module, inputs)
             post_grad_passes(module, is_inference=False)
             graph = GraphLowering(module, example_inputs=inputs)

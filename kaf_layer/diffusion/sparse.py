@@ -38,13 +38,12 @@ def find_neighbours(
         >>> torch.where(inside, cells, -1).flatten().tolist()
         [9, 8, -1, 5, 4, -1, 1, 0, -1]
     """
-    steps = torch.arange(radius, -radius - 1, -1, device=cells.device)
-    ways = torch.cartesian_prod(*[steps] * len(size)).unbind(1)
-    rest, coordinates = cells[..., None], []
+    side = 2 * radius + 1
+    rest, way, near = cells[..., None], torch.arange(side ** len(size), device=cells.device), []
     for length in reversed(size[1:]):
-        coordinates.append(rest % length)
-        rest = rest // length
-    near = [c + way for c, way in zip((rest, *reversed(coordinates)), ways, strict=True)]
+        near.append(rest % length + (radius - way % side))
+        rest, way = rest // length, way // side
+    near = [rest + (radius - way), *reversed(near)]
     clamped = [x.clamp(0, length - 1) for x, length in zip(near, size, strict=True)]
     index, inside = clamped[0], near[0] == clamped[0]
     for x, in_map, length in zip(near[1:], clamped[1:], size[1:], strict=True):
