@@ -15,7 +15,7 @@ def _doctest_namespace(doctest_namespace: dict[str, object]) -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Where tests run that can run anywhere."""
     parser.addoption(
-        "--device", default="cpu", help="where laws, fuzz and toolchain run: cpu, cuda, mps; laws: meta too"
+        "--device", default="cpu", help="where laws, fuzz, toolchain and SIFT run: cpu, cuda, mps; laws: meta too"
     )
     parser.addoption("--dtype", default="float64", choices=["float64", "float32"], help="of the laws")
 

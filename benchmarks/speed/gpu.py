@@ -149,7 +149,7 @@ def detection(*, small: bool) -> Iterator[Row]:
 
 def tests(*, small: bool) -> Iterator[Row]:
     """The tests that run anywhere, on the GPU; then the tests that need one."""
-    anywhere = [f"tests/test_{name}.py" for name in ("laws", "fuzz", "toolchain")]
+    anywhere = [f"tests/{name}" for name in ("test_laws.py", "test_fuzz.py", "test_toolchain.py", "detection")]
     runs = {"--device cuda": [*anywhere, "--device", "cuda"], "-k cuda": ["tests", "-k", "cuda"]}
     if small:
         runs = {"--device meta": [anywhere[0], "--device", "meta", "-k", "alone and sampler"]}

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from common import TARGET
 
 from kaf_layer.detection.sift.blur import blur, gaussian_kernels
 from kaf_layer.detection.sift.extrema import find_extrema
@@ -25,11 +26,11 @@ def naive_blur(image: np.ndarray, sigma: float) -> np.ndarray:
 @pytest.mark.parametrize("shape", [(11, 12), (31, 33), (64, 65), (97, 161), (130, 225)])
 @pytest.mark.parametrize("sigmas", [(0.5,), (1.2, 1.9), (3.09, 5.0, 1.0)])
 def test_blur_is_a_convolution(shape, sigmas):
-    images = torch.rand(2, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    expected = images.numpy()
+    images = torch.rand(2, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(TARGET.device)
+    expected = images.cpu().numpy()
     for blurred, sigma in zip(blur(images, [gaussian_kernels(sigmas, images)] * 2), sigmas, strict=True):
         expected = np.stack([naive_blur(image, sigma) for image in expected])
-        np.testing.assert_allclose(blurred.numpy(), expected, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(blurred.cpu().numpy(), expected, rtol=0, atol=1e-12)
 
 
 def test_doubling_interpolates_at_its_positions():
@@ -44,7 +45,7 @@ def test_doubling_interpolates_at_its_positions():
 
 
 def test_octaves_and_their_row():
-    images = torch.rand(2, 47, 90, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(2, 47, 90, generator=torch.Generator().manual_seed(0)).to(TARGET.device)
     space = scale_space(images, layers=3, sigma=1.6, blurred=1.0)
     assert [tuple(octave.shape[2:]) for octave in space.octaves()] == [(47, 90), (23, 45), (11, 22)]
     assert space.values[1].equal(torch.cat([octave[1].flatten() for octave in space.octaves()]))
@@ -65,11 +66,11 @@ def test_layers_have_their_blur():
 def test_extrema_are_those_of_scipys_filters(room):
     """Of 27 pixels in three layers; where slots are fixed, those of the largest differences."""
     ndimage = pytest.importorskip("scipy.ndimage")
-    images = torch.rand(2, 90, 77, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(2, 90, 77, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(TARGET.device)
     space = scale_space(images, layers=3, sigma=0.8, blurred=0.5)
     expected = []
     for i, octave in enumerate(space.octaves()):
-        for image, gaussians in enumerate(octave.numpy()):
+        for image, gaussians in enumerate(octave.cpu().numpy()):
             d = np.diff(gaussians, axis=0)
             mask = (d == ndimage.maximum_filter(d, 3)) & (d > 0.004)
             mask |= (d == ndimage.minimum_filter(d, 3)) & (d < -0.004)
@@ -96,7 +97,7 @@ def searched(space: ScaleSpace, room: int | None) -> list[tuple[ScaleSpace, int]
 
 
 def test_the_weakest_are_lost_where_there_is_no_room():
-    images = torch.rand(2, 90, 77, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(2, 90, 77, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(TARGET.device)
     images[1] *= 0.1  # one image takes no room of another
     space = scale_space(images, layers=3, sigma=0.8, blurred=0.5)
 

@@ -50,7 +50,8 @@ class Extrema(NamedTuple):
         offsets = reach[:3]
         for axis, step in enumerate(reversed(steps), start=1):
             along = reach if axis == len(steps) else reach[:3]  # four Gaussians have three differences
-            offsets = offsets.unsqueeze(-axis - 1) + (step[..., None] * along)[(..., *(None,) * axis)]
+            ones = (None,) * axis
+            offsets = torch.addcmul(offsets.unsqueeze(-axis - 1), step[(..., None, *ones)], along[(..., *ones)])
         return offsets
 
     def take(self, index: Annotated[Tensor, "N"]) -> Extrema:
@@ -124,7 +125,7 @@ def select(
     """
     # Two candidates may have moved to one pixel. Sorting also makes the order independent of the search order.
     location, order = torch.where(valid, extrema.position(), -1).sort(dim=1, stable=True)
-    is_first = (location >= 0) & (location != F.pad(location[:, :-1], (1, 0), value=-1))
+    is_first = location != F.pad(location[:, :-1], (1, 0), value=-1)  # -1 comes first, and is none
     response = torch.where(is_first, response.gather(1, order), -1.0)
     response, by_response = response.sort(dim=1, descending=True, stable=True)
     chosen = order.gather(1, by_response[:, :slots])

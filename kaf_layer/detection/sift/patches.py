@@ -35,7 +35,8 @@ def sample_gradients(
     axis = torch.linspace(-last, last, samples + 2, device=scale.device, dtype=scale.dtype)
     grid = torch.stack(torch.meshgrid([axis] * dims, indexing="ij")[::-1])
     points = frame @ grid.flatten(1)
-    points = points * (scale[..., None] / extrema.pitch.flip(-1))[..., None] + place.centre[..., None]
+    reach = scale[..., None] / extrema.pitch.flip(-1)
+    points = torch.addcmul(place.centre[..., None], points, reach[..., None])
     patch, inside = (values.unflatten(-1, grid.shape[1:]) for values in _interpolate(space, extrema, points))
     inside = _inner(inside)
     # The last axis of the patch runs along the frame's first column.
@@ -61,7 +62,7 @@ def _interpolate(
     corner, steps = low.long().unbind(2), extrema.step[..., 1:].flip(-1)[..., None].unbind(2)
     index = layer[..., None] + corner[0]  # whose step is 1
     for along, step in zip(corner[1:], steps[1:], strict=True):
-        index = index + along * step
+        index = torch.addcmul(index, along, step)
     return _between(space, index, [1, *steps[1:]], (points - low).unbind(2)), inside
 
 

@@ -90,7 +90,7 @@ def peaks(
     strongest = smooth.amax(-1, keepdim=True)
     is_peak = (smooth > torch.maximum(left, right)) & (smooth >= 0.8 * strongest)
     curvature = torch.where(is_peak, (left + right).sub(smooth, alpha=2), 1.0)
-    peak = torch.arange(ANGLE_BINS, device=angle.device) + 0.5 * (left - right) / curvature
+    peak = torch.addcdiv(torch.arange(ANGLE_BINS, device=angle.device), left - right, curvature, value=0.5)
     return peak * (math.tau / ANGLE_BINS), torch.where(is_peak, smooth / strongest, 0.0)
 
 
@@ -116,7 +116,7 @@ def describe(space: ScaleSpace, extrema: Extrema, place: Place, *, root: bool) -
     cells = torch.einsum("yi,xj->ijyx", weight, weight).flatten(2).flatten(0, 1)
     # OpenCV counts directions from the x axis away from the y axis. Bin 8 is bin 0 again.
     bins = torch.arange(DIRECTIONS + 1, device=weight.device, dtype=weight.dtype)[:, None]
-    position = -direction * (DIRECTIONS / math.tau) % DIRECTIONS
+    position = direction * (-DIRECTIONS / math.tau) % DIRECTIONS
     distance = (position[..., None, :] - bins).abs().clamp(max=1)
     directions = torch.addcmul(magnitude[..., None, :], magnitude[..., None, :], distance, value=-1)
     histogram = directions @ cells.T
@@ -128,6 +128,6 @@ def _polar(
     du: Annotated[Tensor, "B N P"], dv: Annotated[Tensor, "B N P"]
 ) -> tuple[Annotated[Tensor, "B N P"], Annotated[Tensor, "B N P"]]:
     """The magnitude and the direction of each gradient; neither is differentiable where there is none."""
-    square = du**2 + dv**2
+    square = torch.addcmul(du.square(), dv, dv)
     exists = square > 0
     return torch.where(exists, square, 1.0).sqrt() * exists, torch.atan2(dv, torch.where(exists, du, 1.0))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Annotated, Literal, NamedTuple
 
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kaf_layer.detection.sift.blur import Kernels, blur, gaussian_kernels
+from kaf_layer.detection.sift.quadratic import central_differences
 
 __all__ = ["Octave", "ScaleSpace", "double", "scale_space"]
 
@@ -52,6 +53,7 @@ class ScaleSpace:
         layers: how many layers of each octave are searched for keypoints.
         sigma: the blur of the first layer of each octave, in that octave's pixels (the finest axis').
         border: how many pixels along the edge of every octave hold no keypoint.
+        derivatives: what turns the differences around a pixel into their derivatives.
     """
 
     values: Annotated[Tensor, "B T"]
@@ -59,6 +61,10 @@ class ScaleSpace:
     layers: int
     sigma: float
     border: int
+    derivatives: Annotated[Tensor, "3**(1+D) columns"] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.derivatives = central_differences(1 + len(self.grids[0].size), self.values)
 
     def octaves(self) -> list[Annotated[Tensor, "B layers+3 *S"]]:
         """The blurred images of each octave."""
@@ -68,10 +74,9 @@ class ScaleSpace:
 
     def tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """For each octave its start in an image's row, and the step, size, stride and pitch, as in ``Extrema``."""
-        size, stride, pitch = (
-            _stack([grid[field] for grid in self.grids], dtype, self.values)
-            for field, dtype in enumerate((torch.long, torch.long, self.values.dtype))
-        )
+        integers = _stack([(*grid.size, *grid.stride) for grid in self.grids], torch.long, self.values)
+        size, stride = integers.chunk(2, dim=1)
+        pitch = _stack([grid.pitch for grid in self.grids], self.values.dtype, self.values)
         step = F.pad(size.flip(1).cumprod(1).flip(1), (0, 1), value=1)
         layer = step[:, :1]
         return (layer.cumsum(0) - layer) * (self.layers + 3), step, size, stride, pitch

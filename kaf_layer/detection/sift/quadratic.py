@@ -100,7 +100,7 @@ def is_corner(hessian: Annotated[Tensor, "... D D"], edge_threshold: float) -> A
         trace = diagonal[..., 0] + diagonal[..., 1]
         determinant = diagonal[..., 0] * diagonal[..., 1] - hessian[..., 0, 1] ** 2
         # A determinant of zero or less fails too.
-        return trace**2 * r < (r + 1) ** 2 * determinant
+        return trace.square() < (r + 1) ** 2 / r * determinant
     trace = diagonal.sum(-1)
     minors = sum(diagonal[..., i] * diagonal[..., j] - hessian[..., i, j] ** 2 for i, j in combinations(range(3), 2))
     a, b, c = hessian.unbind(-2)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kaf_layer.detection.sift.extrema import Extrema
 from kaf_layer.detection.sift.pyramid import ScaleSpace
-from kaf_layer.detection.sift.quadratic import central_differences, fit_quadratic, is_corner
+from kaf_layer.detection.sift.quadratic import fit_quadratic, is_corner
 
 __all__ = ["Place", "locate", "refine"]
 
@@ -41,10 +41,10 @@ def refine(
     Returns:
         The moved extrema, which of them are keypoints, and their response, the magnitude of the contrast.
     """
-    stencil, derivatives = extrema.stencil(), central_differences(extrema.pixel.shape[-1], space.values)
+    stencil = extrema.stencil()
     if follow:
-        extrema, valid = _follow(space, extrema, valid, stencil, derivatives, static=static)
-    result = fit_quadratic(_neighbourhood(space, extrema, stencil), derivatives)
+        extrema, valid = _follow(space, extrema, valid, stencil, static=static)
+    result = fit_quadratic(_neighbourhood(space, extrema, stencil), space.derivatives)
     if follow:
         valid = valid & (result.offset.abs() < 0.5).all(-1)  # else it has not settled
     response = result.contrast().abs()
@@ -55,7 +55,7 @@ def refine(
 
 
 def _follow(
-    space: ScaleSpace, extrema: Extrema, valid: Tensor, stencil: Tensor, derivatives: Tensor, *, static: bool
+    space: ScaleSpace, extrema: Extrema, valid: Tensor, stencil: Tensor, *, static: bool
 ) -> tuple[Extrema, Tensor]:
     """Moves extrema to the pixel in which their quadratic peaks."""
     last = F.pad(extrema.size - (space.border + 1), (1, 0), value=space.layers)
@@ -66,7 +66,7 @@ def _follow(
         if moving is not None:
             old = extrema.take(moving)
             alive, around, low, high = (values.index_select(1, moving) for values in (valid, stencil, first, last))
-        target = old.pixel + fit_quadratic(_neighbourhood(space, old, around), derivatives).offset.round()
+        target = old.pixel + fit_quadratic(_neighbourhood(space, old, around), space.derivatives).offset.round()
         alive = alive & (target.clamp(low, high) == target).all(-1)  # NaN equals nothing
         pixel = torch.where(alive[..., None], target, old.pixel).long()
         if moving is None:
@@ -112,7 +112,7 @@ def locate(space: ScaleSpace, extrema: Extrema, valid: Tensor) -> Place:
     They are differentiable, and finite in slots that are not valid.
     """
     around = _neighbourhood(space, extrema, extrema.stencil()).where(valid[..., None], 0.0)
-    peak = fit_quadratic(around, central_differences(extrema.pixel.shape[-1], space.values))
+    peak = fit_quadratic(around, space.derivatives)
     place = extrema.pixel + peak.step()
     scale = space.sigma * 2 ** (place[..., 0] / space.layers)
     return Place(place[..., 1:].flip(-1), scale, peak.contrast())
