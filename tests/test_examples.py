@@ -139,5 +139,5 @@ def test_demo_of_files_with_many_classes(tmp_path: Path, capsys: pytest.CaptureF
     assert "| Dice 11 | Dice 12 | mean |" in capsys.readouterr().out
     for name in "ab":
         write(tmp_path / "labels" / f"{name}.nii.gz", torch.zeros(40, 32, 2).numpy())
-    with pytest.raises(ValueError, match="has labels of background alone"):
+    with pytest.raises(ValueError, match="has only background labels"):
         demo.main([*small, "--output", str(tmp_path / "demo.png")])

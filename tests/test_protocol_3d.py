@@ -103,7 +103,10 @@ def test_a_table_of_phantoms(tmp_path: Path) -> None:
     [
         (["--patch", "16", "24"], r"--patch must have --spatial-dims 3 edges, got \[16, 24\]"),
         (["--model", "swin-unetr", "--window", "0"], "--window must be 1 or more, got 0"),
-        (["--model", "fcn"], "--spatial-dims 3 has --model unet, unet-c2, kaf-unet, swin-unetr .* got fcn and grid"),
+        (
+            ["--model", "fcn"],
+            "--spatial-dims 3 supports --model unet, unet-c2, kaf-unet, swin-unetr .* got fcn and grid",
+        ),
         (["--detector", "disk", "--detector-weights", "x.pt"], "--detector sift, grid or none, got kaf-unet and disk"),
         (["--token-loss", "1"], "--token-loss needs --model kaf-unet and --spatial-dims 2, got kaf-unet and 3"),
         (["--patch", "16", "24", "18"], r"--levels 3 needs a --patch divisible by 4, got \[16, 24, 18\]"),

@@ -149,7 +149,7 @@ def demonstrate(options: DemoOptions) -> None:
     volumes, values = renumber(read(options))
     classes = len(values)
     if classes < 2:
-        raise ValueError(f"--data {options.data} has labels of background alone, there is nothing to learn")
+        raise ValueError(f"--data {options.data} has only background labels, so there is nothing to learn")
     names = sorted({volume.subject for volume in volumes})
     if len(names) < 2:
         raise ValueError(f"at least one subject to train on and one to test on are needed, got {names}")

@@ -1,6 +1,7 @@
 """Fine-tuning: trains a network on the slices of a few labelled subjects and tests it on unseen volumes."""
 
 import platform
+from collections.abc import Sequence
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +24,14 @@ from examples.protocol.options.choices import LOSSES
 from examples.protocol.results.scores import mean_score, missed
 from examples.protocol.training.augmentation import Augmentation
 from examples.protocol.training.batches import Batch, collate, slices_of
-from examples.protocol.training.checkpoints import Settings, check_unfinished, digest, load_pretrained, refuse_other
+from examples.protocol.training.checkpoints import (
+    History,
+    Settings,
+    check_unfinished,
+    digest,
+    load_pretrained,
+    refuse_other,
+)
 from examples.protocol.training.loop import seed_of, settings_of, start, train
 from examples.protocol.volumes.loading import axes_of
 from examples.protocol.volumes.stacks import Stack
@@ -55,13 +63,38 @@ def run(options: FinetuneOptions, accelerator: Accelerator, stacks: list[Stack] 
         return done
     if not done:
         check_unfinished(options, settings, accelerator.print)
-    training = [stack for stack in stacks if stack.volume.subject in chosen]
-    unseen = [stack for stack in stacks if stack.volume.subject in fold.test]
 
     torch.manual_seed(seed_of(options.seed))
     model = build_model(options)
     if options.pretrained:
         accelerator.print(load_pretrained(model, options.pretrained))
+    history = fit(model, [s for s in stacks if s.volume.subject in chosen], accelerator, options, settings)
+    result: dict[str, Any] = {}
+    if accelerator.is_main_process:
+        result = judge(model, [s for s in stacks if s.volume.subject in fold.test], options.classes)
+        result |= {
+            "axes": axes_of(stacks[0].volume),
+            "training_seconds": round(history.seconds, 1),
+            "losses": [round(loss, 5) for loss in history.losses],
+            "settings": settings,
+            "versions": versions(),
+        }
+        save(model.state_dict(), options.output / "weights.pt")
+        keep_split(split, options)
+        write_json(result, options.output / "result.json")
+        print(f"{options.output}: {summary(result)}")
+    accelerator.wait_for_everyone()
+    return result
+
+
+def fit(
+    model: nn.Module,
+    stacks: Sequence[Stack],
+    accelerator: Accelerator,
+    options: FinetuneOptions,
+    settings: Settings,
+) -> History:
+    """Trains a network, with the loss on its tokens if the options ask for it."""
     learner = WithTokenLogits(cast("UNet", model), options.embed_dim, options.classes) if options.token_loss else model
     augment = Augmentation(
         drop_keypoints=options.drop_keypoints, detector=redetector(options), spatial_dims=options.spatial_dims
@@ -79,30 +112,27 @@ def run(options: FinetuneOptions, accelerator: Accelerator, stacks: list[Stack] 
         return values
 
     optimizer = torch.optim.Adam(learner.parameters(), lr=options.lr)
-    _, history = train(learner, slices_of(training), collate, compute, optimizer, accelerator, options, settings)
-    result: dict[str, Any] = {}
-    if accelerator.is_main_process:
-        scores = score_all(model, unseen, classes=options.classes)
-        result = {
-            "dice": mean_score([row.dice for row in scores]),
-            "scores": [[stack.volume.subject, *row.dice] for stack, row in zip(unseen, scores, strict=True)],
-            "hd95": [[stack.volume.subject, *row.hd95] for stack, row in zip(unseen, scores, strict=True)],
-            "axes": axes_of(stacks[0].volume),
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "training_seconds": round(history.seconds, 1),
-            "losses": [round(loss, 5) for loss in history.losses],
-            "settings": settings,
-            "versions": versions(),
-        }
-        save(model.state_dict(), options.output / "weights.pt")
-        keep_split(split, options)
-        write_json(result, options.output / "result.json")
-        trained = f"after {history.seconds:.0f} s of training"
-        distance = f"{mean_score([row.hd95 for row in scores]):.1f} mm"
-        lost = f", {n} classes missed" if (n := missed([row.hd95 for row in scores])) else ""
-        print(f"{options.output}: Dice {result['dice']:.3f}, HD95 {distance}{lost} on {len(unseen)} volumes {trained}")
-    accelerator.wait_for_everyone()
-    return result
+    _, history = train(learner, slices_of(stacks), collate, compute, optimizer, accelerator, options, settings)
+    return history
+
+
+def judge(model: nn.Module, stacks: Sequence[Stack], classes: int) -> dict[str, Any]:
+    """The part of the result that is known without the training: scores by volume, and the network's size."""
+    scores = score_all(model, stacks, classes=classes)
+    return {
+        "dice": mean_score([row.dice for row in scores]),
+        "scores": [[stack.volume.subject, *row.dice] for stack, row in zip(stacks, scores, strict=True)],
+        "hd95": [[stack.volume.subject, *row.hd95] for stack, row in zip(stacks, scores, strict=True)],
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+
+
+def summary(result: dict[str, Any]) -> str:
+    """A result in a line."""
+    distances = [row[1:] for row in result["hd95"]]
+    lost = f", {n} classes missed" if (n := missed(distances)) else ""
+    scores = f"Dice {result['dice']:.3f}, HD95 {mean_score(distances):.1f} mm{lost} on {len(distances)} volumes"
+    return f"{scores} after {result['training_seconds']:.0f} s of training"
 
 
 def finished(output: Path, settings: Settings) -> dict[str, Any] | None:

@@ -97,7 +97,7 @@ class Options(Recipe):
 
     @classmethod
     def completed(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Puts a layer behind all encoder blocks except the deepest, unless --scales is given."""
+        """Puts a layer after each encoder block except the deepest, unless --scales is given."""
         scales = values.get("scales")
         return {**values, "scales": tuple(range(values["levels"] - 1)) if scales is None else scales}
 
@@ -133,7 +133,7 @@ class Options(Recipe):
             raise ValueError(f"--patch must have --spatial-dims {dims} edges, got {patch}")
         if dims == 3 and (model not in VOLUMETRIC or self.detector in LEARNT):
             raise ValueError(
-                f"--spatial-dims 3 has --model {', '.join(VOLUMETRIC)} and --detector sift, grid or none, "
+                f"--spatial-dims 3 supports --model {', '.join(VOLUMETRIC)} and --detector sift, grid or none, "
                 f"got {model} and {self.detector}"
             )
         swin = model.startswith("swin")

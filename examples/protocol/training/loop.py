@@ -62,34 +62,32 @@ def train(
     first, losses = len(before.losses), before.losses
     began = time.perf_counter() - before.seconds
     module, optimizer = accelerator.prepare(module, optimizer)
-    is_main, rank = accelerator.is_main_process, accelerator.process_index
+    rank, processes = accelerator.process_index, accelerator.num_processes
     steps = options.steps_per_epoch or math.ceil(len(samples) / options.batch)
-    processes = "1 process" if accelerator.num_processes == 1 else f"{accelerator.num_processes} processes"
-    accelerator.print(f"{len(samples)} samples, {processes} on {accelerator.device}")
+    running = "1 process" if processes == 1 else f"{processes} processes"
+    accelerator.print(f"{len(samples)} samples, {running} on {accelerator.device}")
     batches = Batches(
         samples,
         join,
         size=options.batch,
         device=accelerator.device,
         workers=options.workers,
-        rank=(rank, accelerator.num_processes),
+        rank=(rank, processes),
     )
     bar = tqdm(
         total=options.epochs * steps * options.batch,
         initial=first * steps * options.batch,
         desc=options.output.name,
         unit=" slices" if options.spatial_dims == 2 else " volumes",
-        disable=not is_main,
+        disable=not accelerator.is_main_process,
     )
-    writer = SummaryWriter(str(options.output), purge_step=first + 1) if is_main else None
+    writer = SummaryWriter(str(options.output), purge_step=first + 1) if accelerator.is_main_process else None
     for epoch in range(first, options.epochs):
         module.train()
         torch.manual_seed(seed_of(options.seed, epoch, rank))
         totals: dict[str, Tensor] = {}
         for i, batch in enumerate(batches.epoch(steps, seed=seed_of(options.seed, epoch))):
-            progress = (epoch * steps + i) / (options.epochs * steps)
-            for group in optimizer.param_groups:
-                group["lr"] = cosine(group.setdefault("initial_lr", group["lr"]), progress)
+            set_rates(optimizer, (epoch * steps + i) / (options.epochs * steps))
             values = compute(module, batch)
             accelerator.backward(values["loss"])
             optimizer.step()
@@ -97,10 +95,7 @@ def train(
             totals = {name: totals.get(name, 0) + value.detach() / steps for name, value in values.items()}
             bar.update(options.batch)
         means = {name: float(value) for name, value in totals.items()}
-        if not math.isfinite(means["loss"]):
-            advice = f"try a lower --lr than {options.lr}, or --mixed-precision no"
-            place = "; choose another --output too, or remove the checkpoint there" if checkpoint.is_file() else ""
-            raise FloatingPointError(f"the training loss of epoch {epoch + 1} is {means['loss']}: {advice}{place}")
+        refuse_divergence(means["loss"], epoch + 1, options)
         losses.append(means["loss"])
         bar.set_postfix({name: f"{value:.3f}" for name, value in means.items()})
         if writer:
@@ -115,6 +110,22 @@ def train(
         writer.close()
     accelerator.wait_for_everyone()
     return accelerator.unwrap_model(module), History(time.perf_counter() - began, losses)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, progress: float) -> None:
+    """Sets the learning rates of an optimizer for a share of the training that is done."""
+    for group in optimizer.param_groups:
+        group["lr"] = cosine(group.setdefault("initial_lr", group["lr"]), progress)
+
+
+def refuse_divergence(loss: float, epoch: int, options: FinetuneOptions | PretrainOptions) -> None:
+    """Ends a training whose loss is not finite, with advice."""
+    if math.isfinite(loss):
+        return
+    advice = f"try a lower --lr than {options.lr}, or --mixed-precision no"
+    if (options.output / "checkpoint.pt").is_file():
+        advice += "; choose another --output too, or remove the checkpoint there"
+    raise FloatingPointError(f"the training loss of epoch {epoch} is {loss}: {advice}")
 
 
 def log(writer: SummaryWriter, values: Mapping[str, float], epoch: int) -> None:
