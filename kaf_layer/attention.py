@@ -120,8 +120,9 @@ class KeypointTransformer(nn.Module):
         """
         check_tokens(tokens, keypoints, channels=self.embed_dim)
         check_precision(self, tokens=tokens)
-        is_rotary = self.position in ("both", "rotary")
-        positions = relative_positions(keypoints, spatial_dims=self.spatial_dims) if is_rotary else None
+        # With "absolute" the encoder computes and checks them; with "none" they are computed to be checked.
+        is_absolute = self.position == "absolute"
+        positions = None if is_absolute else relative_positions(keypoints, spatial_dims=self.spatial_dims)
         dtype, valid, mask = tokens.dtype, keypoints.valid[..., None], key_mask(keypoints, tokens.dtype)
         # Every block adds to the tokens: in bfloat16 their sum would lose what a block adds to large values.
         tokens = single_under_autocast(tokens).where(valid, 0.0)
