@@ -26,6 +26,7 @@ from kaf_layer.precision import single_under_autocast, without_autocast
 __all__ = ["BlockType", "KeypointTransformer", "PositionEncoder", "PropagationBlock", "TransformerBlock", "key_mask"]
 
 BlockType = Literal["transformer", "propagation"]
+DEFAULT_POSITIONS: dict[BlockType, PositionType] = {"transformer": "both", "propagation": "absolute"}
 Tokens = Annotated[Tensor, "B N E"]
 Mask = Annotated[Tensor, "B 1 1 N"]
 Positions = Annotated[Tensor, "B N D"]
@@ -43,7 +44,8 @@ class KeypointTransformer(nn.Module):
         position: how attention knows where keypoints are. "absolute" adds an MLP of the position in the image to
             the tokens (Sarlin et al., 2020, Eq. 2). "rotary" rotates queries and keys in each block by angles linear
             in the position (Su et al., 2021), so that only differences of positions count. "both" and "none" are
-            possible too. None means "absolute", the only encoding for "propagation" blocks.
+            possible too. None means "both" for "transformer" blocks, and "absolute", the only encoding that the authors
+            have, for "propagation" blocks.
         spatial_dims: the number of coordinates of a position.
         recompute: whether to compute each block again in the backward pass instead of saving its activations.
         device: where the weights are made; torch's default if None.
@@ -80,7 +82,7 @@ class KeypointTransformer(nn.Module):
         check_counts(depth=depth, least=0)
         self.embed_dim = embed_dim
         self.block: BlockType = block
-        self.position: PositionType = check_position("absolute" if position is None else position)
+        self.position: PositionType = check_position(position or DEFAULT_POSITIONS[block])
         self.spatial_dims = spatial_dims
         if block == "propagation" and self.position != "absolute":
             raise ValueError(

@@ -239,7 +239,7 @@ def test_the_option_reaches_every_layer() -> None:
         == KAFLayer(4, position="rotary", **SMALL).transformer.position
         == "rotary"
     )
-    assert KAFLayer(4, **SMALL).transformer.position == "absolute"
+    assert KAFLayer(4, **SMALL).transformer.position == "both"
     assert KAFLayer(4, block="propagation", **SMALL).transformer.position == "absolute"
 
 
