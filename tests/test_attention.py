@@ -47,7 +47,7 @@ def randomise(module: nn.Module) -> nn.Module:
 
 def test_transformer_against_formulas() -> None:
     keypoints = random_keypoints((12, 20), (5, 0, 3))
-    transformer = randomise(KeypointTransformer(8, depth=2, num_heads=2).double())
+    transformer = randomise(KeypointTransformer(8, depth=2, num_heads=2, position="absolute").double())
     tokens = torch.randn(*keypoints.valid.shape, 8, dtype=torch.float64)
     actual = transformer(fill_padding(tokens, keypoints), keypoints)
     for sample in range(3):
