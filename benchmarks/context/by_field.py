@@ -32,8 +32,7 @@ METHODS = {
 }
 POSITIONS = {
     "kaf-unet --position rotary": "KAF-UNet, rotary positions",
-    "kaf-unet --position both": "KAF-UNet, rotary and absolute positions",
-    "kaf-unet --fusion add --position rotary": "KAF-UNet, added, rotary positions",
+    "kaf-unet --position absolute": "KAF-UNet, absolute positions",
 }
 
 

@@ -19,8 +19,7 @@ STYLES = {
     "KAF-UNet, added": ("#f08fb4", "s"),
     "KAF-UNet, added, loss on tokens": ("#8e5bb5", "D"),
     "KAF-UNet, rotary positions": ("#1f77b4", "o"),
-    "KAF-UNet, rotary and absolute positions": ("#0b5345", "o"),
-    "KAF-UNet, added, rotary positions": ("#73c6b6", "s"),
+    "KAF-UNet, absolute positions": ("#0b5345", "o"),
 }
 
 

@@ -9,7 +9,6 @@ half of its voxels are predicted to be some vertebra. It is then named by the mo
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,11 +16,10 @@ from pathlib import Path
 from torch import Tensor
 
 from benchmarks.common import harness
-from examples.protocol.detectors import build_detector
-from examples.protocol.finetune import predict
-from examples.protocol.recipes import read_volumes
-from examples.protocol.runs import read_run
-from examples.protocol.stacks import prepare
+from examples.protocol.experiments.inference import predict
+from examples.protocol.experiments.inputs import prepare_volumes, read_volumes
+from examples.protocol.experiments.runs import read_run
+from examples.protocol.options import changed
 
 OUTCOMES = ("right", "one level off", "further off", "not found")
 
@@ -42,11 +40,10 @@ def outcomes(predicted: Tensor, reference: Tensor) -> Iterator[str]:
 def count(folder: Path, data: Path) -> tuple[str, Counter[str]]:
     """What a run is, and how often each outcome occurs on the subjects that it did not see."""
     run = read_run(folder / "weights.pt")
-    options = argparse.Namespace(**vars(run.options) | {"data": data})
-    tested = [volume for volume in read_volumes(options) if volume.subject in options.subjects["test"]]
-    shape = {"patch": tuple(options.patch), "resize": options.resize, "by_slice": options.normalise == "slice"}
+    options = changed(run.options, {"data": data})
+    tested = [volume for volume in read_volumes(options) if volume.subject in run.subjects["test"]]
     counts: Counter[str] = Counter()
-    for stack in prepare(tested, build_detector(options), **shape):
+    for stack in prepare_volumes(tested, options):
         counts.update(outcomes(predict(run.model, stack), stack.volume.label))
     layers = f", {options.fusion}, {options.position} positions" if options.model.startswith("kaf") else ""
     return f"{options.model}{layers}, {options.levels} levels, M = {options.labelled}", counts

@@ -6,7 +6,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
-from examples.protocol.options.choices import LEARNT, MODELS, VOLUMETRIC, Fusion, Position
+from examples.protocol.options.choices import LEARNT, MODELS, VOLUMETRIC, Fusion
 from examples.protocol.options.fields import option
 from examples.protocol.options.recipes import PRESETS, Recipe
 
@@ -58,9 +58,6 @@ class Options(Recipe):
     )
     fusion: Fusion = option(
         "how a KAF layer's map is fused with the features", default="concat", choices=get_args(Fusion)
-    )
-    position: Position = option(
-        "how attention encodes the keypoints' positions", default="absolute", choices=get_args(Position)
     )
     detector_weights: Path | None = option(
         "the weights of a learned detector, as its authors publish them",
