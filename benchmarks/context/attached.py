@@ -1,10 +1,11 @@
 """Measures whether KAF layers help a trained network: MONAI's UNet, fine-tuned with and without attached layers.
 
     python -m benchmarks.context.attached --data ../shared/data/sunnybrook  # about 15 minutes on a core for each seed
+    python -m benchmarks.context.attached --preset lumbar --data ../shared/data/lumbar  # about an hour
 
 In each fold the UNet is trained on the labelled subjects. It is then fine-tuned on them twice, from the same weights
-and with the same batches: as it is, and with KAF layers behind its two finer scales. Everything else is as in
-examples/protocol/cross_validate.py --preset sunnybrook.
+and with the same batches: as it is, and with KAF layers behind all of its scales except the coarsest. Everything else
+is as in examples/protocol/cross_validate.py with the same preset.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from monai.losses import DiceCELoss
 from monai.networks.nets import UNet
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.common import harness
 from examples.protocol.experiments.inference import evaluate
@@ -33,9 +34,24 @@ from examples.protocol.training.augmentation import Augmentation
 from examples.protocol.training.batches import draw_batches, gather
 from examples.protocol.training.loop import cosine
 from examples.protocol.volumes.stacks import Stack
-from kaf_layer import GridDetector, KAFLayer, attach
+from kaf_layer import GridDetector, KAFLayer, Keypoints, SIFTDetector, attach
+from kaf_layer.interop import KAFBackbone
 
 BEFORE, WITHOUT, WITH = "UNet", "fine-tuned", "fine-tuned with layers attached"
+CHANNELS = {"sunnybrook": (8, 16, 32), "lumbar": (8, 16, 32, 64)}  # of the UNet, by preset
+
+
+class WithKeypoints(nn.Module):
+    """A network with layers attached, which is given its keypoints."""
+
+    def __init__(self, network: KAFBackbone) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor, keypoints: Keypoints) -> Tensor:
+        """Returns logits (B, K, H, W)."""
+        logits: Tensor = self.network(images, keypoints=keypoints)
+        return logits
 
 
 def fit(network: nn.Module, stacks: Sequence[Stack], *, steps: int, lr: float, seed: int) -> None:
@@ -54,23 +70,38 @@ def fit(network: nn.Module, stacks: Sequence[Stack], *, steps: int, lr: float, s
         optimizer.step()
 
 
+def attach_layers(unet: UNet, options: Options) -> nn.Module:
+    """Attaches a layer behind each scale of MONAI's UNet except the coarsest."""
+    names = {f"model.{'1.submodule.' * i}0": width for i, width in enumerate(CHANNELS[options.preset][:-1])}
+    is_grid = options.detector == "grid"
+    # The spacing is in pixels of the resized slices.
+    detector = GridDetector(options.spacing * options.resize) if is_grid else SIFTDetector(options.max_keypoints)
+    width, depth, position = options.embed_dim, options.depth, options.position
+    attached = attach(unet, names, detector=detector, embed_dim=width, depth=depth, position=position)
+    # A grid lies in the augmented image as in any other. Other keypoints are detected once, and move with the image.
+    return WithoutKeypoints(attached) if is_grid else WithKeypoints(attached)
+
+
 def run_fold(
-    stacks: list[Stack], chosen: Sequence[str], tested: Sequence[str], *, steps: int, seed: int, spacing: float
+    stacks: list[Stack], chosen: Sequence[str], tested: Sequence[str], options: Options, *, steps: int, seed: int
 ) -> dict[str, Any]:
     """Returns the scores of the three networks on the volumes of one fold."""
     training, unseen = ([s for s in stacks if s.volume.subject in names] for names in (chosen, tested))
+    channels = CHANNELS[options.preset]
     torch.manual_seed(seed)
-    unet = UNet(spatial_dims=2, in_channels=1, out_channels=2, channels=(8, 16, 32), strides=(2, 2))
-    fit(WithoutKeypoints(unet), training, steps=steps, lr=3e-3, seed=seed)
-    copy, detector = deepcopy(unet), GridDetector(spacing)
-    attached = attach(copy, {"model.0": 8, "model.1.submodule.0": 16}, detector=detector, embed_dim=64, depth=2)
-    networks = {BEFORE: deepcopy(unet), WITHOUT: unet, WITH: attached}
+    unet = UNet(2, in_channels=1, out_channels=options.classes, channels=channels, strides=(2,) * (len(channels) - 1))
+    fit(WithoutKeypoints(unet), training, steps=steps, lr=options.lr, seed=seed)
+    attached = attach_layers(deepcopy(unet), options)
+    networks = {
+        BEFORE: WithoutKeypoints(deepcopy(unet)),
+        WITHOUT: WithoutKeypoints(unet),
+        WITH: attached,
+    }
     scores = {}
     for name, network in networks.items():
-        model = WithoutKeypoints(network)
         if name != BEFORE:
-            fit(model, training, steps=steps, lr=3e-3, seed=seed + 1)
-        rows = evaluate(model, unseen, classes=2)
+            fit(network, training, steps=steps, lr=options.lr, seed=seed + 1)
+        rows = evaluate(network, unseen, classes=options.classes)
         scores[name] = [[stack.volume.subject, *row] for stack, row in zip(unseen, rows, strict=True)]
     gains = [module.gain.abs().mean().item() for module in attached.modules() if isinstance(module, KAFLayer)]
     return {"scores": scores, "gains": gains}
@@ -84,25 +115,24 @@ def of_network(run: dict[str, Any], name: str) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = harness.parser(__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="Sunnybrook's folder")
+    parser.add_argument("--preset", choices=CHANNELS, default="sunnybrook", help="the data set")
+    parser.add_argument("--data", type=Path, required=True, help="its folder")
     parser.add_argument("--output", type=Path, default=Path("outputs/attached"), help="folder for single folds")
     parser.add_argument("--folds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="folds to test")
     parser.add_argument("--labelled", type=int, default=2, metavar="M", help="subjects to train on")
-    parser.add_argument("--steps", type=int, default=400, help="steps of training, and again of fine-tuning")
+    parser.add_argument("--steps", type=int, help="steps of training, and again of fine-tuning (default: the preset's)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of training")
     options = parser.parse_args(arguments)
-    protocol = parse(Options, ["--preset", "sunnybrook", "--data", str(options.data), "--output", "unused"])
-    spacing = protocol.spacing * protocol.resize  # of the grid, in pixels of the resized slices
+    protocol = parse(Options, ["--preset", options.preset, "--data", str(options.data), "--output", "unused"])
+    steps = options.steps or protocol.epochs * (protocol.steps_per_epoch or 1)
     stacks = load_stacks(protocol)
     split = load_split(protocol, [stack.volume for stack in stacks])
     results = []
     for seed, fold in product(options.seeds, options.folds):
-        file = options.output / f"fold{fold}-M{options.labelled}-{options.steps}-{seed}.json"
+        file = options.output / options.preset / f"fold{fold}-M{options.labelled}-{steps}-{seed}.json"
         if not file.is_file():
             chosen = split[fold].labelled(options.labelled)
-            write_json(
-                run_fold(stacks, chosen, split[fold].test, steps=options.steps, seed=seed, spacing=spacing), file
-            )
+            write_json(run_fold(stacks, chosen, split[fold].test, protocol, steps=steps, seed=seed), file)
         results.append({"fold": fold, "seed": seed} | read_json(file))
     rows = []
     of = {name: [of_network(run, name) for run in results] for name in (BEFORE, WITHOUT, WITH)}
@@ -117,11 +147,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows.append(row)
     gain = mean(mean(result["gains"]) for result in results)
     notes = (
-        f"Sunnybrook, M = {options.labelled}, folds {options.folds}, seeds {options.seeds}: {options.steps} steps of "
-        f"training and as many of fine-tuning, Adam 3e-3 with a cosine. Dice: mean ± deviation over folds. p: Wilcoxon "
-        f"signed-rank test over subjects. The gains of the layers grew from 0 to {gain:.2f} on average."
+        f"{options.preset.capitalize()}, M = {options.labelled}, folds {options.folds}, seeds {options.seeds}: {steps} "
+        f"steps of training and as many of fine-tuning, Adam {protocol.lr:g} with a cosine, {protocol.position} "
+        f"positions. Dice: mean ± deviation over folds. p: Wilcoxon signed-rank test over subjects. The gains of the "
+        f"layers grew from 0 to {gain:.2f} on average."
     )
-    harness.report("attached", rows, notes=notes, packages=["monai"])
+    name = "attached" if options.preset == "sunnybrook" else f"attached-{options.preset}"
+    harness.report(name, rows, notes=notes, packages=["monai"])
 
 
 if __name__ == "__main__":

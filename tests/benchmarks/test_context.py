@@ -152,7 +152,7 @@ def test_layers_attached_to_a_trained_network(tmp_path: Path, monkeypatch: pytes
     attached.main(small)
     rows = json.loads((tmp_path / "attached-cpu.json").read_text())["rows"]
     assert [row["network"] for row in rows] == ["UNet", "fine-tuned", "fine-tuned with layers attached"]
-    files = sorted(tmp_path.glob("fold*.json"))
+    files = sorted(tmp_path.glob("sunnybrook/fold*.json"))
     before = [json.loads(file.read_text()) for file in files]
     assert all(0 < gain < 0.1 for result in before for gain in result["gains"])
     kept = [file.stat().st_mtime_ns for file in files]
