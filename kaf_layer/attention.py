@@ -254,13 +254,15 @@ class Attention(nn.Module):
         self, tokens: Tokens, source: Tokens | None, positions: Positions | None
     ) -> list[Annotated[Tensor, "B H N E/H"]]:
         """Queries, keys and values, head by head."""
-        projected = self.qkv(tokens).chunk(3, dim=-1)
-        if source is not None:
-            projected = projected[0], *self.qkv(source).chunk(3, dim=-1)[1:]
-        query, key, value = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in projected)
-        if self.rotary is not None and source is None:  # both at once, since their angles are the same
-            query, key = self.rotary(torch.cat([query, key], dim=1), positions).chunk(2, dim=1)
-        return [query, key, value]
+        projected = self.qkv(tokens)
+        if source is None:
+            heads = projected.unflatten(-1, (3 * self.num_heads, -1)).transpose(1, 2)
+            both, value = heads.split([2 * self.num_heads, self.num_heads], dim=1)
+            if self.rotary is not None:  # queries and keys at once, since their angles are the same
+                both = self.rotary(both, positions)
+            return [*both.chunk(2, dim=1), value]
+        parts = projected.chunk(3, dim=-1)[0], *self.qkv(source).chunk(3, dim=-1)[1:]
+        return [part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts]
 
     def extra_repr(self) -> str:
         """The option that its parts do not show."""

@@ -39,7 +39,8 @@ def naive_weights(attention: Attention, tokens: Tensor) -> list[list[list[float]
 @pytest.mark.parametrize("image_size", [(12, 20), (4, 6, 8)])
 def test_weights_against_the_softmax_written_out(block: str, image_size: tuple[int, ...]) -> None:
     keypoints = random_keypoints(image_size, (5, 0, 3))  # NaN where not valid
-    transformer = KeypointTransformer(8, **SMALL, block=block, spatial_dims=len(image_size)).double().eval()
+    options = {"block": block, "position": "absolute", "spatial_dims": len(image_size)}
+    transformer = KeypointTransformer(8, **SMALL, **options).double().eval()
     randomise(transformer)
     tokens = fill_padding(torch.randn(*keypoints.valid.shape, 8, dtype=torch.float64), keypoints)
     with record_attention(transformer) as recorded:

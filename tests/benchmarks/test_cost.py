@@ -161,9 +161,11 @@ def test_launches(results):
     assert names == {"exp": 1, "add": 1, "sum": 1, "ones_like": 1, "mul": 1}
     launches.main([])
     large, small = rows_of(results, "launches")[:2]
-    assert max(large["forward"], large["backward"]) <= 220
-    assert small["forward"] <= 180
-    assert small["backward"] <= 160
+    # Rotations of queries and keys take 69 and 138 of them.
+    assert large["forward"] <= 280
+    assert large["backward"] <= 360
+    assert small["forward"] <= 240
+    assert small["backward"] <= 300
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of inductor's own use of TorchScript
@@ -171,5 +173,5 @@ def test_launches(results):
 def test_compiled_launches():
     """A block has four linear maps: a product each forward, two backward. All else is fused into fewer calls."""
     none, one = (launches.compiled_calls(64, depth=depth) for depth in (0, 1))
-    assert one["forward, compiled"] - none["forward, compiled"] in range(5, 10)
+    assert one["forward, compiled"] - none["forward, compiled"] in range(5, 11)
     assert one["backward, compiled"] - none["backward, compiled"] in range(9, 20)

@@ -149,7 +149,7 @@ def test_duplicates_are_independent(duplicate: Callable[[KAFBackbone], KAFBackbo
             parameter.zero_()
     assert other(IMAGES).eq(0).all()
     assert torch.equal(model(IMAGES), expected)
-    assert not any(module._forward_hooks for module in other.detach().modules())
+    assert not any(module._forward_hooks for module in other.remove_layers().modules())
     assert torch.equal(model(IMAGES), expected)
 
 
@@ -541,7 +541,7 @@ def test_the_examples_of_backbones(name: str, needs: str, capsys: pytest.Capture
     pytest.importorskip(needs)
     importlib.import_module(f"examples.{name}").main()
     printed = capsys.readouterr().out
-    assert "until trained: True" in printed
+    assert "before training: True" in printed
     assert "a training step: loss" in printed
 
 
