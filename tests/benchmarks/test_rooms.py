@@ -47,7 +47,6 @@ def test_paths_are_edited_only_in_the_two_short_files() -> None:
     ("command", "library", "package"),
     [
         ("-m benchmarks.detection.images", "cv2", "opencv-python-headless"),
-        ("-m benchmarks.context.attached", "monai", "monai"),
         ("benchmarks/flops.py", "tqdm", "tqdm"),
     ],
 )
