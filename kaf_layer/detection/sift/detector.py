@@ -59,9 +59,9 @@ class SIFTDetector(nn.Module):
     6 neighbours and with themselves in the layers below and above, and moved by at most half a voxel. The doubled scale
     space of a volume of 64x128x128 cubic voxels takes 0.23 GB.
 
-    Blurring uses matrix products in float32, even where ``torch.set_float32_matmul_precision`` allows less. Only
-    compiled code on a GPU may then round them to TF32: about one keypoint in fifteen differs, and the others are off by
-    about 0.02 pixels.
+    Blurring and fitting use matrix products in float32, even where ``torch.set_float32_matmul_precision`` allows less.
+    Only compiled code on a GPU may then round them to TF32: by the blurs about one keypoint in fifteen differs, and the
+    others are off by about 0.02 pixels. The fits add little.
 
     Args:
         max_keypoints: the number of slots of the result. An image with more keypoints keeps the strongest.

@@ -64,7 +64,8 @@ def fit_quadratic(around: Annotated[Tensor, "... 3**A"], derivatives: Tensor) ->
     """Fits a quadratic to the values around a pixel (Lowe 2004, equations 2 and 3).
 
     The offset of its peak is ``-H^-1 g``, with the gradient g and the Hessian H from central differences. In volumes
-    the layers and the space are solved separately. It is differentiable. Where H is singular the peak is far away.
+    the layers and the space are solved separately. It is differentiable. Where H is singular the peak is far away,
+    or at the centre if H has rank 0 or 1; neither is a keypoint.
 
     Args:
         around: the values, the last axis fastest.
