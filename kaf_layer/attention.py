@@ -301,6 +301,7 @@ class TransformerBlock(nn.Module):
     ) -> Tokens:
         """Maps tokens (B, N, E) to tokens; layer norms do not depend on which slots are valid."""
         if self.recompute and torch.is_grad_enabled():
+            # Nothing in it is random, so no generator's state needs to be kept.
             return checkpoint(self._forward, tokens, mask, positions, use_reentrant=False, preserve_rng_state=False)
         return self._forward(tokens, mask, positions)
 
@@ -348,7 +349,7 @@ class PropagationBlock(nn.Module):
             tokens, moments = checkpoint(self._forward, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
             tokens, moments = self._forward(tokens, valid, mask, source, positions)
-        track(self.norm, moments)
+        track(self.norm, moments)  # not in what the backward pass repeats, which would count the batch twice
         return tokens
 
     def _forward(

@@ -65,6 +65,7 @@ def _normalise_tokens(norm: Any, tokens: Tensor, valid: Tensor) -> tuple[Tensor,
     mean = total / count.clamp(min=1)
     # Zero where not valid, because with a single valid slot the variance is zero and 1 / std is large.
     centred = (values - mean) * mask
+    # From centred values: E[x^2] - E[x]^2 would cancel where the mean is large.
     squares, _ = _sum_over_processes(norm, centred.square().sum((0, 1)), count)
     normalised = centred * ((squares / count.clamp(min=1) + norm.eps).rsqrt() * norm.weight) + norm.bias
     filled = (count > 0).to(mean.dtype)
@@ -97,6 +98,7 @@ def normalise_rows(
         mean = total / count + bias
         centre = mean - bias  # of the rows; the bias stays in the graph, with a gradient of zero
         centred = rows - centre
+        # Pixels without a row are zero, so each is `centre` away from the mean.
         squares = torch.addcmul(centred.square().sum(0), centre, centre, value=pixels - rows.shape[0])
         squares, _ = _sum_over_processes(norm, squares, pixels)
         variance = squares / count

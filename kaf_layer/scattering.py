@@ -103,10 +103,11 @@ def cell_shares(
     chosen = valid[:, None].to(rows.dtype)
     if reduce == "sum":
         return chosen.unflatten(0, cells.shape)
+    # Sums over representatives take an entry for each slot, and not one for each pixel.
     group = _representatives(batch_index(cells, size).flatten(), valid, total=cells.shape[0] * prod(size))
     if reduce == "amax":
         largest = rows.scatter_reduce(0, group[:, None].expand_as(rows), rows, "amax")
-        chosen = chosen * (rows == largest[group])
+        chosen = chosen * (rows == largest[group])  # all that attain the maximum, which share it below
     shares = chosen / torch.zeros_like(chosen).index_add(0, group, chosen)[group].clamp(min=1)
     return shares.unflatten(0, cells.shape)
 

@@ -72,6 +72,7 @@ def find_rows(
     """
     samples = torch.arange(index.shape[0], device=index.device)[:, None, None]
     pixels = torch.add(index, samples, alpha=prod(size))
+    # int32, since the table has an entry for each pixel of the batch and is read at random.
     own = torch.arange(pixels.numel(), device=index.device, dtype=torch.int32).view_as(pixels)
     # Only entries that were written are read, so the table of all pixels needs no initialisation.
     table = own.new_empty(index.shape[0] * prod(size))
@@ -125,7 +126,7 @@ def convolve_constant(
                 [6., 9., 9., 6.],
                 [4., 6., 6., 4.]])
     """
-    shown = [1 if length == 1 else 3 for length in size]
+    shown = [1 if length == 1 else 3 for length in size]  # a map of 2 has both ends of 3 and no middle
     convolve = F.conv2d if weight.ndim == 4 else F.conv3d
     kinds = convolve(values.view(1, -1, *[1] * len(size)).expand(-1, -1, *shown), weight, bias, padding=1)[0].flatten(1)
     constant = kinds[:, kinds.shape[1] // 2]

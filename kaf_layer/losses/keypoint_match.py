@@ -45,6 +45,7 @@ def keypoint_match_loss(
     of_b = cost[:, -1, :-1]
     matched, alone_a = keypoints_a.valid & ~alone, keypoints_a.valid & alone
     alone_b = keypoints_b.valid & (matches.inverse < 0)
+    # A match stands in both directions; the rows of a hold each once.
     positive = _total(of_a, matched) / matched.sum(dim=1).clamp(min=1)
     unmatched = alone_a.sum(dim=1) + alone_b.sum(dim=1)
     negative = (_total(of_a, alone_a) + _total(of_b, alone_b)) / unmatched.clamp(min=1)

@@ -166,6 +166,7 @@ class KAFPretrainingLoss(nn.Module):
                 parts[1] = self.contrast(_masked_mean(features, keypoints)[:, None], positions)
             if self.match is not None:
                 parts[2] = self.match(*_halves(features, keypoints, matches))
+        # Parts of weight zero stay out, since 0 * NaN would be NaN.
         total = torch.stack([weight * part for weight, part in zip(self.weights, parts, strict=True) if weight]).sum()
         return PretrainingLosses(total, *(part.detach() for part in parts))
 

@@ -89,6 +89,7 @@ def _sinkhorn(scores: Tensor, mass_a: Tensor, mass_b: Tensor, iterations: int) -
                 if step > start:
                     torch.div(mass_a, _times(kernel, b[step - 1]), out=a[step])
                 torch.div(mass_b, _times(kernel.mT, a[step]), out=b[step])
+    # In logarithms from here on, where what had underflowed in the matrix is exact.
     u = a[-1].log() - (scores + v[-1][:, None]).logsumexp(dim=2)
     scores = scores.add_(u[:, :, None])
     result = scores.add_((mass_b.log() - scores.logsumexp(dim=1))[:, None])  # the last b, without rounding
@@ -136,7 +137,7 @@ def _masked(scores: Tensor, mass_a: Tensor, mass_b: Tensor) -> tuple[Tensor, Ten
     Rows and columns without mass keep their dustbin, so that no sum is 0.
     """
     absent = (mass_a == 0)[:, :, None] | (mass_b == 0)[:, None]
-    scores = scores.clone()
+    scores = scores.clone()  # a custom operator may not change its arguments
     scores[:, :-1, :-1].masked_fill_(absent[:, :-1, :-1], -torch.inf)
     return scores, _filled(mass_a, mass_b), _filled(mass_b, mass_a), absent
 
