@@ -193,7 +193,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
 
 def test_commands_of_the_protocol(clone: Clone) -> None:
     printed = {command: clone.run(command, more) for command, more in PROTOCOL.items()}
-    assert "|" in clone.run(maps := "python -m benchmarks.context.added_maps", BENCHMARKS[maps])
+    maps = "python -m benchmarks.context.added_maps"
+    assert "|" in clone.run(maps, BENCHMARKS[maps])
     assert "6 volumes, 2 classes" in printed["python -m examples.protocol.data FOLDER"]
     assert (clone.folder / "outputs" / "demo.png").stat().st_size > 10_000
     assert (clone.folder / "outputs" / "table" / "curves.png").stat().st_size > 10_000
