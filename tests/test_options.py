@@ -55,14 +55,15 @@ assert not {SLOW} & set(sys.modules), {SLOW} & set(sys.modules)
 
 @pytest.mark.parametrize(("cls", "own"), [(Options, {}), (FinetuneOptions, FINETUNING), (PretrainOptions, PRETRAINING)])
 def test_the_settings_are_those_of_earlier_runs(cls: type[Options], own: dict[str, object]) -> None:
-    options = parse(cls, ["--preset", "lumbar", "--output", "x", "--resume", "--save-every", "2", "--data", "y"])
+    arguments = ["--preset", "lumbar", "--position", "absolute", "--output", "x", "--resume", "--data", "y"]
+    options = parse(cls, [*arguments, "--save-every", "2", "--cache", "z", "--workers", "2"])
     assert options.settings() == dict(sorted((SHARED | own).items()))
 
 
 def test_an_earlier_run_is_read_again() -> None:
     """An option that it did not know has its default, and what is no option is left out."""
     before = SHARED | FINETUNING | {"lr": 0.5, "scales": [1], "digest": None}
-    del before["position"]
+    del before["fusion"]
     options = read_settings(FinetuneOptions, before, output=Path("x"))
     assert options.settings() == SHARED | FINETUNING | {"lr": 0.5, "scales": [1]}
     assert options.scales == (1,)
