@@ -123,10 +123,9 @@ class RotaryEncoder(nn.Module):
         """
         # Products and a sum: under autocast a matrix product would run in half precision.
         angles = (positions[:, None, :, None] * self.frequencies).sum(dim=-1)
-        angles = torch.cat([angles, angles], dim=-1)
         cos, sin = angles.cos().to(heads.dtype), angles.sin().to(heads.dtype)
         first, second = heads.chunk(2, dim=-1)
-        return torch.addcmul(heads * cos, torch.cat([-second, first], dim=-1), sin)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 def tell_of_other_positions(

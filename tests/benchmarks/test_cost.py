@@ -161,11 +161,11 @@ def test_launches(results):
     assert names == {"exp": 1, "add": 1, "sum": 1, "ones_like": 1, "mul": 1}
     launches.main([])
     large, small = rows_of(results, "launches")[:2]
-    # Rotations of queries and keys take 69 and 138 of them.
-    assert large["forward"] <= 280
-    assert large["backward"] <= 360
-    assert small["forward"] <= 240
-    assert small["backward"] <= 300
+    # Rotations of queries and keys take 80 and 168 of them.
+    assert large["forward"] <= 300
+    assert large["backward"] <= 400
+    assert small["forward"] <= 260
+    assert small["backward"] <= 340
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of inductor's own use of TorchScript
