@@ -99,7 +99,10 @@ def test_the_kaf_unet_is_ahead_where_the_readme_says() -> None:
         )
 
 
-@pytest.mark.parametrize(("name", "with_layers", "without"), [("cpu", 0.591, 0.440), ("seeds-cpu", 0.586, 0.431), ("lumbar-cpu", 0.576, 0.404)])
+@pytest.mark.parametrize(
+    ("name", "with_layers", "without"),
+    [("cpu", 0.591, 0.440), ("seeds-cpu", 0.586, 0.431), ("lumbar-cpu", 0.576, 0.404)],
+)
 def test_layers_attached_to_a_trained_network_are_ahead(name: str, with_layers: float, without: float) -> None:
     rows = {row["network"]: row for row in results(f"attached-{name}")["rows"]}
     for network, dice in (("fine-tuned with layers attached", with_layers), ("fine-tuned", without)):
