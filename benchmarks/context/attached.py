@@ -18,7 +18,6 @@ from statistics import mean
 from typing import Any
 
 import torch
-from monai.losses import DiceCELoss
 from monai.networks.nets import UNet
 from torch import Tensor, nn
 
@@ -30,9 +29,7 @@ from examples.protocol.models.networks import WithoutKeypoints
 from examples.protocol.options import Options, console, parse
 from examples.protocol.results.comparison import difference, runs_ahead, spread
 from examples.protocol.results.scores import mean_score
-from examples.protocol.training.augmentation import Augmentation
-from examples.protocol.training.batches import draw_batches, gather
-from examples.protocol.training.loop import cosine
+from examples.protocol.training.brief import fit
 from examples.protocol.volumes.stacks import Stack
 from kaf_layer import GridDetector, KAFLayer, Keypoints, SIFTDetector, attach
 from kaf_layer.interop import KAFBackbone
@@ -52,22 +49,6 @@ class WithKeypoints(nn.Module):
         """Returns logits (B, K, H, W)."""
         logits: Tensor = self.network(images, keypoints=keypoints)
         return logits
-
-
-def fit(network: nn.Module, stacks: Sequence[Stack], *, steps: int, lr: float, seed: int) -> None:
-    """Trains with Dice and cross-entropy on augmented batches of 6 slices. The learning rate falls along a cosine."""
-    torch.manual_seed(seed)
-    slices = [(stack, z) for stack in stacks for z in range(len(stack.images))]
-    augment, criterion = Augmentation(), DiceCELoss(to_onehot_y=True, softmax=True)
-    optimizer = torch.optim.Adam(network.parameters(), lr=lr)
-    network.train()
-    for step, batch in enumerate(draw_batches(len(slices), 6, steps, seed=seed)):
-        optimizer.param_groups[0]["lr"] = cosine(lr, step / steps)
-        images, keypoints, labels = augment(*gather([slices[i] for i in batch], torch.device("cpu")))
-        loss = criterion(network(images, keypoints), labels[:, None])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
 
 
 def attach_layers(unet: UNet, options: Options) -> nn.Module:

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 from monai.bundle import ConfigParser
-from monai.losses import DiceCELoss
 from torch import nn
 
 from examples.protocol.experiments.finetuning import versions
@@ -24,9 +23,7 @@ from examples.protocol.experiments.inference import evaluate
 from examples.protocol.files import read_json, save, write_json
 from examples.protocol.models.networks import WithoutKeypoints
 from examples.protocol.results.scores import mean_score
-from examples.protocol.training.augmentation import Augmentation
-from examples.protocol.training.batches import draw_batches, gather
-from examples.protocol.training.loop import cosine
+from examples.protocol.training.brief import fit
 from examples.protocol.volumes.loading import load_volumes
 from examples.protocol.volumes.stacks import Stack, prepare
 
@@ -38,24 +35,6 @@ def load_slices(data: Path, detector: nn.Module) -> list[Stack]:
     """The data set's volumes as slices of 96x96 pixels, the whole field of view, x first."""
     volumes = [replace(v, image=v.image.mT, label=v.label.mT) for v in load_volumes(data, classes=2)]
     return prepare(volumes, detector, patch=(96, 96), resize=0.375, by_slice=True)
-
-
-def fit(network: nn.Module, stacks: Sequence[Stack], *, steps: int, lr: float, seed: int) -> None:
-    """Dice plus cross-entropy on augmented batches of 6 slices; the learning rate falls to zero along a cosine."""
-    torch.manual_seed(seed)
-    slices = [(stack, z) for stack in stacks for z in range(len(stack.images))]
-    augment, criterion = Augmentation(), DiceCELoss(to_onehot_y=True, softmax=True)
-    optimizer = torch.optim.Adam(network.parameters(), lr=lr)
-    network.train()
-    for step, batch in enumerate(draw_batches(len(slices), 6, steps, seed=seed)):
-        optimizer.param_groups[0]["lr"] = cosine(lr, step / steps)
-        images, _, labels = augment(*gather([slices[i] for i in batch], torch.device("cpu")))
-        loss = criterion(network(images), labels[:, None])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if step % 100 == 99:
-            print(f"step {step + 1}: loss {loss.item():.3f}", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -80,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result: dict[str, object] = {"settings": {k: v for k, v in vars(options).items() if k not in ("data", "output")}}
     result |= {"train": chosen, "test": sorted({s.volume.subject for s in unseen}), "versions": versions()}
     for name, network in networks.items():
-        fit(network, training, steps=options.steps, lr=options.lr, seed=options.seed)
+        fit(WithoutKeypoints(network), training, steps=options.steps, lr=options.lr, seed=options.seed)
         rows = evaluate(WithoutKeypoints(network), unseen, classes=2)
         scores = [[s.volume.subject, *row] for s, row in zip(unseen, rows, strict=True)]
         count = sum(parameter.numel() for parameter in network.parameters())
