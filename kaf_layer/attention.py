@@ -231,8 +231,8 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim, **factory)
         self.out = nn.Linear(embed_dim, embed_dim, **factory)
-        head_dim = embed_dim // num_heads
-        self.rotary = RotaryEncoder(head_dim, spatial_dims=rotary_dims, **factory) if rotary_dims else None
+        self.head_dim = embed_dim // num_heads
+        self.rotary = RotaryEncoder(self.head_dim, spatial_dims=rotary_dims, **factory) if rotary_dims else None
 
     def forward(
         self, tokens: Tokens, mask: Mask | None, source: Tokens | None = None, positions: Positions | None = None
@@ -254,15 +254,18 @@ class Attention(nn.Module):
         self, tokens: Tokens, source: Tokens | None, positions: Positions | None
     ) -> list[Annotated[Tensor, "B H N E/H"]]:
         """Queries, keys and values, head by head."""
-        projected = self.qkv(tokens)
-        if source is None:
-            heads = projected.unflatten(-1, (3 * self.num_heads, -1)).transpose(1, 2)
-            both, value = heads.split([2 * self.num_heads, self.num_heads], dim=1)
-            if self.rotary is not None:  # queries and keys at once, since their angles are the same
-                both = self.rotary(both, positions)
-            return [*both.chunk(2, dim=1), value]
-        parts = projected.chunk(3, dim=-1)[0], *self.qkv(source).chunk(3, dim=-1)[1:]
-        return [part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts]
+        if self.rotary is not None and source is None:
+            # Queries and keys are rotated at once, since their angles are the same.
+            both, value = self.qkv(tokens).split([2 * tokens.shape[-1], tokens.shape[-1]], dim=-1)
+            query, key = self.rotary(self._by_head(both), positions).chunk(2, dim=1)
+            return [query, key, self._by_head(value)]
+        parts = self.qkv(tokens).chunk(3, dim=-1)
+        if source is not None:
+            parts = parts[0], *self.qkv(source).chunk(3, dim=-1)[1:]
+        return [self._by_head(part) for part in parts]
+
+    def _by_head(self, channels: Annotated[Tensor, "B N C"]) -> Annotated[Tensor, "B C/W N W"]:
+        return channels.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def extra_repr(self) -> str:
         """The option that its parts do not show."""

@@ -14,7 +14,16 @@ from kaf_layer.attention import Attention, PositionEncoder, PropagationBlock, Tr
 from kaf_layer.normalization import MaskedBatchNorm, track
 
 
-def attend(attention: Attention, tokens: Tensor, source: Tensor) -> Tensor:
+def rotate(values: Tensor, attention: Attention, positions: Tensor | None) -> Tensor:
+    """A head's queries or keys (N, W) as complex numbers, times exp(i f . p) (Su et al., 2021, Section 3.2)."""
+    if attention.rotary is None:
+        return values
+    real, imaginary = values.chunk(2, dim=-1)
+    turned = torch.complex(real, imaginary) * torch.exp(1j * (positions @ attention.rotary.frequencies.T))
+    return torch.cat([turned.real, turned.imag], dim=-1)
+
+
+def attend(attention: Attention, tokens: Tensor, source: Tensor, positions: Tensor | None = None) -> Tensor:
     """Multi-head attention of one sample (Vaswani et al., 2017, Section 3.2), head by head."""
     embed_dim = tokens.shape[-1]
     w_query, w_key, w_value = attention.qkv.weight.split(embed_dim)
@@ -23,7 +32,8 @@ def attend(attention: Attention, tokens: Tensor, source: Tensor) -> Tensor:
     width, heads = embed_dim // attention.num_heads, []
     for head in range(attention.num_heads):
         own = slice(head * width, (head + 1) * width)
-        scores = query[:, own] @ key[:, own].T / math.sqrt(width)
+        turned_query, turned_key = (rotate(values[:, own], attention, positions) for values in (query, key))
+        scores = turned_query @ turned_key.T / math.sqrt(width)
         heads.append((scores.exp() / scores.exp().sum(1, keepdim=True)) @ value[:, own])
     return torch.cat(heads, dim=1) @ attention.out.weight.T + attention.out.bias
 
@@ -45,21 +55,23 @@ def randomise(module: nn.Module) -> nn.Module:
     return module
 
 
-def test_transformer_against_formulas() -> None:
+@pytest.mark.parametrize("position", ["both", "rotary", "absolute", "none"])
+def test_transformer_against_formulas(position: str) -> None:
     keypoints = random_keypoints((12, 20), (5, 0, 3))
-    transformer = randomise(KeypointTransformer(8, depth=2, num_heads=2, position="absolute").double())
+    transformer = randomise(KeypointTransformer(8, depth=2, num_heads=2, position=position).double())
     tokens = torch.randn(*keypoints.valid.shape, 8, dtype=torch.float64)
     actual = transformer(fill_padding(tokens, keypoints), keypoints)
     for sample in range(3):
         valid = keypoints.valid[sample]
-        position = (2 * keypoints.positions[sample, valid] + 1 - torch.tensor([20, 12])) / 20
-        encoder = transformer.position_encoder
-        for linear, norm in zip(encoder.linears, encoder.norms, strict=True):
-            position = layer_norm(norm, position @ linear.weight.T + linear.bias).clamp(min=0)
-        x = tokens[sample, valid] + position @ encoder.out.weight.T + encoder.out.bias
+        positions = (2 * keypoints.positions[sample, valid] + 1 - torch.tensor([20, 12])) / 20
+        x, encoder, code = tokens[sample, valid], transformer.position_encoder, positions
+        if position in ("both", "absolute"):
+            for linear, norm in zip(encoder.linears, encoder.norms, strict=True):
+                code = layer_norm(norm, code @ linear.weight.T + linear.bias).clamp(min=0)
+            x = x + code @ encoder.out.weight.T + encoder.out.bias
         for block in transformer.blocks:
             normed = layer_norm(block.attention_norm, x)
-            x = x + attend(block.attention, normed, normed)
+            x = x + attend(block.attention, normed, normed, positions)
             expand, _, contract = block.mlp
             hidden = layer_norm(block.mlp_norm, x) @ expand.weight.T + expand.bias
             hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))

@@ -22,6 +22,7 @@ from benchmarks.common.harness import parser, report
 from benchmarks.cost.kernels import launches_nothing
 from kaf_layer import KAFLayer, Keypoints, SIFTDetector
 from kaf_layer.matching import log_sinkhorn, sinkhorn
+from kaf_layer.positions import PositionType
 
 NOTES = """Operations that PyTorch dispatches, without those that launch nothing: views, and allocations that are not
 filled. They are counted in double precision on the CPU, for a KAFLayer of depth 6 and 32 channels, two images and 500
@@ -60,9 +61,9 @@ def inputs(edge: int) -> tuple[Tensor, Keypoints]:
     return torch.rand(2, 32, edge, edge, dtype=torch.float64, requires_grad=True), keypoints
 
 
-def layer_launches(edge: int) -> dict[str, Counter[str]]:
+def layer_launches(edge: int, *, position: PositionType | None = None) -> dict[str, Counter[str]]:
     """Counts the operations of a forward and of a backward pass on edge x edge pixels."""
-    layer = KAFLayer(32, depth=6).double()
+    layer = KAFLayer(32, depth=6, position=position).double()
     features, keypoints = inputs(edge)
     results: list[Tensor] = []
     forward = count(lambda: results.extend(layer(features, keypoints)))
@@ -70,10 +71,10 @@ def layer_launches(edge: int) -> dict[str, Counter[str]]:
     return {"forward": forward, "backward": count(lambda: torch.autograd.backward(results, gradients))}
 
 
-def compiled_calls(edge: int, *, depth: int = 6) -> dict[str, int]:
+def compiled_calls(edge: int, *, depth: int = 6, position: PositionType | None = None) -> dict[str, int]:
     """Counts the calls in the compiled programs of both passes."""
     torch.compiler.reset()
-    layer = torch.compile(KAFLayer(32, depth=depth).double(), fullgraph=True)
+    layer = torch.compile(KAFLayer(32, depth=depth, position=position).double(), fullgraph=True)
     features, keypoints = inputs(edge)
     # The program for the backward pass is written when that pass first runs.
     _, programs = run_and_get_code(lambda: sum(result.sum() for result in layer(features, keypoints)).backward())

@@ -154,6 +154,14 @@ def test_sizes_that_do_not_fit(arguments, capsys):
     assert "must be a multiple of" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("edge", "forward", "backward"), [(512, 220, 220), (64, 180, 160)])
+def test_launches_with_absolute_positions(edge: int, forward: int, backward: int) -> None:
+    """Without rotations a layer keeps to what it had been brought to."""
+    counted = launches.layer_launches(edge, position="absolute")
+    assert counted["forward"].total() <= forward
+    assert counted["backward"].total() <= backward
+
+
 def test_launches(results):
     """What is counted, on a chain of known operations; and that a layer keeps to what it has been brought to."""
     x = torch.rand(3, 4, requires_grad=True)
@@ -170,8 +178,9 @@ def test_launches(results):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of inductor's own use of TorchScript
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-def test_compiled_launches():
+@pytest.mark.parametrize(("position", "most"), [("absolute", 9), ("both", 10)])
+def test_compiled_launches(position, most):
     """A block has four linear maps: a product each forward, two backward. All else is fused into fewer calls."""
-    none, one = (launches.compiled_calls(64, depth=depth) for depth in (0, 1))
-    assert one["forward, compiled"] - none["forward, compiled"] in range(5, 11)
+    none, one = (launches.compiled_calls(64, depth=depth, position=position) for depth in (0, 1))
+    assert one["forward, compiled"] - none["forward, compiled"] in range(5, most + 1)
     assert one["backward, compiled"] - none["backward, compiled"] in range(9, 20)
