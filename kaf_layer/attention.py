@@ -16,12 +16,14 @@ from kaf_layer.normalization import MaskedBatchNorm, Moments, normalise_tokens, 
 from kaf_layer.positions import (
     PositionType,
     RotaryEncoder,
+    Rotation,
     authors_positions,
     check_position,
     relative_positions,
+    rotate,
     tell_of_other_positions,
 )
-from kaf_layer.precision import single_under_autocast, without_autocast
+from kaf_layer.precision import product_dtype, single_under_autocast, without_autocast
 
 __all__ = ["BlockType", "KeypointTransformer", "PositionEncoder", "PropagationBlock", "TransformerBlock", "key_mask"]
 
@@ -29,7 +31,6 @@ BlockType = Literal["transformer", "propagation"]
 DEFAULT_POSITIONS: dict[BlockType, PositionType] = {"transformer": "both", "propagation": "absolute"}
 Tokens = Annotated[Tensor, "B N E"]
 Mask = Annotated[Tensor, "B 1 1 N"]
-Positions = Annotated[Tensor, "B N D"]
 
 
 class KeypointTransformer(nn.Module):
@@ -93,12 +94,8 @@ class KeypointTransformer(nn.Module):
             PositionEncoder(embed_dim, block=block, spatial_dims=spatial_dims, **factory) if has_encoder else None
         )
         if block == "transformer":
-            rotary_dims = spatial_dims if is_rotary else 0
             self.blocks = nn.ModuleList(
-                TransformerBlock(
-                    embed_dim, num_heads=num_heads, rotary_dims=rotary_dims, recompute=recompute, **factory
-                )
-                for _ in range(depth)
+                TransformerBlock(embed_dim, num_heads=num_heads, recompute=recompute, **factory) for _ in range(depth)
             )
             self.norm: Any = nn.LayerNorm(embed_dim, **factory)
         else:
@@ -108,6 +105,12 @@ class KeypointTransformer(nn.Module):
                 for _ in range(depth)
             )
             self.norm = nn.Identity()
+        # Last, so that with one seed the other weights start the same with and without it.
+        self.rotary = (
+            RotaryEncoder(embed_dim // num_heads, depth=depth, spatial_dims=spatial_dims, **factory)
+            if is_rotary and depth
+            else None
+        )
         self.register_load_state_dict_pre_hook(tell_of_other_positions)
 
     def forward(self, tokens: Tokens, keypoints: Keypoints) -> Tokens:
@@ -130,8 +133,11 @@ class KeypointTransformer(nn.Module):
         tokens = single_under_autocast(tokens).where(valid, 0.0)
         if self.position_encoder is not None:
             tokens = tokens + self.position_encoder(keypoints)
-        for block in self.blocks:
-            tokens = block(tokens, keypoints.valid, mask, positions=positions)
+        rotations: Any = [None] * len(self.blocks)
+        if self.rotary is not None:
+            rotations = self.rotary(positions, dtype=product_dtype(tokens))
+        for block, rotation in zip(self.blocks, rotations, strict=True):
+            tokens = block(tokens, keypoints.valid, mask, rotation=rotation)
         return self.norm(tokens).where(valid, 0.0).to(dtype)
 
     def extra_repr(self) -> str:
@@ -209,17 +215,13 @@ class PositionEncoder(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with one fused projection to queries, keys and values.
-
-    With ``rotary_dims``, the number of coordinates, queries and keys are rotated by the positions of the tokens.
-    """
+    """Multi-head attention with one fused projection to queries, keys and values."""
 
     def __init__(
         self,
         embed_dim: int,
         *,
         num_heads: int,
-        rotary_dims: int = 0,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -232,40 +234,39 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim, **factory)
         self.out = nn.Linear(embed_dim, embed_dim, **factory)
         self.head_dim = embed_dim // num_heads
-        self.rotary = RotaryEncoder(self.head_dim, spatial_dims=rotary_dims, **factory) if rotary_dims else None
 
     def forward(
-        self, tokens: Tokens, mask: Mask | None, source: Tokens | None = None, positions: Positions | None = None
+        self, tokens: Tokens, mask: Mask | None, source: Tokens | None = None, rotation: Rotation | None = None
     ) -> Tokens:
-        """Lets tokens attend to ``source`` (themselves if None) where the mask is 0."""
-        query, key, value = self._heads(tokens, source, positions)
+        """Lets tokens attend to ``source`` where the mask is 0; if it is None to themselves, with their rotation."""
+        query, key, value = self._heads(tokens, source, rotation)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.out(attended.transpose(1, 2).flatten(2))
 
     def weights(
-        self, tokens: Tokens, mask: Mask | None, source: Tokens | None = None, positions: Positions | None = None
+        self, tokens: Tokens, mask: Mask | None, source: Tokens | None = None, rotation: Rotation | None = None
     ) -> Annotated[Tensor, "B H N M"]:
         """How much each token takes from each token of the source: the softmax, which ``forward`` never holds."""
-        query, key, _ = self._heads(tokens, source, positions)
+        query, key, _ = self._heads(tokens, source, rotation)
         scores = query * query.shape[-1] ** -0.5 @ key.mT
         return (scores if mask is None else scores + mask).softmax(dim=-1)
 
     def _heads(
-        self, tokens: Tokens, source: Tokens | None, positions: Positions | None
+        self, tokens: Tokens, source: Tokens | None, rotation: Rotation | None
     ) -> list[Annotated[Tensor, "B H N E/H"]]:
         """Queries, keys and values, head by head."""
-        if self.rotary is not None and source is None:
+        if rotation is not None and source is None:
             # Queries and keys are rotated at once, since their angles are the same.
             both, value = self.qkv(tokens).split([2 * tokens.shape[-1], tokens.shape[-1]], dim=-1)
-            query, key = self.rotary(self._by_head(both), positions).chunk(2, dim=1)
-            return [query, key, self._by_head(value)]
+            query, key = rotate(self._by_head(both), rotation).chunk(2, dim=2)
+            return [heads.transpose(1, 2) for heads in (query, key, self._by_head(value))]
         parts = self.qkv(tokens).chunk(3, dim=-1)
         if source is not None:
             parts = parts[0], *self.qkv(source).chunk(3, dim=-1)[1:]
-        return [self._by_head(part) for part in parts]
+        return [self._by_head(part).transpose(1, 2) for part in parts]
 
-    def _by_head(self, channels: Annotated[Tensor, "B N C"]) -> Annotated[Tensor, "B C/W N W"]:
-        return channels.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+    def _by_head(self, channels: Annotated[Tensor, "B N C"]) -> Annotated[Tensor, "B N C/W W"]:
+        return channels.unflatten(-1, (-1, self.head_dim))
 
     def extra_repr(self) -> str:
         """The option that its parts do not show."""
@@ -280,7 +281,6 @@ class TransformerBlock(nn.Module):
         embed_dim: int = 256,
         *,
         num_heads: int = 4,
-        rotary_dims: int = 0,
         recompute: bool = False,
         device: Device = None,
         dtype: torch.dtype | None = None,
@@ -289,7 +289,7 @@ class TransformerBlock(nn.Module):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.recompute = recompute
         self.attention_norm = nn.LayerNorm(embed_dim, **factory)
-        self.attention = Attention(embed_dim, num_heads=num_heads, rotary_dims=rotary_dims, **factory)
+        self.attention = Attention(embed_dim, num_heads=num_heads, **factory)
         self.mlp_norm = nn.LayerNorm(embed_dim, **factory)
         self.mlp = nn.Sequential(
             nn.Linear(embed_dim, 4 * embed_dim, **factory), nn.GELU(), nn.Linear(4 * embed_dim, embed_dim, **factory)
@@ -300,16 +300,16 @@ class TransformerBlock(nn.Module):
         tokens: Tokens,
         valid: Annotated[Tensor, "B N"],  # noqa: ARG002
         mask: Mask | None,
-        positions: Positions | None = None,
+        rotation: Rotation | None = None,
     ) -> Tokens:
         """Maps tokens (B, N, E) to tokens; layer norms do not depend on which slots are valid."""
         if self.recompute and torch.is_grad_enabled():
             # Nothing in it is random, so no generator's state needs to be kept.
-            return checkpoint(self._forward, tokens, mask, positions, use_reentrant=False, preserve_rng_state=False)
-        return self._forward(tokens, mask, positions)
+            return checkpoint(self._forward, tokens, mask, rotation, use_reentrant=False, preserve_rng_state=False)
+        return self._forward(tokens, mask, rotation)
 
-    def _forward(self, tokens: Tokens, mask: Mask | None, positions: Positions | None) -> Tokens:
-        tokens = tokens + self.attention(self.attention_norm(tokens), mask, None, positions)
+    def _forward(self, tokens: Tokens, mask: Mask | None, rotation: Rotation | None) -> Tokens:
+        tokens = tokens + self.attention(self.attention_norm(tokens), mask, None, rotation)
         return tokens + self.mlp(self.mlp_norm(tokens))
 
 
@@ -324,7 +324,6 @@ class PropagationBlock(nn.Module):
         embed_dim: int = 256,
         *,
         num_heads: int = 4,
-        rotary_dims: int = 0,
         momentum: float = 0.1,
         recompute: bool = False,
         device: Device = None,
@@ -333,7 +332,7 @@ class PropagationBlock(nn.Module):
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.recompute = recompute
-        self.attention = Attention(embed_dim, num_heads=num_heads, rotary_dims=rotary_dims, **factory)
+        self.attention = Attention(embed_dim, num_heads=num_heads, **factory)
         self.expand = nn.Linear(2 * embed_dim, 2 * embed_dim, **factory)
         self.norm = MaskedBatchNorm(2 * embed_dim, momentum=momentum, **factory)
         self.contract = nn.Linear(2 * embed_dim, embed_dim, **factory)
@@ -344,14 +343,14 @@ class PropagationBlock(nn.Module):
         valid: Annotated[Tensor, "B N"],
         mask: Mask | None,
         source: Tokens | None = None,
-        positions: Positions | None = None,
+        rotation: Rotation | None = None,
     ) -> Tokens:
         """Maps tokens (B, N, E) to tokens; ``mask`` belongs to the slots of the source."""
         if self.recompute and torch.is_grad_enabled():
-            arguments = tokens, valid, mask, source, positions
+            arguments = tokens, valid, mask, source, rotation
             tokens, moments = checkpoint(self._forward, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
-            tokens, moments = self._forward(tokens, valid, mask, source, positions)
+            tokens, moments = self._forward(tokens, valid, mask, source, rotation)
         track(self.norm, moments)  # not in what the backward pass repeats, which would count the batch twice
         return tokens
 
@@ -361,9 +360,9 @@ class PropagationBlock(nn.Module):
         valid: Annotated[Tensor, "B N"],
         mask: Mask | None,
         source: Tokens | None,
-        positions: Positions | None,
+        rotation: Rotation | None,
     ) -> tuple[Tokens, Moments | None]:
-        message = self.attention(tokens, mask, source, positions)
+        message = self.attention(tokens, mask, source, rotation)
         hidden = self.expand(torch.cat([tokens, message], dim=-1))
         hidden, moments = normalise_tokens(self.norm, hidden, valid)
         return tokens + self.contract(F.relu(hidden)), moments

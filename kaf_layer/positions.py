@@ -18,11 +18,13 @@ __all__ = [
     "authors_positions",
     "check_position",
     "relative_positions",
+    "rotate",
     "tell_of_other_positions",
 ]
 
 PositionType = Literal["both", "rotary", "absolute", "none"]
-Heads = Annotated[Tensor, "B H N W"]
+Heads = Annotated[Tensor, "B N H W"]
+Rotation = tuple[Annotated[Tensor, "B N 1 W/2"], Annotated[Tensor, "B N 1 W/2"]]  # cosines and sines
 
 
 def check_position(position: PositionType) -> PositionType:
@@ -73,14 +75,16 @@ def longest_edge(sizes: tuple[int, ...]) -> Any:
 
 
 class RotaryEncoder(nn.Module):
-    """Rotates the queries and keys of each head by angles that are linear in the position.
+    """The rotations of queries and keys, block by block, by angles that are linear in the position.
 
-    Each pair of channels is a vector in a plane, which is rotated (Su et al., 2021, Section 3.2). A pair has a learned
-    frequency vector, shared by the heads, as in LightGlue (Lindenberger et al., ICCV 2023, Section 3.1). The product of
-    a query and a key then depends on the difference of their positions, so moving all keypoints alike changes nothing.
+    Each pair of channels of a head is a vector in a plane, which is rotated (Su et al., 2021, Section 3.2). A pair has
+    a learned frequency vector, shared by the heads, as in LightGlue (Lindenberger et al., ICCV 2023, Section 3.1). The
+    product of a query and a key then depends on the difference of their positions, so moving all keypoints alike
+    changes nothing.
 
     Args:
         head_dim: W, the channels of a head; even.
+        depth: L, the number of blocks. Each has frequencies of its own.
         spatial_dims: the number of coordinates of a position.
         device: where the weights are made; torch's default if None.
         dtype: the type of the weights; torch's default if None.
@@ -89,18 +93,25 @@ class RotaryEncoder(nn.Module):
         ValueError: if ``head_dim`` is odd.
 
     Example:
-        >>> rotary = RotaryEncoder(16, spatial_dims=2)
-        >>> query, positions = torch.rand(1, 4, 5, 16), torch.rand(1, 5, 2)
-        >>> rotary(query, positions).shape
-        torch.Size([1, 4, 5, 16])
+        >>> rotary = RotaryEncoder(16, depth=6, spatial_dims=2)
+        >>> rotations = rotary(torch.rand(1, 5, 2))
+        >>> len(rotations), rotate(torch.rand(1, 5, 4, 16), rotations[0]).shape
+        (6, torch.Size([1, 5, 4, 16]))
     """
 
     def __init__(
-        self, head_dim: int, *, spatial_dims: int = 2, device: Device = None, dtype: torch.dtype | None = None
+        self,
+        head_dim: int,
+        *,
+        depth: int = 1,
+        spatial_dims: int = 2,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         check_counts(head_dim=head_dim, spatial_dims=spatial_dims)
+        check_counts(depth=depth, least=0)
         if head_dim % 2:
             raise ValueError(
                 'position="rotary" and "both" turn pairs of channels and need an even number in each head, '
@@ -108,24 +119,38 @@ class RotaryEncoder(nn.Module):
             )
         # Radians for half the longest edge. Wavelengths from six images down to a tenth of an image.
         magnitudes = torch.logspace(0, 1, head_dim // 2, base=30.0, **factory)
-        directions = nn.functional.normalize(torch.randn(head_dim // 2, spatial_dims, **factory), dim=1)
+        directions = nn.functional.normalize(torch.randn(depth, head_dim // 2, spatial_dims, **factory), dim=-1)
         self.frequencies = nn.Parameter(magnitudes[:, None] * directions)
 
-    def forward(self, heads: Heads, positions: Annotated[Tensor, "B N D"]) -> Heads:
-        """Rotates queries or keys.
+    def forward(
+        self, positions: Annotated[Tensor, "B N D"], *, dtype: torch.dtype | None = None
+    ) -> tuple[Rotation, ...]:
+        """Cosines and sines of the angles of all blocks.
 
         Args:
-            heads: (B, H, N, W), queries or keys.
             positions: (B, N, D), float32 or float64; the angles are computed in this type.
+            dtype: the type of the queries and keys; that of the positions if None.
 
         Returns:
-            (B, H, N, W).
+            For each block the cosines and the sines, both (B, N, 1, W/2), for [rotate][kaf_layer.positions.rotate].
         """
         # Products and a sum: under autocast a matrix product would run in half precision.
-        angles = (positions[:, None, :, None] * self.frequencies).sum(dim=-1)
-        cos, sin = angles.cos().to(heads.dtype), angles.sin().to(heads.dtype)
-        first, second = heads.chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        angles = (positions[:, :, None, None, None] * self.frequencies[:, None]).sum(dim=-1)
+        dtype = dtype or angles.dtype
+        cosines, sines = angles.cos().to(dtype), angles.sin().to(dtype)
+        return tuple(zip(cosines.unbind(2), sines.unbind(2), strict=True))
+
+
+def rotate(heads: Heads, rotation: Rotation) -> Heads:
+    """Rotates queries or keys (B, N, H, W). The second half of the channels holds the other part of each pair.
+
+    Example:
+        >>> quarter = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
+        >>> rotate(torch.tensor([[[[3.0, 4.0]]]]), quarter).tolist()
+        [[[[-4.0, 3.0]]]]
+    """
+    (cos, sin), (first, second) = rotation, heads.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 def tell_of_other_positions(
@@ -144,7 +169,7 @@ def tell_of_other_positions(
     """
     names = [name.removeprefix(prefix) for name in state_dict if name.startswith(f"{prefix}blocks.")]
     absolute = any(name.startswith(f"{prefix}position_encoder.") for name in state_dict)
-    rotary = any(".rotary." in name for name in names)
+    rotary = any(name.startswith(f"{prefix}rotary.") for name in state_dict)
     held = {(True, True): "both", (False, True): "rotary", (True, False): "absolute", (False, False): "none"}
     position = held[absolute, rotary]
     if names and position != module.position:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kaf_layer.checks import check_tokens
 from kaf_layer.keypoints import Keypoints, check_size
+from kaf_layer.precision import at_least_float32
 
 __all__ = [
     "KeypointScatter",
@@ -55,7 +56,7 @@ def scatter_keypoints(
     cells = keypoints.cells(size)
     shares = cell_shares(tokens, keypoints, cells, size, reduce=reduce)
     tokens = tokens.where(keypoints.valid[..., None], 0.0) if keypoints.padded else tokens
-    summands = tokens * shares
+    summands = tokens * shares.to(tokens.dtype)
     index = cells[:, None].expand(-1, channels, -1)
     return summands.new_zeros(batch, channels, pixels).scatter_add(2, index, summands.mT).view(batch, channels, *size)
 
@@ -100,11 +101,11 @@ def cell_shares(
     """
     check_reduce(reduce)
     valid, rows = keypoints.valid.flatten(), tokens.detach().flatten(0, 1)
-    chosen = valid[:, None].to(rows.dtype)
+    chosen = valid[:, None].to(at_least_float32(rows.dtype))  # bfloat16 cannot count further than 256
     if reduce == "sum":
         return chosen.unflatten(0, cells.shape)
     # Sums over representatives take an entry for each slot, and not one for each pixel.
-    group = _representatives(batch_index(cells, size).flatten(), valid, total=cells.shape[0] * prod(size))
+    group = _representatives(keypoints.valid, cells, size)
     if reduce == "amax":
         largest = rows.scatter_reduce(0, group[:, None].expand_as(rows), rows, "amax")
         chosen = chosen * (rows == largest[group])  # all that attain the maximum, which share it below
@@ -113,9 +114,10 @@ def cell_shares(
 
 
 def _representatives(
-    cells: Annotated[Tensor, "M"], valid: Annotated[Tensor, "M"], *, total: int
-) -> Annotated[Tensor, "M"]:
+    valid: Annotated[Tensor, "B N"], cells: Annotated[Tensor, "B N"], size: Sequence[int]
+) -> Annotated[Tensor, "B*N"]:
     """For each valid slot, one slot that represents its cell; a slot that is not valid represents itself."""
+    total, cells, valid = cells.shape[0] * prod(size), batch_index(cells, size).flatten(), valid.flatten()
     slots = torch.arange(cells.shape[0], device=cells.device)
     # Only cells that were written are read, so the table needs no initialisation.
     table = cells.new_empty(total + 1).scatter_(0, cells.where(valid, total), slots)

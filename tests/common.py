@@ -29,6 +29,11 @@ class Target:
 TARGET = Target()
 
 
+def generator(seed: int) -> torch.Generator:
+    """Of random numbers on the device of the tests."""
+    return torch.Generator(TARGET.device).manual_seed(seed)
+
+
 def random_keypoints(
     image_size: tuple[int, ...],
     counts: tuple[int, ...] = (7, 0, 4),
@@ -39,15 +44,17 @@ def random_keypoints(
     garbage: float = NAN,
 ) -> Keypoints:
     """Keypoints in random slots, some sharing a cell, some on the border; ``garbage`` in the others."""
-    generator = torch.Generator().manual_seed(seed)
     slots = max(counts) + 2 if slots is None else slots
-    size = torch.tensor(image_size[::-1], dtype=dtype)
-    positions = torch.rand(len(counts), slots, len(image_size), generator=generator, dtype=dtype) * size - 0.5
-    positions[:, 1::3] = positions[:, 0::3][:, : positions[:, 1::3].shape[1]]  # shared cells
-    positions[:, 2::5] = size - 1  # the last corner
-    order = torch.rand(len(counts), slots, generator=generator).argsort(dim=1)
-    valid = order.argsort(dim=1) < torch.tensor(counts)[:, None]
-    return Keypoints(positions.masked_fill(~valid[..., None], garbage), valid, image_size)
+    with torch.device("cpu"):  # the same ones on any device
+        draws = torch.Generator().manual_seed(seed)
+        size = torch.tensor(image_size[::-1], dtype=dtype)
+        positions = torch.rand(len(counts), slots, len(image_size), generator=draws, dtype=dtype) * size - 0.5
+        positions[:, 1::3] = positions[:, 0::3][:, : positions[:, 1::3].shape[1]]  # shared cells
+        positions[:, 2::5] = size - 1  # the last corner
+        order = torch.rand(len(counts), slots, generator=draws).argsort(dim=1)
+        valid = order.argsort(dim=1) < torch.tensor(counts)[:, None]
+        keypoints = Keypoints(positions.masked_fill(~valid[..., None], garbage), valid, image_size)
+    return keypoints.to(torch.get_default_device())
 
 
 def leave_group(folder: str | Path) -> None:

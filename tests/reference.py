@@ -15,7 +15,7 @@ needs_reference = pytest.mark.skipif(not FOLDER.exists(), reason=f"the authors' 
 
 def numbers() -> dict[str, Tensor]:
     with np.load(FOLDER / "authors_reference.npz") as file:
-        return {name: torch.from_numpy(file[name]) for name in file}
+        return {name: torch.tensor(file[name]) for name in file}
 
 
 def state_dict(module: str) -> dict[str, Tensor]:

@@ -14,16 +14,16 @@ from kaf_layer.attention import Attention, PositionEncoder, PropagationBlock, Tr
 from kaf_layer.normalization import MaskedBatchNorm, track
 
 
-def rotate(values: Tensor, attention: Attention, positions: Tensor | None) -> Tensor:
+def rotate(values: Tensor, angles: Tensor | None) -> Tensor:
     """A head's queries or keys (N, W) as complex numbers, times exp(i f . p) (Su et al., 2021, Section 3.2)."""
-    if attention.rotary is None:
+    if angles is None:
         return values
     real, imaginary = values.chunk(2, dim=-1)
-    turned = torch.complex(real, imaginary) * torch.exp(1j * (positions @ attention.rotary.frequencies.T))
+    turned = torch.complex(real, imaginary) * torch.exp(1j * angles)
     return torch.cat([turned.real, turned.imag], dim=-1)
 
 
-def attend(attention: Attention, tokens: Tensor, source: Tensor, positions: Tensor | None = None) -> Tensor:
+def attend(attention: Attention, tokens: Tensor, source: Tensor, angles: Tensor | None = None) -> Tensor:
     """Multi-head attention of one sample (Vaswani et al., 2017, Section 3.2), head by head."""
     embed_dim = tokens.shape[-1]
     w_query, w_key, w_value = attention.qkv.weight.split(embed_dim)
@@ -32,7 +32,7 @@ def attend(attention: Attention, tokens: Tensor, source: Tensor, positions: Tens
     width, heads = embed_dim // attention.num_heads, []
     for head in range(attention.num_heads):
         own = slice(head * width, (head + 1) * width)
-        turned_query, turned_key = (rotate(values[:, own], attention, positions) for values in (query, key))
+        turned_query, turned_key = (rotate(values[:, own], angles) for values in (query, key))
         scores = turned_query @ turned_key.T / math.sqrt(width)
         heads.append((scores.exp() / scores.exp().sum(1, keepdim=True)) @ value[:, own])
     return torch.cat(heads, dim=1) @ attention.out.weight.T + attention.out.bias
@@ -69,9 +69,10 @@ def test_transformer_against_formulas(position: str) -> None:
             for linear, norm in zip(encoder.linears, encoder.norms, strict=True):
                 code = layer_norm(norm, code @ linear.weight.T + linear.bias).clamp(min=0)
             x = x + code @ encoder.out.weight.T + encoder.out.bias
-        for block in transformer.blocks:
+        for i, block in enumerate(transformer.blocks):
             normed = layer_norm(block.attention_norm, x)
-            x = x + attend(block.attention, normed, normed, positions)
+            angles = None if transformer.rotary is None else positions @ transformer.rotary.frequencies[i].T
+            x = x + attend(block.attention, normed, normed, angles)
             expand, _, contract = block.mlp
             hidden = layer_norm(block.mlp_norm, x) @ expand.weight.T + expand.bias
             hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))

@@ -57,11 +57,11 @@ DIFFUSION = keys("conv1 conv2") | keys("norm", of=NORM)
 POSITIONS = keys("linears.0 linears.1 linears.2 linears.3 out")
 POSITION_NORMS = "norms.0 norms.1 norms.2 norms.3"
 TRANSFORMER_BLOCK = keys("attention_norm attention.qkv attention.out mlp_norm mlp.0 mlp.2")
-TRANSFORMER_BLOCK |= {"attention.rotary.frequencies"}
 PROPAGATION_BLOCK = keys("attention.qkv attention.out expand contract") | keys("norm", of=NORM)
 
 LAYER = (
-    keys("embed transformer.norm")
+    {"transformer.rotary.frequencies"}
+    | keys("embed transformer.norm")
     | under("transformer.position_encoder", POSITIONS | keys(POSITION_NORMS))
     | under("transformer.blocks.0", TRANSFORMER_BLOCK)
     | under("diffusion", DIFFUSION)

@@ -132,3 +132,14 @@ def test_what_does_not_fit_is_refused():
         scatter_keypoints(tokens, kp, (4, 3, 2))
     with pytest.raises(ValueError, match="reduce must be"):
         scatter_keypoints(tokens, kp, (4, 3), reduce="max")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("reduce", ["mean", "amax"])
+def test_more_keypoints_in_a_cell_than_half_precision_can_count(reduce: str, dtype: torch.dtype) -> None:
+    """Half precision counts to 256 or 2048: the keypoints of a cell are counted in single precision."""
+    keypoints = random_keypoints((8, 8), (3000, 700), dtype=torch.float32)
+    tokens = fill_padding(torch.ones(*keypoints.valid.shape, 2), keypoints).to(dtype).requires_grad_()
+    scatter_keypoints(tokens, keypoints, (1, 1), reduce=reduce).sum().backward()
+    shares = torch.where(keypoints.valid, 1 / torch.tensor([[3000.0], [700.0]]), 0.0)[..., None].expand(-1, -1, 2)
+    torch.testing.assert_close(tokens.grad.float(), shares, rtol=0.01, atol=0)

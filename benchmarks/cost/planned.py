@@ -42,8 +42,12 @@ class Schedule:
         (output,) = (node for node in module.graph.nodes if node.op == "output")
         results = [node.meta["val"] if isinstance(node, torch.fx.Node) else node for node in output.args[0]]
         view_to_reshape(module)
-        # On a CPU inductor turns everything before a convolution to channels last, by copies that a GPU does not need.
-        with V.set_fake_mode(detect_fake_mode(inputs)), DebugContext(), config.patch(layout_optimization=False):
+        # On a CPU inductor turns everything before a convolution to channels last, by copies that a GPU does not need,
+        # and it gives each part of a concatenation its own kernel, where on a GPU up to 8 parts share one.
+        as_on_gpu = config.patch(
+            {"layout_optimization": False, "force_pointwise_cat": True, "cpp.fallback_scatter_reduce_sum": False}
+        )
+        with V.set_fake_mode(detect_fake_mode(inputs)), DebugContext(), as_on_gpu:
             fake_tensor_prop(module, inputs)
             post_grad_passes(module, is_inference=False)
             graph = GraphLowering(module, example_inputs=inputs)

@@ -233,7 +233,8 @@ class KeypointDiffusion(nn.Module):
         near, inside = find_neighbours(cells, size, radius=2)
         rows = find_rows(closest(near, len(size)), closest(inside, len(size)), size)
         start = tokens.new_zeros(rows.numel() + 1, first.shape[0], dtype=at_least_float32(first.dtype))
-        hidden = convolve_tokens(tokens, first, rows, start)[:-1]  # without what fell outside
+        # Without what fell outside. To a compiler the gradient of a slice would look like start, and be kept.
+        hidden, _ = convolve_tokens(tokens, first, rows, start).split([rows.numel(), 1])
         hidden, constant = normalise_rows(self.norm, hidden, self.conv1.bias, pixels=cells.shape[0] * prod(size))
 
         # Like F.relu, but it keeps only a mask for the backward pass, a quarter of the size.
@@ -243,10 +244,10 @@ class KeypointDiffusion(nn.Module):
 
         background, border, differences = convolve_constant(constant.to(weight.dtype), weight, bias, size)
         batch, channels = cells.shape[0], background.shape[0]
-        result = background[:, None].expand(batch, -1, prod(size))
-        patches, index = patches.transpose(1, 2).flatten(2), near.flatten(1)[:, None].expand(-1, channels, -1)
-        result = result.scatter_add(2, index, patches.to(result.dtype))
-        result.scatter_add_(2, border.expand(batch, channels, -1), differences.expand(batch, -1, -1))
+        changed = torch.cat([near.flatten(1), border.expand(batch, -1)], dim=1)[:, None].expand(-1, channels, -1)
+        patches = patches.transpose(1, 2).flatten(2).to(background.dtype)
+        changes = torch.cat([patches, differences.expand(batch, -1, -1)], dim=2)
+        result = background[:, None].expand(batch, -1, prod(size)).scatter_add(2, changed, changes)
         return result.unflatten(2, size)
 
     def extra_repr(self) -> str:

@@ -62,21 +62,20 @@ def find_rows(
 ) -> Annotated[Tensor, "B N K"]:
     """The row that represents each pixel that the first convolution reaches, from neighbours one away.
 
-    Every neighbour of every keypoint has a row. Where several keypoints reach a pixel, the last of their rows
-    represents it, and the others stay empty. One more row, the last, collects what falls outside the map.
+    Every neighbour of every keypoint has a row. Where several keypoints reach a pixel, one of their rows represents it,
+    on a CPU the last, and the others stay empty. One more row, the last, collects what falls outside the map.
 
     Example:
         >>> neighbours = find_neighbours(torch.tensor([[0, 1]]), (1, 4), radius=1)
         >>> find_rows(*neighbours, (1, 4))[0, :, 3:6].tolist()
         [[13, 14, 18], [12, 13, 14]]
     """
-    samples = torch.arange(index.shape[0], device=index.device)[:, None, None]
+    samples, total = torch.arange(index.shape[0], device=index.device)[:, None, None], index.shape[0] * prod(size)
     pixels = torch.add(index, samples, alpha=prod(size))
     # int32, since the table has an entry for each pixel of the batch and is read at random.
-    own = torch.arange(pixels.numel(), device=index.device, dtype=torch.int32).view_as(pixels)
+    rows = torch.arange(pixels.numel(), device=index.device, dtype=torch.int32)
     # Only entries that were written are read, so the table of all pixels needs no initialisation.
-    table = own.new_empty(index.shape[0] * prod(size))
-    table.scatter_reduce_(0, pixels.flatten(), own.where(inside, -1).flatten(), "amax", include_self=False)
+    table = rows.new_empty(total + 1).scatter_(0, pixels.where(inside, total).flatten(), rows)
     return table[pixels].long().where(inside, pixels.numel())
 
 
@@ -101,7 +100,8 @@ def convolve_deviations(
     In the order of the neighbours, it is a product of polynomials, that is a transposed convolution.
     """
     convolve = F.conv_transpose2d if weight.ndim == 4 else F.conv_transpose3d
-    patches = convolve(deviations.flatten(0, 1).mT.unflatten(2, weight.shape[2:]), weight.transpose(0, 1))
+    weight = weight.transpose(0, 1).contiguous()  # before autocast converts it, which torch.compile fuses
+    patches = convolve(deviations.flatten(0, 1).mT.unflatten(2, weight.shape[2:]), weight)
     return patches.flatten(2).unflatten(0, deviations.shape[:2])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import torch
@@ -12,8 +13,15 @@ from kaf_layer.attention import PositionEncoder, PropagationBlock, key_mask
 from kaf_layer.checks import check_counts, check_precision, check_tokens
 from kaf_layer.keypoints import Keypoints
 from kaf_layer.matching.sinkhorn import log_sinkhorn
-from kaf_layer.positions import PositionType, check_position, relative_positions, tell_of_other_positions
-from kaf_layer.precision import at_least_float32, single_under_autocast, without_autocast
+from kaf_layer.positions import (
+    PositionType,
+    RotaryEncoder,
+    Rotation,
+    check_position,
+    relative_positions,
+    tell_of_other_positions,
+)
+from kaf_layer.precision import at_least_float32, product_dtype, single_under_autocast, without_autocast
 
 __all__ = ["KeypointMatcher"]
 
@@ -78,14 +86,15 @@ class KeypointMatcher(nn.Module):
             if has_encoder
             else None
         )
-        self.blocks = nn.ModuleList(
-            PropagationBlock(
-                embed_dim, num_heads=num_heads, rotary_dims=spatial_dims if is_rotary and i % 2 == 0 else 0, **factory
-            )
-            for i in range(depth)
-        )
+        self.blocks = nn.ModuleList(PropagationBlock(embed_dim, num_heads=num_heads, **factory) for _ in range(depth))
         self.out = nn.Linear(embed_dim, embed_dim, **factory)
         self.dustbin = nn.Parameter(torch.tensor(1.0, **factory))
+        within = (depth + 1) // 2  # the blocks in which an image attends to itself
+        self.rotary = (
+            RotaryEncoder(embed_dim // num_heads, depth=within, spatial_dims=spatial_dims, **factory)
+            if is_rotary and within
+            else None
+        )
         self.register_load_state_dict_pre_hook(tell_of_other_positions)
 
     def forward(
@@ -113,18 +122,19 @@ class KeypointMatcher(nn.Module):
             raise ValueError(
                 f"tokens_a and tokens_b must have the same batch size, got {tokens_a.shape=} and {tokens_b.shape=}"
             )
-        (a, valid_a, mask_a, where_a), (b, valid_b, mask_b, where_b) = (
+        (a, valid_a, mask_a, turns_a), (b, valid_b, mask_b, turns_b) = (
             (
                 self._encode(tokens, keypoints),
                 keypoints.valid,
                 key_mask(keypoints, tokens.dtype),
-                relative_positions(keypoints, spatial_dims=self.spatial_dims),
+                self._rotations(tokens, keypoints),
             )
             for tokens, keypoints in ((tokens_a, keypoints_a), (tokens_b, keypoints_b))
         )
         for i, block in enumerate(self.blocks):
             if i % 2 == 0:
-                a, b = block(a, valid_a, mask_a, positions=where_a), block(b, valid_b, mask_b, positions=where_b)
+                turn_a, turn_b = turns_a[i // 2], turns_b[i // 2]
+                a, b = block(a, valid_a, mask_a, rotation=turn_a), block(b, valid_b, mask_b, rotation=turn_b)
             else:
                 a, b = block(a, valid_a, mask_b, b), block(b, valid_b, mask_a, a)
         a, b = self.out(a), self.out(b)
@@ -140,3 +150,9 @@ class KeypointMatcher(nn.Module):
     def _encode(self, tokens: Annotated[Tensor, "B N E"], keypoints: Keypoints) -> Annotated[Tensor, "B N E"]:
         tokens = single_under_autocast(tokens).masked_fill(~keypoints.valid[..., None], 0.0)
         return tokens if self.position_encoder is None else tokens + self.position_encoder(keypoints)
+
+    def _rotations(self, tokens: Annotated[Tensor, "B N E"], keypoints: Keypoints) -> Sequence[Rotation | None]:
+        positions = relative_positions(keypoints, spatial_dims=self.spatial_dims)
+        if self.rotary is None:
+            return [None] * len(self.blocks)
+        return self.rotary(positions, dtype=product_dtype(tokens))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from common import random_keypoints
+from common import TARGET, generator, random_keypoints
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
@@ -18,8 +18,8 @@ from kaf_layer import GridDetector, KAFLayer, Keypoints, SIFTDetector
 from kaf_layer.interop import KAFBackbone, attach
 
 SMALL = {"embed_dim": 8, "depth": 1, "num_heads": 2, "hidden_channels": 4}
-IMAGES = torch.rand(2, 1, 24, 32, generator=torch.Generator().manual_seed(0))
-KEYPOINTS = random_keypoints((24, 32), (7, 3), dtype=torch.float32)
+IMAGES = torch.rand(2, 1, 24, 32, generator=torch.Generator().manual_seed(0)).to(TARGET.device)
+KEYPOINTS = random_keypoints((24, 32), (7, 3), dtype=torch.float32).to(TARGET.device)
 
 
 def small_network() -> nn.Sequential:
@@ -71,7 +71,7 @@ def test_detects_on_the_image() -> None:
 
 def test_detects_in_images_of_four_modalities() -> None:
     backbone = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 2, 1))
-    images = torch.rand(2, 4, 144, 192, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(2, 4, 144, 192, generator=generator(0))
     model, images = awake(attach(backbone, {"0": 8}, **SMALL)), nn.functional.avg_pool2d(images, 3)
     assert SIFTDetector()(images).valid.any(1).all()
     assert not torch.allclose(model(images), backbone(images))
@@ -393,7 +393,7 @@ def test_a_backbone_that_knows_keypoints() -> None:
     ],
 )
 def test_no_map_of_the_image(backbone: nn.Module, message: str) -> None:
-    model = attach(backbone, {"0": 1}, detector=GridDetector(6), **SMALL)
+    model = attach(backbone.to(TARGET.device), {"0": 1}, detector=GridDetector(6), **SMALL)
     with pytest.raises(ValueError, match=message):
         model(IMAGES)
 
@@ -522,7 +522,7 @@ def test_metadata_of_monai() -> None:
     output = model(data.MetaTensor(IMAGES, affine=2 * torch.eye(4)))
     assert output.affine[0, 0] == 2
     assert torch.equal(output.as_tensor(), model(IMAGES))
-    images = nn.functional.avg_pool2d(torch.rand(1, 1, 144, 192, generator=torch.Generator().manual_seed(0)), 3)
+    images = nn.functional.avg_pool2d(torch.rand(1, 1, 144, 192, generator=generator(0)), 3)
     found, expected = SIFTDetector()(data.MetaTensor(images)), SIFTDetector()(images)
     assert expected.valid.any()
     assert type(found.positions) is Tensor

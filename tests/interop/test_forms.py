@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from common import random_keypoints
+from common import TARGET, random_keypoints
 from torch import Tensor, nn
 
 from kaf_layer import GridDetector, KAFLayer, Keypoints, SIFTDetector, TokenGrid, attach
 
 SMALL = {"embed_dim": 8, "depth": 1, "num_heads": 2, "hidden_channels": 4}
-IMAGES = torch.rand(2, 1, 24, 32, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.rand(2, 1, 24, 32, generator=torch.Generator().manual_seed(0)).to(TARGET.device)
 GRID = GridDetector(6)
 
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from common import random_keypoints
+from common import generator, random_keypoints
 from reference import needs_reference, numbers
 from torch import Tensor
 
@@ -39,8 +39,8 @@ def example() -> tuple[Tensor, Keypoints, Keypoints, Matches]:
     matches = Matches(torch.full((5, 7), -1), torch.full((5, 8), -1))
     slots_a, slots_b = a.valid[0].nonzero().flatten(), b.valid[0].nonzero().flatten()
     matches.indices[0, slots_a[:3]], matches.inverse[0, slots_b[2:5]] = slots_b[2:5], slots_a[:3]
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.randn(5, 7, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    draws = generator(0)
+    scores = torch.randn(5, 7, 8, generator=draws, dtype=torch.float64, requires_grad=True)
     return scores, a, b, matches
 
 

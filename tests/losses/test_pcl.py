@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from common import leave_group
+from common import TARGET, generator, leave_group
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -33,9 +33,9 @@ def naive(embeddings: Tensor, positions: Tensor, temperature: float, threshold: 
 
 
 def batch(slices: int, views: int, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    embeddings = torch.randn(slices, views, 16, generator=generator, dtype=dtype)
-    return embeddings.requires_grad_(), torch.rand(slices, generator=generator, dtype=dtype)
+    draws = generator(seed)
+    embeddings = torch.randn(slices, views, 16, generator=draws, dtype=dtype)
+    return embeddings.requires_grad_(), torch.rand(slices, generator=draws, dtype=dtype)
 
 
 @pytest.mark.parametrize("views", [1, 2, 3])
@@ -53,15 +53,13 @@ def test_loop(views: int, temperature: float, threshold: float) -> None:
 @pytest.mark.parametrize(("threshold", "temperature"), [(0.1, 0.1), (0.35, 0.1), (0.35, 0.07)])
 def test_authors(threshold: float, temperature: float) -> None:
     reference = np.load(REFERENCE)
-    embeddings = torch.from_numpy(reference["pcl.features"]).requires_grad_()
-    loss = PCLLoss(temperature=temperature, threshold=threshold)(
-        embeddings, torch.from_numpy(reference["pcl.positions"])
-    )
+    embeddings = torch.tensor(reference["pcl.features"], requires_grad=True)
+    loss = PCLLoss(temperature=temperature, threshold=threshold)(embeddings, torch.tensor(reference["pcl.positions"]))
     loss = loss * temperature / 0.07
     loss.backward()
     key = f"threshold={threshold}.temperature={temperature}"
     torch.testing.assert_close(loss.detach(), torch.tensor(reference[f"pcl.loss.{key}"]), rtol=1e-5, atol=0)
-    torch.testing.assert_close(embeddings.grad, torch.from_numpy(reference[f"pcl.grad.{key}"]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(embeddings.grad, torch.tensor(reference[f"pcl.grad.{key}"]), rtol=1e-5, atol=1e-6)
 
 
 def test_second_library() -> None:
@@ -111,7 +109,7 @@ def test_positions_of_any_type(dtype: torch.dtype) -> None:
 def test_low_precision(dtype: torch.dtype, temperature: float) -> None:
     embeddings, positions = batch(6, 2, dtype=torch.float32)
     low = embeddings.detach().to(dtype).requires_grad_()
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(TARGET.device, dtype):
         loss = pcl_loss(low, positions, temperature=temperature, threshold=0.2)
     loss.backward()
     exact = low.detach().double().requires_grad_()
@@ -200,16 +198,17 @@ def projector() -> nn.Module:
 
 def shared_batch() -> tuple[Tensor, Tensor]:
     """One view each, so that slices 0 to 2 have positives, and the others none."""
-    generator = torch.Generator().manual_seed(0)
+    draws = torch.Generator().manual_seed(0)
     positions = torch.tensor([0.0, 0.05, 0.08, 0.3, 0.6, 0.9], dtype=torch.float64)
-    return torch.randn(6, 1, 5, generator=generator, dtype=torch.float64), positions
+    return torch.randn(6, 1, 5, generator=draws, dtype=torch.float64), positions
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes(world: int, tmp_path: Path) -> None:
     mp.spawn(process, args=(world, str(tmp_path)), nprocs=world)
-    images, positions = shared_batch()
-    model = projector()
+    with torch.device("cpu"):
+        images, positions = shared_batch()
+        model = projector()
     loss = pcl_loss(model(images), positions, threshold=0.1)
     loss.backward()
     for rank in range(world):

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from common import fill_padding, random_keypoints
+from common import TARGET, fill_padding, generator, random_keypoints
 from torch import Tensor
 
 from kaf_layer import Keypoints
@@ -17,16 +17,16 @@ SIZE = (24, 40)
 
 def inputs(garbage: float = float("nan")) -> tuple[Tensor, Tensor, list[Tensor], Keypoints, Matches]:
     """Three pairs, of one the first image, of one both without keypoints."""
-    generator = torch.Generator().manual_seed(0)
+    draws = generator(0)
     keypoints = random_keypoints(SIZE, (5, 0, 0, 6, 4, 0), slots=7, garbage=garbage)
     tokens = [
-        fill_padding(torch.randn(6, 7, size, generator=generator, dtype=torch.float64), keypoints, garbage)
+        fill_padding(torch.randn(6, 7, size, generator=draws, dtype=torch.float64), keypoints, garbage)
         for size in (8, 16)
     ]
     matches = Matches(torch.full((3, 7), -1), torch.full((3, 7), -1))
     i, j = (keypoints.valid[sample].nonzero()[1] for sample in (0, 3))
     matches.indices[0, i], matches.inverse[0, j] = j, i
-    bottleneck = torch.randn(6, 12, 3, 5, generator=generator, dtype=torch.float64)
+    bottleneck = torch.randn(6, 12, 3, 5, generator=draws, dtype=torch.float64)
     positions = torch.tensor([0.1, 0.5, 0.9, 0.15, 0.52, 0.88], dtype=torch.float64)
     return bottleneck, positions, tokens, keypoints, matches
 
@@ -173,7 +173,7 @@ def test_autocast(dtype: torch.dtype) -> None:
     loss = loss_of((1.0, 1.0, 0.01)).float()
     bottleneck, positions, tokens, keypoints, matches = inputs()
     given = bottleneck.float(), positions, [t.float() for t in tokens], keypoints.to(torch.float32), matches
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(TARGET.device, dtype):
         low = loss(*given)
     exact = loss(*given)
     assert all(part.dtype == torch.float32 for part in low)
