@@ -1,5 +1,8 @@
 """Doctests read as a user would type them, with torch at hand; torchvision imports beside a CPU torch; --device."""
 
+from collections.abc import Iterator
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -12,10 +15,20 @@ def _doctest_namespace(doctest_namespace: dict[str, object]) -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def on_device(pytestconfig: pytest.Config) -> Iterator[None]:
+    """Makes tensors and modules on the device of ``--device``, unless they say otherwise."""
+    device = pytestconfig.getoption("device")
+    with nullcontext() if device == "cpu" else torch.device(device):
+        yield
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Where tests run that can run anywhere."""
     parser.addoption(
-        "--device", default="cpu", help="where laws, fuzz, toolchain and SIFT run: cpu, cuda, mps; laws: meta too"
+        "--device",
+        default="cpu",
+        help="where laws, fuzz, toolchain, SIFT, losses and attach run: cpu, cuda, mps; laws: meta too",
     )
     parser.addoption("--dtype", default="float64", choices=["float64", "float32"], help="of the laws")
 

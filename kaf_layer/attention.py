@@ -266,7 +266,7 @@ class Attention(nn.Module):
         return [self._by_head(part).transpose(1, 2) for part in parts]
 
     def _by_head(self, channels: Annotated[Tensor, "B N C"]) -> Annotated[Tensor, "B N C/W W"]:
-        return channels.unflatten(-1, (-1, self.head_dim))
+        return torch.unflatten(channels, -1, (-1, self.head_dim))
 
     def extra_repr(self) -> str:
         """The option that its parts do not show."""

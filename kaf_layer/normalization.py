@@ -59,7 +59,8 @@ def normalise_tokens(
 def _normalise_tokens(norm: Any, tokens: Tensor, valid: Tensor) -> tuple[Tensor, Moments | None]:
     if not norm.training:
         statistics = norm.running_mean, norm.running_var, norm.weight, norm.bias
-        return F.batch_norm(tokens.flatten(0, 1), *statistics, eps=norm.eps).unflatten(0, tokens.shape[:2]), None
+        rows = F.batch_norm(tokens.flatten(0, 1), *statistics, eps=norm.eps)
+        return torch.unflatten(rows, 0, tokens.shape[:2]), None
     values, mask = tokens.to(at_least_float32(norm.weight.dtype)), valid[..., None]
     total, count = _sum_over_processes(norm, (values * mask).sum((0, 1)), valid.sum())
     mean = total / count.clamp(min=1)

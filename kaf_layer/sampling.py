@@ -86,7 +86,7 @@ def _interpolate(
         weight = torch.cat([1 - upper if weight is None else weight - above, above], dim=1)
         stride = stride * length
     # One gather for all corners, since each would allocate a dense gradient of its own.
-    corners = _gather(features, index.flatten(1)).unflatten(1, index.shape[1:])
+    corners = torch.unflatten(_gather(features, index.flatten(1)), 1, index.shape[1:])
     # Rounded once: weights in half precision need not add up to one.
     return (corners * weight[..., None]).sum(dim=1).to(features.dtype)
 

@@ -103,14 +103,14 @@ def cell_shares(
     valid, rows = keypoints.valid.flatten(), tokens.detach().flatten(0, 1)
     chosen = valid[:, None].to(at_least_float32(rows.dtype))  # bfloat16 cannot count further than 256
     if reduce == "sum":
-        return chosen.unflatten(0, cells.shape)
+        return torch.unflatten(chosen, 0, cells.shape)
     # Sums over representatives take an entry for each slot, and not one for each pixel.
     group = _representatives(keypoints.valid, cells, size)
     if reduce == "amax":
         largest = rows.scatter_reduce(0, group[:, None].expand_as(rows), rows, "amax")
         chosen = chosen * (rows == largest[group])  # all that attain the maximum, which share it below
     shares = chosen / torch.zeros_like(chosen).index_add(0, group, chosen)[group].clamp(min=1)
-    return shares.unflatten(0, cells.shape)
+    return torch.unflatten(shares, 0, cells.shape)
 
 
 def _representatives(

@@ -9,6 +9,7 @@ import io
 import os
 import pickle
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,12 +23,14 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from examples.unet import KAFUNet
 from kaf_layer import GridDetector, KeypointDiffusion, Keypoints, KeypointTransformer, SIFTDetector, match_keypoints
 from kaf_layer.interop import attach
-from kaf_layer.losses import KAFPretrainingLoss
+from kaf_layer.losses import KAFPretrainingLoss, PCLLoss
+from kaf_layer.matching import KeypointMatcher
 
 # cuBLAS reads it when it is first used, and is not deterministic without it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -110,6 +113,37 @@ def test_compiles_whole_and_once(device: str) -> None:
     assert counter.frame_count == 1
     for a, b in zip(compiled.buffers(), model.buffers(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: (unet(), batch()),
+        lambda: (KeypointTransformer(8, depth=1, block="propagation"), matched(0)),
+        lambda: (SIFTDetector(8, descriptors=False), [torch.rand(1, 1, 16, 24)]),
+        lambda: (
+            attach(nn.Sequential(nn.Conv2d(1, 4, 3, padding=1)), {"0": 4}, detector=GridDetector(8), **SMALL),
+            batch()[:1],
+        ),
+        lambda: (KeypointMatcher(8, depth=2, num_heads=2, position="both"), [*matched(0), *matched(1)]),
+        lambda: (PCLLoss(), [torch.rand(4, 2, 8), torch.rand(4)]),
+    ],
+)
+def test_compiles_where_a_default_device_is_set(build: Callable[[], tuple[nn.Module, Sequence[object]]]) -> None:
+    """The compiler then follows fewer of a tensor's methods."""
+    torch.manual_seed(0)
+    module, arguments = build()
+    torch.set_default_device("cpu")
+    try:
+        actual = torch.compile(module.eval(), fullgraph=True, backend="aot_eager")(*arguments)
+    finally:
+        torch.set_default_device(None)
+    torch.testing.assert_close(tree_leaves(actual), tree_leaves(module(*arguments)))
+
+
+def matched(sample: int) -> tuple[Tensor, Keypoints]:
+    keypoints = batch()[1][sample : sample + 1]
+    return torch.rand(*keypoints.valid.shape, 8), keypoints
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of its own use of TorchScript

@@ -142,8 +142,8 @@ NOTES = f"""An estimate without a GPU, not a measurement.
 float32. Kernels: one for each operation that is not a view; some, such as sorting, take more. Bytes: each operand is
 read once and each result is written once. A multiply-add is 2 FLOPs. ms at least: for each kernel the longest of 3
 microseconds, the time for its bytes and the time for its FLOPs, at three quarters of the data sheet's rates (CARD).
-Compiled: the kernels that inductor plans for a CPU, where it fuses in a similar way; the time of their arithmetic is
-left out."""
+Compiled: the kernels that inductor plans for a CPU, with a GPU's rules for concatenations and for sums at indices; the
+time of their arithmetic is left out."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

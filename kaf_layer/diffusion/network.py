@@ -248,7 +248,7 @@ class KeypointDiffusion(nn.Module):
         patches = patches.transpose(1, 2).flatten(2).to(background.dtype)
         changes = torch.cat([patches, differences.expand(batch, -1, -1)], dim=2)
         result = background[:, None].expand(batch, -1, prod(size)).scatter_add(2, changed, changes)
-        return result.unflatten(2, size)
+        return torch.unflatten(result, 2, size)
 
     def extra_repr(self) -> str:
         """The options that its parts do not show."""

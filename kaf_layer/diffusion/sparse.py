@@ -54,7 +54,7 @@ def find_neighbours(
 def closest(neighbours: Annotated[Tensor, "B N 5^D"], spatial_dims: int) -> Annotated[Tensor, "B N 3^D"]:
     """Of what ``find_neighbours`` gives for radius 2, what it gives for radius 1."""
     middle = (..., *[slice(1, 4)] * spatial_dims)
-    return neighbours.unflatten(2, [5] * spatial_dims)[middle].flatten(2)
+    return torch.unflatten(neighbours, 2, [5] * spatial_dims)[middle].flatten(2)
 
 
 def find_rows(
@@ -101,8 +101,8 @@ def convolve_deviations(
     """
     convolve = F.conv_transpose2d if weight.ndim == 4 else F.conv_transpose3d
     weight = weight.transpose(0, 1).contiguous()  # before autocast converts it, which torch.compile fuses
-    patches = convolve(deviations.flatten(0, 1).mT.unflatten(2, weight.shape[2:]), weight)
-    return patches.flatten(2).unflatten(0, deviations.shape[:2])
+    patches = convolve(torch.unflatten(deviations.flatten(0, 1).mT, 2, weight.shape[2:]), weight)
+    return torch.unflatten(patches.flatten(2), 0, deviations.shape[:2])
 
 
 def convolve_constant(

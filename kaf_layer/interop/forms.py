@@ -94,7 +94,7 @@ class Form:
         """The map (B, C, *S) that the value holds."""
         if self.tokens is not None:
             grid = self.tokens.of(value.shape[1], image_size)
-            return value[:, self.tokens.prefix :].mT.unflatten(2, grid)
+            return torch.unflatten(value[:, self.tokens.prefix :].mT, 2, grid)
         return value.movedim(-1, 1) if self.channels_last else value
 
     def from_map(self, features: Tensor, value: Tensor) -> Tensor:

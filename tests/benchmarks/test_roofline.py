@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from benchmarks.common import harness
 from benchmarks.cost import roofline
 from benchmarks.cost.kernels import CARDS, Card, Kernel, count, floor, size_of
-from benchmarks.cost.roofline import detector, diffusion, eager_layer, main, transport
+from benchmarks.cost.roofline import compiled_layer, detector, diffusion, eager_layer, main, transport
 from kaf_layer import KAFLayer, Keypoints, SIFTDetector
 from kaf_layer.diffusion import cheapest_method
 
@@ -121,6 +121,14 @@ def test_compiled_kernels_are_fused() -> None:
     forward, backward = schedule.kernels
     assert len(forward) == 4  # two products, what follows the first, and what follows the second
     assert len(backward) > 4
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own use of TorchScript
+def test_a_compiled_layer_of_depth_6_is_fused() -> None:
+    """On the coarsest map of the KAF-UNet, with the default positions. It must not plan each norm's steps apart."""
+    kernels = kernels_of(compiled_layer(3))
+    assert kernels["forward"] <= 145
+    assert kernels["backward"] <= 235
 
 
 def kernels_of(passes: dict[str, list[Kernel]]) -> dict[str, int]:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from kaf_layer import GridDetector, KAFLayer, Keypoints, SIFTDetector
 from kaf_layer.interop import KAFBackbone, attach
 
+pytestmark = pytest.mark.usefixtures("on_device")
 SMALL = {"embed_dim": 8, "depth": 1, "num_heads": 2, "hidden_channels": 4}
 IMAGES = torch.rand(2, 1, 24, 32, generator=torch.Generator().manual_seed(0)).to(TARGET.device)
 KEYPOINTS = random_keypoints((24, 32), (7, 3), dtype=torch.float32).to(TARGET.device)

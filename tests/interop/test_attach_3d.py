@@ -11,6 +11,7 @@ from kaf_layer.interop import KAFBackbone, attach
 
 nets = pytest.importorskip("monai.networks.nets")
 
+pytestmark = pytest.mark.usefixtures("on_device")
 SMALL = {"embed_dim": 8, "depth": 1, "num_heads": 2, "hidden_channels": 4}
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kaf_layer import GridDetector, KAFLayer, Keypoints, SIFTDetector, TokenGrid, attach
 
+pytestmark = pytest.mark.usefixtures("on_device")
 SMALL = {"embed_dim": 8, "depth": 1, "num_heads": 2, "hidden_channels": 4}
 IMAGES = torch.rand(2, 1, 24, 32, generator=torch.Generator().manual_seed(0)).to(TARGET.device)
 GRID = GridDetector(6)

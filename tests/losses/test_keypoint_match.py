@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from common import generator, random_keypoints
+from common import checks_values, generator, random_keypoints
 from reference import needs_reference, numbers
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from kaf_layer import Keypoints
 from kaf_layer.losses import KeypointMatchLoss, keypoint_match_loss
 from kaf_layer.matching import Matches, log_sinkhorn
 
+pytestmark = pytest.mark.usefixtures("on_device")
 SIZE = (24, 40)
 
 
@@ -108,6 +109,7 @@ def test_compiles() -> None:
     torch.testing.assert_close(compiled(log_assignment, *rest), keypoint_match_loss(log_assignment, *rest))
 
 
+@checks_values
 def test_errors() -> None:
     scores, a, b, matches = example()
     log_assignment = scores.new_zeros(5, 8, 9)

@@ -8,12 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from common import TARGET, generator, leave_group
+from common import TARGET, checks_values, generator, leave_group
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kaf_layer.losses.pcl import PCLLoss, pcl_loss
 
+pytestmark = pytest.mark.usefixtures("on_device")
 REFERENCE = Path(__file__).parents[3] / "shared/reference/authors_reference.npz"
 
 
@@ -143,6 +144,7 @@ def test_compiles() -> None:
     torch.testing.assert_close(compiled(embeddings, positions), loss(embeddings, positions))
 
 
+@checks_values
 @pytest.mark.parametrize("positions", [[0.0, 50.0, 10.0, 60.0], [0.0, 0.5, 1.01, 1.0], [-0.1, 0.5, 0.2, 0.3]])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_positions_that_are_not_relative_are_refused(positions: list[float], compiled: bool) -> None:
@@ -155,6 +157,7 @@ def test_positions_that_are_not_relative_are_refused(positions: list[float], com
         loss(embeddings, torch.tensor(positions))
 
 
+@checks_values
 def test_errors() -> None:
     embeddings, positions = batch(4, 2)
     with pytest.raises(ValueError, match=r"positions must be \(B,\)"):
@@ -209,12 +212,12 @@ def test_processes(world: int, tmp_path: Path) -> None:
     with torch.device("cpu"):
         images, positions = shared_batch()
         model = projector()
-    loss = pcl_loss(model(images), positions, threshold=0.1)
-    loss.backward()
-    for rank in range(world):
-        result = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert result["loss"] == pytest.approx(loss.item(), abs=1e-6)
-        for grad, parameter in zip(result["grads"], model.parameters(), strict=True):
-            torch.testing.assert_close(torch.tensor(grad, dtype=torch.float64), parameter.grad, rtol=0, atol=1e-6)
-        assert "same batch size" in result["error"]
-        assert f"rank {rank} has {2 + rank}" in result["error"]
+        loss = pcl_loss(model(images), positions, threshold=0.1)
+        loss.backward()
+        for rank in range(world):
+            result = json.loads((tmp_path / f"{rank}.json").read_text())
+            assert result["loss"] == pytest.approx(loss.item(), abs=1e-6)
+            for grad, parameter in zip(result["grads"], model.parameters(), strict=True):
+                torch.testing.assert_close(torch.tensor(grad, dtype=torch.float64), parameter.grad, rtol=0, atol=1e-6)
+            assert "same batch size" in result["error"]
+            assert f"rank {rank} has {2 + rank}" in result["error"]

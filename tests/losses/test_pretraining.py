@@ -5,13 +5,14 @@ import warnings
 
 import pytest
 import torch
-from common import TARGET, fill_padding, generator, random_keypoints
+from common import TARGET, checks_values, fill_padding, generator, random_keypoints
 from torch import Tensor
 
 from kaf_layer import Keypoints
 from kaf_layer.losses import KAFPretrainingLoss, pcl_loss
 from kaf_layer.matching import Matches
 
+pytestmark = pytest.mark.usefixtures("on_device")
 SIZE = (24, 40)
 
 
@@ -137,6 +138,7 @@ def test_empty_batch(batch_norm: bool) -> None:
     assert loss.projector[0].weight.grad is not None
 
 
+@checks_values
 def test_positions_in_millimetres_are_refused() -> None:
     bottleneck, positions, *rest = inputs()
     with pytest.raises(ValueError, match="positions must be finite and relative, from 0 to 1"):
@@ -182,6 +184,7 @@ def test_autocast(dtype: torch.dtype) -> None:
     assert all(parameter.grad.isfinite().all() for parameter in loss.parameters())
 
 
+@checks_values
 def test_errors() -> None:
     with pytest.raises(ValueError, match="none negative"):
         loss_of((1.0, -1.0, 0.0))

@@ -102,7 +102,7 @@ def _blur(
         values = values if at_once else F.pad(values, margin)
         windows = values.flatten(0, -2).unfold(-1, matrix.shape[2], matrix.shape[1])
         blurred = torch.bmm(matrix, windows.permute(1, 2, 0)).flatten(0, 1)
-        values = blurred[:size].unflatten(1, values.shape[:-1])
+        values = torch.unflatten(blurred[:size], 1, values.shape[:-1])
     return values.movedim(-1, 0)
 
 

@@ -37,7 +37,7 @@ def sample_gradients(
     points = frame @ grid.flatten(1)
     reach = scale[..., None] / extrema.pitch.flip(-1)
     points = torch.addcmul(place.centre[..., None], points, reach[..., None])
-    patch, inside = (values.unflatten(-1, grid.shape[1:]) for values in _interpolate(space, extrema, points))
+    patch, inside = (torch.unflatten(values, -1, grid.shape[1:]) for values in _interpolate(space, extrema, points))
     inside = _inner(inside)
     # The last axis of the patch runs along the frame's first column.
     columns = range(-1, -1 - dims, -1)

@@ -110,7 +110,7 @@ def describe(space: ScaleSpace, extrema: Extrema, place: Place, *, root: bool) -
     """
     assert place.angle is not None, "orient() comes first"
     cosine, sine = place.angle.cos(), place.angle.sin()
-    frame = torch.stack([cosine, -sine, sine, cosine], dim=-1).unflatten(-1, (2, 2))
+    frame = torch.unflatten(torch.stack([cosine, -sine, sine, cosine], dim=-1), -1, (2, 2))
     magnitude, direction = _polar(*sample_gradients(space, extrema, place, frame, SAMPLES, spacing_of(SAMPLES)))
     weight = cell_weights(SAMPLES, place.scale)
     cells = torch.einsum("yi,xj->ijyx", weight, weight).flatten(2).flatten(0, 1)

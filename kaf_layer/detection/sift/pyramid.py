@@ -70,7 +70,7 @@ class ScaleSpace:
         """The blurred images of each octave."""
         sizes = [(self.layers + 3) * math.prod(grid.size) for grid in self.grids]
         parts = zip(self.values.split(sizes, dim=1), self.grids, strict=True)
-        return [part.unflatten(1, (-1, *grid.size)) for part, grid in parts]
+        return [torch.unflatten(part, 1, (-1, *grid.size)) for part, grid in parts]
 
     def tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """For each octave its start in an image's row, and the step, size, stride and pitch, as in ``Extrema``."""
@@ -121,7 +121,7 @@ def scale_space(
 def _stack(rows: Sequence[Sequence[float]], dtype: torch.dtype, like: Tensor) -> Annotated[Tensor, "rows columns"]:
     """A matrix of Python's numbers. A single tensor of them would be a synchronising copy on CUDA."""
     numbers = {number: like.new_full((), number, dtype=dtype) for number in {number for row in rows for number in row}}
-    return torch.stack([numbers[number] for row in rows for number in row]).unflatten(0, (len(rows), -1))
+    return torch.unflatten(torch.stack([numbers[number] for row in rows for number in row]), 0, (len(rows), -1))
 
 
 def _octaves(grid: Octave, border: int) -> list[Octave]:
@@ -177,7 +177,7 @@ def _in_one_row(
     values, start = images.new_empty(images.shape[0], length), 0
     for plane in planes:
         end = start + plane[0].numel()
-        values[:, start:end].unflatten(1, plane.shape[1:]).copy_(plane)
+        torch.unflatten(values[:, start:end], 1, plane.shape[1:]).copy_(plane)
         start = end
     return values
 

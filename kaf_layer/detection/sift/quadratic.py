@@ -54,7 +54,7 @@ def central_differences(axes: int, like: Tensor) -> Annotated[Tensor, "3**A colu
     rows = [*range(axes), axes - 3, axes - 2]
     columns = [(), *((axis,) for axis in range(axes)), *((row, axis) for row in rows for axis in range(axes))]
     factors = [stencils[column.count(axis)] for axis in range(axes) for column in columns]
-    matrix, *others = torch.stack(factors).unflatten(0, (axes, -1))
+    matrix, *others = torch.unflatten(torch.stack(factors), 0, (axes, -1))
     for factor in others:
         matrix = (matrix[:, :, None] * factor[:, None]).flatten(1)
     return matrix.mT
@@ -73,7 +73,7 @@ def fit_quadratic(around: Annotated[Tensor, "... 3**A"], derivatives: Tensor) ->
     """
     axes = 3 if derivatives.shape[0] == 3**3 else 4
     value, downhill, rows = (around @ derivatives).split([1, axes, (axes + 2) * axes], dim=-1)
-    rows = rows.unflatten(-1, (axes + 2, axes))
+    rows = torch.unflatten(rows, -1, (axes + 2, axes))
     # Cramer's rule: fewer kernels than a factorisation, and what is singular is no error.
     block = rows[..., axes - 3 :, axes - 3 :]
     cofactors = torch.linalg.cross(block[..., 1:4, :], block[..., 2:5, :])
