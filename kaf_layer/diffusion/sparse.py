@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +53,7 @@ def find_neighbours(
 
 def closest(neighbours: Annotated[Tensor, "B N 5^D"], spatial_dims: int) -> Annotated[Tensor, "B N 3^D"]:
     """Of what ``find_neighbours`` gives for radius 2, what it gives for radius 1."""
-    middle = (..., *[slice(1, 4)] * spatial_dims)
+    middle: Any = (..., *[slice(1, 4)] * spatial_dims)
     return torch.unflatten(neighbours, 2, [5] * spatial_dims)[middle].flatten(2)
 
 
