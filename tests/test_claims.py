@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 from functools import cache
+from math import isnan
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -109,6 +110,88 @@ def test_layers_attached_to_a_trained_network_are_ahead(name: str, with_layers: 
         assert rows[network]["Dice"].startswith(f"{dice:.3f} ")
         assert f"{dice:.3f}" in README
     assert rows["fine-tuned"]["in folds"] == "5 of 5"
+
+
+LUMBAR = {
+    "UNet": "unet",
+    "UNet (c2)": "unet-c2",
+    "KAF-UNet": "kaf-unet",
+    "KAF-UNet, added": "kaf-unet --fusion add",
+    "KAF-UNet, added, rotary positions": "kaf-unet --fusion add --position rotary",
+}
+
+
+def lumbar_rows(start: str) -> list[list[str]]:
+    """The cells of all rows below a header of the page of the spines."""
+    lines = (RESULTS / "lumbar.md").read_text().splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith(start))
+    last = lines.index("", first)
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[first + 2 : last]]
+
+
+def lumbar_runs(levels: int, network: str) -> dict[int, dict[str, Any]]:
+    """The runs of a network by fold."""
+    runs = [r for r in results("lumbar") if (r["levels"], r["method"]) == (levels, LUMBAR[network])]
+    return {run["fold"]: run for run in runs}
+
+
+def subjects(run: dict[str, Any]) -> dict[str, float]:
+    """The mean over the vertebrae of each subject, who has one volume."""
+    return {name: mean(x for x in dice if not isnan(x)) for name, *dice in run["scores"]}
+
+
+def ahead(levels: int, network: str, other: str) -> tuple[float, float, int, int]:
+    """By how much over subjects, p, and in how many of the folds that both have."""
+    ours, theirs = lumbar_runs(levels, network), lumbar_runs(levels, other)
+    folds = [
+        [subjects(ours[fold])[name] - subjects(theirs[fold])[name] for name in subjects(ours[fold])]
+        for fold in ours.keys() & theirs.keys()
+    ]
+    gains = [gain for fold in folds for gain in fold]
+    p = pytest.importorskip("scipy.stats").wilcoxon(gains).pvalue
+    return mean(gains), p, sum(mean(fold) > 0 for fold in folds), len(folds)
+
+
+def test_the_page_of_the_spines_has_what_the_runs_say() -> None:
+    for levels, network, parameters, *cells in lumbar_rows("| levels | network | parameters |"):
+        runs = lumbar_runs(int(levels), network)
+        assert [float(cell) if cell else None for cell in cells[:5]] == [
+            round(runs[fold]["dice"], 3) if fold in runs else None for fold in range(5)
+        ]
+        assert float(cells[5]) == pytest.approx(mean(run["dice"] for run in runs.values()), abs=6e-4)
+        for cell, other in zip(cells[6:8], ("UNet", "UNet (c2)"), strict=True):
+            if cell:
+                gain, p, won, of = ahead(int(levels), network, other)
+                assert cell == f"{gain:+.3f}, p = {p:.2g}, {won} of {of}"
+        rows = [row for run in runs.values() for row in run["scores"]]
+        of_vertebrae = [mean(row[i] for row in rows if not isnan(row[i])) for i in range(1, 6)]
+        assert cells[8] == " ".join(f"{dice:.2f}" for dice in of_vertebrae)
+        assert cells[9] == f"{mean(run['training_seconds'] for run in runs.values()):.0f} s"
+        assert parameters == f"{runs[0]['parameters'] / 1e6:.2f} M"
+    for levels, network, folds, *losses in lumbar_rows("| levels | network | folds |"):
+        runs = lumbar_runs(int(levels), network)
+        assert int(folds) == len(runs)
+        at = [mean(run["losses"][10 * i + 9] for run in runs.values()) for i in range(6)]
+        assert [float(loss) for loss in losses] == pytest.approx(at, abs=6e-3)
+
+
+def test_what_the_pages_say_of_the_spines() -> None:
+    gains = {
+        (levels, name): round(ahead(levels, name, "UNet")[0], 3)
+        for levels in (4, 5)
+        for name in ("KAF-UNet", "KAF-UNet, added")
+    }
+    assert list(gains.values()) == [0.308, 0.208, 0.126, 0.048]
+    when = (ROOT / "docs" / "when.md").read_text()
+    for levels, names in ((4, list(LUMBAR)[:4]), (5, ["UNet", "KAF-UNet", "KAF-UNet, added"])):
+        line = next(line for line in when.splitlines() if re.match(rf"\| {levels} \| 0\.(30|62) ", line))
+        for name in names:
+            dice = mean(run["dice"] for run in lumbar_runs(levels, name).values())
+            gain = f" ({ahead(levels, name, 'UNet')[0]:+.3f})" if name != "UNet" else ""
+            assert f"| {dice:.3f}{gain} |" in line
+    assert "gained 0.308 with four levels and 0.126 with five" in README
+    assert "gained 0.208 there with four levels; with five their lead of 0.048 is within chance" in README
+    assert ahead(5, "KAF-UNet, added", "UNet")[1] > 0.05
 
 
 def slug(heading: str) -> str:
