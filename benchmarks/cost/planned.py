@@ -43,7 +43,8 @@ class Schedule:
         results = [node.meta["val"] if isinstance(node, torch.fx.Node) else node for node in output.args[0]]
         view_to_reshape(module)
         # On a CPU inductor turns everything before a convolution to channels last, by copies that a GPU does not need,
-        # and it gives each part of a concatenation its own kernel, where on a GPU up to 8 parts share one.
+        # it gives each part of a concatenation its own kernel, where on a GPU up to 8 parts share one, and it calls the
+        # library for sums at indices.
         as_on_gpu = config.patch(
             {"layout_optimization": False, "force_pointwise_cat": True, "cpp.fallback_scatter_reduce_sum": False}
         )
