@@ -4,7 +4,7 @@ from common import fill_padding, random_keypoints
 from torch import Tensor
 
 from kaf_layer import Keypoints
-from kaf_layer.scattering import KeypointScatter, scatter_keypoints
+from kaf_layer.scattering import KeypointScatter, cell_shares, scatter_keypoints
 
 SIZES = [((9, 13), (9, 13)), ((17, 26), (5, 7)), ((6, 8, 10), (3, 4, 5))]
 REDUCTIONS = {"mean": lambda t: t.mean(0), "sum": lambda t: t.sum(0), "amax": lambda t: t.amax(0)}
@@ -140,6 +140,8 @@ def test_more_keypoints_in_a_cell_than_half_precision_can_count(reduce: str, dty
     """Half precision counts to 256 or 2048: the keypoints of a cell are counted in single precision."""
     keypoints = random_keypoints((8, 8), (3000, 700), dtype=torch.float32)
     tokens = fill_padding(torch.ones(*keypoints.valid.shape, 2), keypoints).to(dtype).requires_grad_()
+    shares = cell_shares(tokens, keypoints, keypoints.cells((1, 1)), (1, 1), reduce=reduce)
+    assert shares.dtype == torch.float32  # a CPU counts in it anyway, a GPU in the type of the result
     scatter_keypoints(tokens, keypoints, (1, 1), reduce=reduce).sum().backward()
     shares = torch.where(keypoints.valid, 1 / torch.tensor([[3000.0], [700.0]]), 0.0)[..., None].expand(-1, -1, 2)
     torch.testing.assert_close(tokens.grad.float(), shares, rtol=0.01, atol=0)

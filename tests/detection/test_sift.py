@@ -5,7 +5,7 @@ import importlib
 import numpy as np
 import pytest
 import torch
-from common import TARGET
+from common import TARGET, checks_values
 from on_device import SIFTDetector
 from torch import Tensor
 
@@ -273,7 +273,7 @@ def test_constant_images_have_no_keypoints_and_no_nan_gradients():
     assert gradient[2].abs().sum() > 0
 
 
-@pytest.mark.skipif(TARGET.device != "cpu", reason="values are checked on a CPU only")
+@checks_values
 def test_images_that_are_not_finite():
     images = torch.stack([texture(40, 40), texture(40, 40)])[:, None]
     images[1, 0, 3, 4] = float("nan")

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from common import TARGET
+from common import TARGET, checks_values
 from on_device import SIFTDetector
 from torch import Tensor
 
@@ -323,7 +323,7 @@ def test_volumes_must_not_be_too_thin(size):
         assert keypoints.positions.isfinite().all()
 
 
-@pytest.mark.skipif(TARGET.device != "cpu", reason="values are checked on a CPU only")
+@checks_values
 def test_volumes_must_be_finite():
     volume = torch.rand(2, 1, 8, 8, 8)
     volume[1, 0, 2, 3, 4] = float("inf")
