@@ -238,7 +238,7 @@ class Attention(nn.Module):
     def forward(
         self, tokens: Tokens, mask: Mask | None, source: Tokens | None = None, rotation: Rotation | None = None
     ) -> Tokens:
-        """Lets tokens attend to ``source`` where the mask is 0; if it is None to themselves, with their rotation."""
+        """Lets tokens attend to ``source`` where the mask is 0. If it is None they attend to themselves."""
         query, key, value = self._heads(tokens, source, rotation)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.out(attended.transpose(1, 2).flatten(2))
@@ -255,8 +255,7 @@ class Attention(nn.Module):
         self, tokens: Tokens, source: Tokens | None, rotation: Rotation | None
     ) -> list[Annotated[Tensor, "B H N E/H"]]:
         """Queries, keys and values, head by head."""
-        if rotation is not None and source is None:
-            # Queries and keys are rotated at once, since their angles are the same.
+        if rotation is not None:  # of queries and keys at once, since tokens attend to themselves
             both, value = self.qkv(tokens).split([2 * tokens.shape[-1], tokens.shape[-1]], dim=-1)
             query, key = rotate(self._by_head(both), rotation).chunk(2, dim=2)
             return [heads.transpose(1, 2) for heads in (query, key, self._by_head(value))]
