@@ -92,7 +92,8 @@ def launches_nothing(func: Any) -> bool:
 def traffic(func: Any, args: Any, kwargs: Any, result: Any) -> int:
     """Returns the bytes moved if each operand is read once and each result is written once."""
     name = func.overloadpacket.__name__.rstrip("_")
-    inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+    read = {key: value for key, value in kwargs.items() if key != "out"}
+    inputs = [value for value in tree_leaves((args, read)) if isinstance(value, Tensor)]
     outputs = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
     written = sum(map(size_of, outputs))
     if name in FILLS:

@@ -64,7 +64,7 @@ def rows(image: Tensor, repeats: int) -> Iterator[Row]:
     space = scale_space(first, layers=3, sigma=1.6, blurred=1.0)
     pyramid = ScalePyramid(3, 1.6, 16, double_image=True)
     layers = pyramid(image)[0][0][0, 0]
-    ours = space.octaves()[0][0]
+    ours = space.octaves[0][0]
     error = (layers[: len(ours)] - ours).abs().max() if layers.shape[1:] == ours.shape[1:] else torch.tensor(torch.inf)
     yield row(
         "scale space", "ScalePyramid", f"differs by {error:.0e} of 1",
@@ -73,7 +73,7 @@ def rows(image: Tensor, repeats: int) -> Iterator[Row]:
 
     extrema, valid = find_extrema(space, threshold=0.006, room=None)
     options: dict[str, Any] = {"contrast_threshold": 0.04, "edge_threshold": 10.0, "follow": True, "static": False}
-    differences = [octave.diff(dim=1)[:, None] for octave in space.octaves()]
+    differences = [octave.diff(dim=1)[:, None] for octave in space.octaves]
 
     def interpolated() -> list[Tensor]:
         # It finds only maxima, so it runs twice to find minima too.

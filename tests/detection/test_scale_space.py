@@ -7,9 +7,11 @@ import pytest
 import torch
 from common import TARGET
 
+from kaf_layer.detection import SIFTDetector
 from kaf_layer.detection.sift.blur import blur, gaussian_kernels
 from kaf_layer.detection.sift.extrema import find_extrema
 from kaf_layer.detection.sift.pyramid import ScaleSpace, double, scale_space
+from kaf_layer.detection.sift.sheets import sheets
 
 
 def naive_blur(image: np.ndarray, sigma: float) -> np.ndarray:
@@ -24,13 +26,48 @@ def naive_blur(image: np.ndarray, sigma: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("shape", [(11, 12), (31, 33), (64, 65), (97, 161), (130, 225)])
-@pytest.mark.parametrize("sigmas", [(0.5,), (1.2, 1.9), (3.09, 5.0, 1.0)])
+@pytest.mark.parametrize("sigmas", [(0.5, 0.8), (1.2, 1.9), (3.09, 5.0, 1.0)])
 def test_blur_is_a_convolution(shape, sigmas):
     images = torch.rand(2, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(TARGET.device)
     expected = images.cpu().numpy()
-    for blurred, sigma in zip(blur(images, [gaussian_kernels(sigmas, images)] * 2), sigmas, strict=True):
+    kernels = [gaussian_kernels(sigmas, images)] * 2
+    memory, (sheet,) = sheets(images, [shape], len(sigmas), kernels)
+    memory.fill_(torch.nan)  # as new memory may be
+    pairs = zip(blur(images, kernels), sheet.blur(images, kernels), strict=True)
+    for (blurred, in_place), sigma in zip(pairs, sigmas, strict=True):
         expected = np.stack([naive_blur(image, sigma) for image in expected])
         np.testing.assert_allclose(blurred.cpu().numpy(), expected, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(in_place.cpu().numpy(), expected, rtol=0, atol=1e-12)
+    assert sheet.octave()[:, -1].equal(in_place)
+
+
+def test_without_the_first_blur():
+    images = torch.rand(2, 40, 30, generator=torch.Generator().manual_seed(0)).to(TARGET.device)
+    kernels = [gaussian_kernels((3.0, 1.2), images)] * 2
+    _, (sheet,) = sheets(images, [(40, 30)], 2, kernels)
+    for planes in (blur(images, kernels, first=False), sheet.blur(images, kernels, first=False)):
+        first, second = planes
+        assert first.equal(images)
+        torch.testing.assert_close(second, next(blur(images, [gaussian_kernels((1.2,), images)] * 2)))
+
+
+@pytest.mark.parametrize("differentiable", [True, False])
+def test_one_index_reaches_all_layers(differentiable):
+    images = torch.rand(2, 47, 90, generator=torch.Generator().manual_seed(0)).to(TARGET.device)
+    space = scale_space(images.requires_grad_(differentiable), layers=3, sigma=1.6, blurred=1.0)
+    start, image, step, *_ = space.tables()
+    for i, octave in enumerate(space.octaves):
+        place = torch.cartesian_prod(*(torch.arange(n, device=TARGET.device) for n in octave.shape))
+        index = start[i] + image[i] * place[:, 0] + (step[i] * place[:, 1:]).sum(1)
+        assert space.take(index).equal(octave.flatten())
+
+
+def test_both_ways_of_blurring_give_the_same_keypoints():
+    images = torch.rand(2, 1, 70, 90, generator=torch.Generator().manual_seed(0)).to(TARGET.device)
+    expected, found = SIFTDetector(40)(images), SIFTDetector(40)(images.clone().requires_grad_())
+    torch.testing.assert_close(found.positions, expected.positions)
+    torch.testing.assert_close(found.descriptors, expected.descriptors)
+    assert expected.valid.sum() > 10
 
 
 def test_doubling_interpolates_at_its_positions():
@@ -44,12 +81,11 @@ def test_doubling_interpolates_at_its_positions():
     torch.testing.assert_close(double(ramp, "opencv")[0], opencv)
 
 
-def test_octaves_and_their_row():
+def test_octaves_are_half_as_large_each():
     images = torch.rand(2, 47, 90, generator=torch.Generator().manual_seed(0)).to(TARGET.device)
     space = scale_space(images, layers=3, sigma=1.6, blurred=1.0)
-    assert [tuple(octave.shape[2:]) for octave in space.octaves()] == [(47, 90), (23, 45), (11, 22)]
-    assert space.values[1].equal(torch.cat([octave[1].flatten() for octave in space.octaves()]))
-    assert space.octaves()[1][:, 0].equal(space.octaves()[0][:, 3, :46:2, ::2])
+    assert [tuple(octave.shape[2:]) for octave in space.octaves] == [(47, 90), (23, 45), (11, 22)]
+    assert space.octaves[1][:, 0].equal(space.octaves[0][:, 3, :46:2, ::2])
 
 
 def test_layers_have_their_blur():
@@ -57,7 +93,7 @@ def test_layers_have_their_blur():
     impulse = torch.zeros(1, 101, 101, dtype=torch.float64)
     impulse[0, 50, 50] = 1
     offset = torch.arange(101, dtype=torch.float64) - 50
-    for i, layer in enumerate(scale_space(impulse, layers=3, sigma=1.6, blurred=1.0).octaves()[0][0]):
+    for i, layer in enumerate(scale_space(impulse, layers=3, sigma=1.6, blurred=1.0).octaves[0][0]):
         variance = (layer.sum(0) * offset**2).sum()
         assert variance.item() == pytest.approx((1.6 * 2 ** (i / 3)) ** 2 - 1, rel=2e-3)
 
@@ -69,7 +105,7 @@ def test_extrema_are_those_of_scipys_filters(room):
     images = torch.rand(2, 90, 77, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(TARGET.device)
     space = scale_space(images, layers=3, sigma=0.8, blurred=0.5)
     expected = []
-    for i, octave in enumerate(space.octaves()):
+    for i, octave in enumerate(space.octaves):
         for image, gaussians in enumerate(octave.cpu().numpy()):
             d = np.diff(gaussians, axis=0)
             mask = (d == ndimage.maximum_filter(d, 3)) & (d > 0.004)
@@ -84,7 +120,7 @@ def test_extrema_are_those_of_scipys_filters(room):
         found += [(start + i, *row) for i in range(len(valid)) for row in place[i, valid[i]].tolist()]
         values = image.take(extrema.position())
         for i in range(len(valid)):
-            expected_values = [image.octaves()[o][i, x, y, z].item() for o, x, y, z in place[i, valid[i]].tolist()]
+            expected_values = [image.octaves[o][i, x, y, z].item() for o, x, y, z in place[i, valid[i]].tolist()]
             assert values[i, valid[i]].tolist() == expected_values
     assert sorted(found) == sorted(expected)
 
@@ -93,7 +129,12 @@ def searched(space: ScaleSpace, room: int | None) -> list[tuple[ScaleSpace, int]
     """The whole batch and, without a room, one image after the other; each with the number of its first image."""
     if room is not None:
         return [(space, 0)]
-    return [(dataclasses.replace(space, values=values[None]), i) for i, values in enumerate(space.values)]
+    images = []
+    for i in range(len(space.octaves[0])):
+        starts = [start + i * octave.stride(0) for start, octave in zip(space.starts, space.octaves, strict=True)]
+        octaves = [octave[i : i + 1] for octave in space.octaves]
+        images.append((dataclasses.replace(space, octaves=octaves, starts=starts), i))
+    return images
 
 
 def test_the_weakest_are_lost_where_there_is_no_room():

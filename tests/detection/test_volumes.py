@@ -87,7 +87,7 @@ def test_octaves_halve_coarse_axes_once_the_others_have_caught_up():
     space = voxels.scale_space(torch.rand(2, 6, 20, 21), "precise", layers=2, sigma=1.6, border=1)
     assert [grid.size for grid in space.grids] == [(6, 40, 42), (6, 20, 21), (6, 10, 10), (6, 5, 5)]
     assert [grid.pitch[0] for grid in space.grids] == [8.0, 4.0, 2.0, 1.0]
-    assert space.values[1].equal(torch.cat([octave[1].flatten() for octave in space.octaves()]))
+    assert space.values[1].equal(torch.cat([octave[1].flatten() for octave in space.octaves]))
 
 
 def test_blur_along_each_axis():
@@ -164,7 +164,7 @@ def test_descriptor_is_its_definition():
         for b, a in itertools.product((1, -1), repeat=2)
     ]
     for slot in range(2):
-        layer = space.octaves()[1][0, extrema.pixel[0, slot, 0]].numpy()
+        layer = space.octaves[1][0, extrema.pixel[0, slot, 0]].numpy()
         axes, pitch = frame[0, slot].numpy(), extrema.pitch[0, slot].numpy()
         assert np.linalg.det(axes) == pytest.approx(1)
 

@@ -23,9 +23,11 @@ class Kernels:
     radii: tuple[int, ...]
     _matrices: dict[int, Annotated[Tensor, "blurs blocks BLOCK window"]] = field(default_factory=dict)
 
-    def blocks(self, size: int) -> list[Annotated[Tensor, "blocks BLOCK window"]]:
-        """For each blur of so many pixels, the weights that each gives to those of its block's window."""
+    def blocks(self, size: int, repeats: int = 1) -> list[Annotated[Tensor, "repeats*blocks BLOCK window"]]:
+        """For each blur of so many pixels, the weights that each gives to those of its block's window; repeated."""
         radius, matrix = max(self.radii), self._matrix(size)
+        if repeats > 1:
+            matrix = matrix.repeat(1, repeats, 1, 1)
         return [m[..., radius - r : matrix.shape[-1] - radius + r] for m, r in zip(matrix, self.radii, strict=True)]
 
     def prepare(self, sizes: Iterable[int]) -> None:
@@ -70,18 +72,19 @@ def gaussian_kernels(sigmas: Sequence[float], like: Tensor) -> Kernels:
 
 
 def blur(
-    images: Annotated[Tensor, "B *S"], kernels: Sequence[Kernels], *, start: int = 0
+    images: Annotated[Tensor, "B *S"], kernels: Sequence[Kernels], *, first: bool = True
 ) -> Iterator[Annotated[Tensor, "B *S"]]:
     """Blurs of the images, each of the one before; they are reflected about their outermost pixels, as in OpenCV.
 
     Args:
         images: (B, *S).
         kernels: for each axis those of all blurs.
-        start: the first of the blurs.
+        first: whether to do the first blur; otherwise the images are taken to have it.
     """
-    axes = [kernel.blocks(size)[start:] for size, kernel in zip(images.shape[1:], kernels, strict=True)]
-    for matrices in zip(*axes, strict=True):
-        images = _blur(images, matrices)
+    axes = [kernel.blocks(size) for size, kernel in zip(images.shape[1:], kernels, strict=True)]
+    for i, matrices in enumerate(zip(*axes, strict=True)):
+        if first or i:
+            images = _blur(images, matrices)
         yield images
 
 

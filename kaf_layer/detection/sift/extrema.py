@@ -76,10 +76,10 @@ def find_extrema(space: ScaleSpace, *, threshold: float, room: int | None) -> tu
             None makes as many slots as there are extrema, which waits for the device. It is for a single image.
     """
     search = partial(_all, threshold=threshold) if room is None else partial(_strongest, room=room)
-    found = [search(gaussians, space.border) for gaussians in space.octaves()]
+    found = [search(gaussians, space.border) for gaussians in space.octaves]
     strength, index = (torch.cat(values, dim=1) for values in zip(*found, strict=True))
     images, counts = strength.shape[0], [slots.shape[1] for slots, _ in found]
-    start, step, size, stride, pitch = (
+    start, along, step, size, stride, pitch = (
         torch.cat([row.expand(count, -1) for row, count in zip(rows, counts, strict=True)]).expand(images, -1, -1)
         for rows in space.tables()
     )
@@ -87,8 +87,9 @@ def find_extrema(space: ScaleSpace, *, threshold: float, room: int | None) -> tu
     for length in reversed((size - 2 * space.border).unbind(-1)):
         pixel.insert(0, index % length + space.border)
         index = index // length
-    row = torch.arange(images, device=index.device)[:, None] * space.values.shape[1]
-    extrema = Extrema(start[..., 0] + row, step, size, stride, pitch, torch.stack([index + 1, *pixel], dim=-1))
+    image = torch.arange(images, device=index.device)[:, None, None]
+    start = torch.addcmul(start, along, image)[..., 0]
+    extrema = Extrema(start, step, size, stride, pitch, torch.stack([index + 1, *pixel], dim=-1))
     return extrema, strength > threshold
 
 

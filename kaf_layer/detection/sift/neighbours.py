@@ -33,11 +33,12 @@ def is_extremum(
 def extremal_strength(
     gaussians: Annotated[Tensor, "B layers+3 *S"], border: int
 ) -> Annotated[Tensor, "B layers *inner"]:
-    """The magnitude of the difference where it is an extremum, else 0. It halves the traffic, but is slow on a CPU."""
+    """The magnitude of the difference where it is an extremum, else at most 0; fewer bytes, but slow on a CPU."""
     inner, near = _differences(gaussians, border)
     neighbours = _cross if inner.ndim == 5 else _box_at_once
-    largest, smallest = neighbours(torch.maximum, near), neighbours(torch.minimum, near)  # among them the pixel
-    return torch.where(inner == torch.where(inner > 0, largest, smallest), inner.abs(), 0.0)
+    is_maximum, is_minimum = (neighbours(reduce, near) == inner for reduce in (torch.maximum, torch.minimum))
+    # 1 for a maximum and -1 for a minimum, in bytes. It comes first, as the result gets the first operand's layout.
+    return (is_maximum.view(torch.int8) - is_minimum.view(torch.int8)) * inner
 
 
 def _differences(gaussians: Annotated[Tensor, "B layers+3 *S"], border: int) -> tuple[Tensor, Tensor]:

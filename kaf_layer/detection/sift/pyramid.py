@@ -7,17 +7,17 @@ than the others is halved only when they have become as coarse.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import accumulate
 from typing import Annotated, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kaf_layer.detection.sift.blur import Kernels, blur, gaussian_kernels
 from kaf_layer.detection.sift.quadratic import central_differences
+from kaf_layer.detection.sift.sheets import sheets
 
 __all__ = ["Octave", "ScaleSpace", "double", "scale_space"]
 
@@ -45,10 +45,12 @@ class Octave(NamedTuple):
 
 @dataclass
 class ScaleSpace:
-    """All layers of all octaves of a batch, in one row per image, so that one index reaches them all.
+    """All layers of all octaves of a batch, in one block of memory, so that one index reaches them all.
 
     Args:
-        values: (B, T), octave after octave, ``layers + 3`` blurred images each, row-major.
+        values: the memory, which may also hold values that belong to no layer.
+        octaves: its ``layers + 3`` blurred images for each octave, views of the memory.
+        starts: where each of these views starts.
         grids: the pixels of every octave; for cubic pixels the size is halved each time.
         layers: how many layers of each octave are searched for keypoints.
         sigma: the blur of the first layer of each octave, in that octave's pixels (the finest axis').
@@ -56,7 +58,9 @@ class ScaleSpace:
         derivatives: what turns the differences around a pixel into their derivatives.
     """
 
-    values: Annotated[Tensor, "B T"]
+    values: Annotated[Tensor, "..."]
+    octaves: list[Annotated[Tensor, "B layers+3 *S"]]
+    starts: list[int]
     grids: list[Octave]
     layers: int
     sigma: float
@@ -66,20 +70,13 @@ class ScaleSpace:
     def __post_init__(self) -> None:
         self.derivatives = central_differences(1 + len(self.grids[0].size), self.values)
 
-    def octaves(self) -> list[Annotated[Tensor, "B layers+3 *S"]]:
-        """The blurred images of each octave."""
-        sizes = [(self.layers + 3) * math.prod(grid.size) for grid in self.grids]
-        parts = zip(self.values.split(sizes, dim=1), self.grids, strict=True)
-        return [torch.unflatten(part, 1, (-1, *grid.size)) for part, grid in parts]
-
-    def tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """For each octave its start in an image's row, and the step, size, stride and pitch, as in ``Extrema``."""
-        integers = _stack([(*grid.size, *grid.stride) for grid in self.grids], torch.long, self.values)
-        size, stride = integers.chunk(2, dim=1)
-        pitch = _stack([grid.pitch for grid in self.grids], self.values.dtype, self.values)
-        step = F.pad(size.flip(1).cumprod(1).flip(1), (0, 1), value=1)
-        layer = step[:, :1]
-        return (layer.cumsum(0) - layer) * (self.layers + 3), step, size, stride, pitch
+    def tables(self) -> tuple[Tensor, ...]:
+        """For each octave its start, the step between images, and the step, size, stride and pitch of ``Extrema``."""
+        axes = len(self.grids[0].size)
+        octaves = zip(self.starts, self.octaves, self.grids, strict=True)
+        rows = [(start, *octave.stride(), *grid.size, *grid.stride) for start, octave, grid in octaves]
+        integers = _stack(rows, torch.long, self.values).split([1, 1, 1 + axes, axes, axes], dim=1)
+        return *integers, _stack([grid.pitch for grid in self.grids], self.values.dtype, self.values)
 
     def take(self, index: Tensor) -> Tensor:
         """The values at ``index`` of the rows laid end to end, in its shape."""
@@ -109,13 +106,32 @@ def scale_space(
     size = tuple(images.shape[1:])
     blurred = (blurred,) * len(size) if isinstance(blurred, (int, float)) else tuple(blurred)
     grids = _octaves(Octave(size, (1,) * len(size), (1.0,) * len(size) if pitch is None else tuple(pitch)), border)
-    pyramid = _planes(images, grids, layers, sigma, blurred)
-    if images.requires_grad or torch.compiler.is_compiling():
-        values = torch.cat([plane.flatten(1) for plane in pyramid], dim=1)
+    kernels = _kernels(images, grids, layers, sigma, blurred)
+    differentiable = images.requires_grad or torch.compiler.is_compiling()
+    if len(size) == 2 and not differentiable:
+        values, parts = sheets(images, [grid.size for grid in grids], layers + 3, kernels[0])
+        for _ in _planes(images, grids, layers, kernels, [sheet.blur for sheet in parts]):
+            pass
+        octaves, lengths, margin = (
+            [sheet.octave() for sheet in parts],
+            [sheet.memory.numel() for sheet in parts],
+            parts[0].margin,
+        )
     else:
+        planes = _planes(images, grids, layers, kernels, [blur] * len(grids))
+        lengths, margin = [(layers + 3) * math.prod(grid.size) for grid in grids], 0
         # Half the memory, for which allocators are grateful; but its backward pass would be expensive.
-        values = _in_one_row(pyramid, images, sum((layers + 3) * math.prod(grid.size) for grid in grids))
-    return ScaleSpace(values, grids, layers, sigma, border)
+        values = (
+            torch.cat([plane.flatten(1) for plane in planes], dim=1)
+            if differentiable
+            else _in_one_row(planes, images, sum(lengths))
+        )
+        octaves = [
+            torch.unflatten(part, 1, (-1, *grid.size))
+            for part, grid in zip(values.split(lengths, dim=1), grids, strict=True)
+        ]
+    starts = [margin + end - length for end, length in zip(accumulate(lengths), lengths, strict=True)]
+    return ScaleSpace(values, octaves, starts, grids, layers, sigma, border)
 
 
 def _stack(rows: Sequence[Sequence[float]], dtype: torch.dtype, like: Tensor) -> Annotated[Tensor, "rows columns"]:
@@ -137,32 +153,42 @@ def _octaves(grid: Octave, border: int) -> list[Octave]:
     return grids
 
 
-def _planes(
-    images: Annotated[Tensor, "B *S"], grids: list[Octave], layers: int, sigma: float, blurred: tuple[float, ...]
-) -> Iterator[Annotated[Tensor, "B *S"]]:
+def _kernels(
+    images: Annotated[Tensor, "B *S"], grids: Sequence[Octave], layers: int, sigma: float, blurred: tuple[float, ...]
+) -> list[list[Kernels]]:
+    """For each octave and axis the blur that the first octave's images miss, and those of the layers."""
     steps = [sigma * 2 ** (i / layers) * math.sqrt(1 - 2 ** (-2 / layers)) for i in range(1, layers + 3)]
 
-    def kernels(pitch: float, before: float) -> Kernels:
-        """The blur that the image misses along an axis, and those of the layers."""
+    def along(pitch: float, before: float) -> Kernels:
         # Along a coarse axis the blur that the image has already, and blurs much narrower than a pixel, are neglected.
         missing = math.sqrt(max((sigma / pitch) ** 2 - before**2, 0.01))
         return gaussian_kernels([missing, *(step / pitch for step in steps)], images)
 
     axes = [tuple(zip(grid.pitch, blurred, strict=True)) for grid in grids]
-    known = {axis: kernels(*axis) for axis in {axis for octave in axes for axis in octave}}
+    known = {axis: along(*axis) for axis in {axis for octave in axes for axis in octave}}
     for axis, kernel in known.items():
         octaves = zip(grids, axes, strict=True)
         kernel.prepare(
             n for grid, octave in octaves for n, other in zip(grid.size, octave, strict=True) if other == axis
         )
-    first, start = images, 0  # only the first octave's first layer is to be blurred
-    for grid, octave in zip(grids, axes, strict=True):
-        planes = blur(first, [known[axis] for axis in octave], start=start)
-        for i, plane in enumerate(chain([first][:start], planes)):
+    return [[known[axis] for axis in octave] for octave in axes]
+
+
+def _planes(
+    images: Annotated[Tensor, "B *S"],
+    grids: Sequence[Octave],
+    layers: int,
+    kernels: Sequence[Sequence[Kernels]],
+    blurs: Sequence[Callable[..., Iterator[Tensor]]],
+) -> Iterator[Annotated[Tensor, "B *S"]]:
+    """The planes of all octaves, computed by the function in ``blurs`` of each."""
+    following, is_first = images, True
+    for grid, along, blur_octave in zip(grids, kernels, blurs, strict=True):
+        for i, plane in enumerate(blur_octave(following, along, first=is_first)):
             yield plane
             if i == layers:
-                first = _halve(plane, grid.halved())
-        start = 1
+                following = _halve(plane, grid.halved())
+        is_first = False
 
 
 def _halve(images: Annotated[Tensor, "B *S"], halved: Sequence[bool]) -> Annotated[Tensor, "B *half"]:
