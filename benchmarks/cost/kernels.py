@@ -204,6 +204,7 @@ def count(run: Callable[[], object], *, dtype: torch.dtype | None = None) -> tup
         patch("kaf_layer.precision.is_autocasting", lambda _: device.dtype is not None and not device.off),
         patch("torch.get_autocast_dtype", lambda _: device.dtype),
         patch("kaf_layer.attention.without_autocast", device.without_autocast),
+        patch("kaf_layer.diffusion.network.without_autocast", device.without_autocast),
         patch("kaf_layer.detection.sift.detector.without_autocast", device.without_autocast),
         patch("kaf_layer.losses.pcl.without_autocast", device.without_autocast),
         patch("kaf_layer.matching.matcher.without_autocast", device.without_autocast),

@@ -79,7 +79,7 @@ def laplacian_turned(volume: Volume, *, sigma: float) -> Points:
     scale = torch.full(peaks.shape[:2], 2 * sigma)
     centre = peaks * torch.tensor(voxels.factors)
     layer = torch.full_like(centre[..., :1], min(5, round(3 * np.log2(2 * sigma / 1.6))))
-    start, step, size, stride, pitch = (rows[0].expand(*peaks.shape[:2], -1) for rows in space.tables())
+    start, _, step, size, stride, pitch = (rows[0].expand(*peaks.shape[:2], -1) for rows in space.tables())
     extrema = Extrema(start[..., 0], step, size, stride, pitch, torch.cat([layer, centre], dim=-1).long())
     described = describe(space, extrema, Place(centre.flip(-1).float(), scale, scale), root=True)
     return Points(peaks[0].numpy(), described[0].double().numpy())

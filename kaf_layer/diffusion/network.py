@@ -23,7 +23,7 @@ from kaf_layer.diffusion.sparse import (
 )
 from kaf_layer.keypoints import Keypoints, check_size
 from kaf_layer.normalization import is_synchronised, normalise_rows
-from kaf_layer.precision import at_least_float32, product_dtype
+from kaf_layer.precision import at_least_float32, product_dtype, without_autocast
 from kaf_layer.scattering import Reduce, cell_shares, check_reduce, scatter_keypoints
 
 __all__ = ["KeypointDiffusion", "cheapest_method"]
@@ -242,10 +242,12 @@ class KeypointDiffusion(nn.Module):
         deviations = (hidden - constant).to(weight.dtype).view(*rows.shape, first.shape[0])
         patches = convolve_deviations(deviations, weight).mul_(inside[:, :, None])
 
-        background, border, differences = convolve_constant(constant.to(weight.dtype), weight, bias, size)
+        with without_autocast(tokens.device):  # a map of three pixels along each axis is not worth the conversions
+            background, border, differences = convolve_constant(constant.to(weight.dtype), weight, bias, size)
+        background, differences = background.to(patches.dtype), differences.to(patches.dtype)
         batch, channels = cells.shape[0], background.shape[0]
         changed = torch.cat([near.flatten(1), border.expand(batch, -1)], dim=1)[:, None].expand(-1, channels, -1)
-        patches = patches.transpose(1, 2).flatten(2).to(background.dtype)
+        patches = patches.transpose(1, 2).flatten(2)
         changes = torch.cat([patches, differences.expand(batch, -1, -1)], dim=2)
         result = background[:, None].expand(batch, -1, prod(size)).scatter_add(2, changed, changes)
         return torch.unflatten(result, 2, size)

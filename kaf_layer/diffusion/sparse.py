@@ -129,16 +129,19 @@ def convolve_constant(
     shown = [1 if length == 1 else 3 for length in size]  # a map of 2 has both ends of 3 and no middle
     convolve = F.conv2d if weight.ndim == 4 else F.conv3d
     kinds = convolve(values.view(1, -1, *[1] * len(size)).expand(-1, -1, *shown), weight, bias, padding=1)[0].flatten(1)
-    constant = kinds[:, kinds.shape[1] // 2]
+    middle = kinds.shape[1] // 2
+    constant = kinds[:, middle]
+    # In a corner a kind occurs once for each axis, and each time has a part of the difference.
+    at_end = torch.arange(-1, 2, device=values.device).abs()
+    ends = [at_end.view(-1, *[1] * axis) for axis in range(sum(length != 1 for length in size))]
+    parts = (kinds - constant[:, None]) / sum(ends[1:], ends[0]).clamp(min=1).flatten() if ends else kinds
     pixels, sides = torch.arange(prod(size), device=values.device).view(*size), []
-    # Of each pixel which of the kinds it is, and 27 times along how many axes it is at an end.
-    code, stride = torch.full_like(pixels, kinds.shape[1] // 2), 1
+    kind, stride = torch.full_like(pixels, middle), 1  # of each pixel
     for axis, length in reversed(list(enumerate(size))):
         if length != 1:
             for end, step in ((0, -stride), (length - 1, stride)):
                 sides.append(pixels.narrow(axis, end, 1).flatten())
-                code.narrow(axis, end, 1).add_(27 + step)
+                kind.narrow(axis, end, 1).add_(step)
             stride *= 3
     border = torch.cat(sides or [pixels.flatten()[:0]])
-    found = code.flatten()[border]
-    return constant, border, (kinds[:, found % 27] - constant[:, None]) / (found // 27)
+    return constant, border, parts[:, kind.flatten()[border]]

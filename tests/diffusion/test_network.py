@@ -271,7 +271,7 @@ def test_the_memory_format_is_kept(add, method):
 
 
 def test_what_is_kept_and_multiplied_does_not_grow_with_the_map():
-    """Except for two numbers (of 8 bytes) for each pixel along the borders, and one more for each sample."""
+    """Except for one number (of 8 bytes) for each pixel along the borders, and one more for each sample."""
     module = make((64, 64), gain=True)
     keypoints = random_keypoints((64, 64), (6, 3))
     tokens = torch.randn(2, 8, 6, dtype=torch.float64, requires_grad=True)
@@ -283,10 +283,10 @@ def test_what_is_kept_and_multiplied_does_not_grow_with_the_map():
             saved_bytes(lambda x=x, gain=gain: module(tokens, keypoints, x.shape[2:], features=x, gain=gain))
             for x in maps
         ]
-        assert fused[1] - fused[0] == (2 + 2) * 8 * (borders[1] - borders[0])
+        assert fused[1] - fused[0] == (1 + 2) * 8 * (borders[1] - borders[0])
     runs = [lambda size=size: module(tokens, keypoints, size) for size in sizes]
     assert cheapest_method(8, (64, 64)) == "rows"
-    assert saved_bytes(runs[1]) - saved_bytes(runs[0]) == (2 + 2) * 8 * (borders[1] - borders[0])
+    assert saved_bytes(runs[1]) - saved_bytes(runs[0]) == (1 + 2) * 8 * (borders[1] - borders[0])
     slots, first, second = 2 * 8, 6 * 9 * 5, 5 * 3
     constant = 9 * 9 * second  # a map of three pixels along each axis
     assert count_flops(runs[0]) == count_flops(runs[1]) == 2 * (first * slots + 81 * second * slots + constant)

@@ -1,7 +1,7 @@
 """Gaussian blur in place: matrix products read images from the memory of the scale space and write to it.
 
-Nothing is padded or copied on the way, which halves the time that a CPU blurs. Autograd and compilers do not allow it,
-and for volumes of few slices it would take several times the memory.
+Nothing is padded or copied on the way, as it is in ``blur``. Autograd and compilers do not allow it, and for volumes of
+few slices it would take several times the memory.
 """
 
 from __future__ import annotations
