@@ -131,8 +131,8 @@ def searched(space: ScaleSpace, room: int | None) -> list[tuple[ScaleSpace, int]
         return [(space, 0)]
     images = []
     for i in range(len(space.octaves[0])):
-        starts = [start + i * octave.stride(0) for start, octave in zip(space.starts, space.octaves, strict=True)]
         octaves = [octave[i : i + 1] for octave in space.octaves]
+        starts = [int(octave.storage_offset()) for octave in octaves]
         images.append((dataclasses.replace(space, octaves=octaves, starts=starts), i))
     return images
 

@@ -7,9 +7,9 @@ than the others is halved only when they have become as coarse.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -50,7 +50,7 @@ class ScaleSpace:
     Args:
         values: the memory, which may also hold values that belong to no layer.
         octaves: its ``layers + 3`` blurred images for each octave, views of the memory.
-        starts: where each of these views starts.
+        starts: where each of these views starts; compilers cannot ask them.
         grids: the pixels of every octave; for cubic pixels the size is halved each time.
         layers: how many layers of each octave are searched for keypoints.
         sigma: the blur of the first layer of each octave, in that octave's pixels (the finest axis').
@@ -79,7 +79,7 @@ class ScaleSpace:
         return *integers, _stack([grid.pitch for grid in self.grids], self.values.dtype, self.values)
 
     def take(self, index: Tensor) -> Tensor:
-        """The values at ``index`` of the rows laid end to end, in its shape."""
+        """The values at ``index`` of the memory, in its shape."""
         # Indexing with brackets does the same, eight times slower on CPUs.
         return self.values.flatten().index_select(0, index.flatten()).view_as(index)
 
@@ -107,31 +107,33 @@ def scale_space(
     blurred = (blurred,) * len(size) if isinstance(blurred, (int, float)) else tuple(blurred)
     grids = _octaves(Octave(size, (1,) * len(size), (1.0,) * len(size) if pitch is None else tuple(pitch)), border)
     kernels = _kernels(images, grids, layers, sigma, blurred)
-    differentiable = images.requires_grad or torch.compiler.is_compiling()
-    if len(size) == 2 and not differentiable:
-        values, parts = sheets(images, [grid.size for grid in grids], layers + 3, kernels[0])
-        for _ in _planes(images, grids, layers, kernels, [sheet.blur for sheet in parts]):
-            pass
-        octaves, lengths, margin = (
-            [sheet.octave() for sheet in parts],
-            [sheet.memory.numel() for sheet in parts],
-            parts[0].margin,
-        )
-    else:
+    if images.requires_grad or torch.compiler.is_compiling():
         planes = _planes(images, grids, layers, kernels, [blur] * len(grids))
-        lengths, margin = [(layers + 3) * math.prod(grid.size) for grid in grids], 0
+        values = torch.cat([plane.flatten(1) for plane in planes], dim=1)
+        octaves, starts = _octaves_in_rows(values, grids, layers)
+    elif len(size) == 3:
         # Half the memory, for which allocators are grateful; but its backward pass would be expensive.
-        values = (
-            torch.cat([plane.flatten(1) for plane in planes], dim=1)
-            if differentiable
-            else _in_one_row(planes, images, sum(lengths))
-        )
-        octaves = [
-            torch.unflatten(part, 1, (-1, *grid.size))
-            for part, grid in zip(values.split(lengths, dim=1), grids, strict=True)
-        ]
-    starts = [margin + end - length for end, length in zip(accumulate(lengths), lengths, strict=True)]
+        values = images.new_empty(images.shape[0], (layers + 3) * sum(math.prod(grid.size) for grid in grids))
+        octaves, starts = _octaves_in_rows(values, grids, layers)
+        places = chain.from_iterable(octave.unbind(1) for octave in octaves)
+        for place, plane in zip(places, _planes(images, grids, layers, kernels, [blur] * len(grids)), strict=True):
+            place.copy_(plane)
+    else:
+        values, parts = sheets(images, [grid.size for grid in grids], layers + 3, kernels[0])
+        octaves = [sheet.octave() for sheet in parts]
+        starts = [int(octave.storage_offset()) for octave in octaves]
+        for _ in _planes(images, grids, layers, kernels, [sheet.blur for sheet in parts]):
+            pass  # each is in its place already
     return ScaleSpace(values, octaves, starts, grids, layers, sigma, border)
+
+
+def _octaves_in_rows(
+    values: Annotated[Tensor, "B T"], grids: Sequence[Octave], layers: int
+) -> tuple[list[Annotated[Tensor, "B layers+3 *S"]], list[int]]:
+    """Views of the octaves, which lie one after the other in each image's row, and where they start."""
+    lengths = [(layers + 3) * math.prod(grid.size) for grid in grids]
+    parts = zip(values.split(lengths, dim=1), grids, strict=True)
+    return [torch.unflatten(part, 1, (-1, *grid.size)) for part, grid in parts], [0, *accumulate(lengths[:-1])]
 
 
 def _stack(rows: Sequence[Sequence[float]], dtype: torch.dtype, like: Tensor) -> Annotated[Tensor, "rows columns"]:
@@ -195,17 +197,6 @@ def _halve(images: Annotated[Tensor, "B *S"], halved: Sequence[bool]) -> Annotat
     """Every second pixel along these axes, without the last of an odd number."""
     sizes = zip(images.shape[1:], halved, strict=True)
     return images[(slice(None), *(slice(0, size // 2 * 2, 2) if half else slice(None) for size, half in sizes))]
-
-
-def _in_one_row(
-    planes: Iterable[Annotated[Tensor, "B *S"]], images: Tensor, length: int
-) -> Annotated[Tensor, "B length"]:
-    values, start = images.new_empty(images.shape[0], length), 0
-    for plane in planes:
-        end = start + plane[0].numel()
-        torch.unflatten(values[:, start:end], 1, plane.shape[1:]).copy_(plane)
-        start = end
-    return values
 
 
 def double(
