@@ -9,9 +9,17 @@ from examples.unet import UNet, UNetC2
 from examples.unet3d import UNet3d, UNet3dC2
 from kaf_layer import KAFEncoderOutput, KAFLayer, Keypoints
 
+CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
+
 
 def build_model(options: Options) -> nn.Module:
     """The network that options name, with an ``encoder`` from (images, keypoints) to KAFEncoderOutput."""
+    network = _build_network(options)
+    # Convolutions give their outputs the format of their weights, so the batches need not be changed.
+    return network.to(memory_format=CHANNELS_LAST[options.spatial_dims]) if options.channels_last else network
+
+
+def _build_network(options: Options) -> nn.Module:
     classes, width = options.classes, options.width
     if options.model == "swin-unetr":
         from monai.networks.nets import SwinUNETR

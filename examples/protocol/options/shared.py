@@ -46,6 +46,11 @@ class Options(Recipe):
         default=None,
         choices=("no", "fp16", "bf16"),
     )
+    channels_last: bool = option(
+        "keep the network's channels last in memory, which makes the convolutions of slices faster",
+        default=False,
+        action="store_true",
+    )
     model: str = option("the network", default="kaf-unet", choices=MODELS)
     scales: tuple[int, ...] = option(
         "the encoder blocks that a KAF layer follows (default: all except the deepest)",
