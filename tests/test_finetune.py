@@ -150,6 +150,28 @@ def test_workers_load_the_same_batches(stacks: list[Stack], tmp_path: Path) -> N
     assert all(value.equal(helped[name]) for name, value in alone.items())
 
 
+@pytest.mark.parametrize("model", ["unet", "unet-c2", "kaf-unet"])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_channels_last_computes_the_same(model: str, dims: int) -> None:
+    """Features and the gradients behind them stay channels last, and the output is the same."""
+    size, form = (32, 48, 16)[:dims], (torch.channels_last, torch.channels_last_3d)[dims - 2]
+    flags = ["--model", model, "--width", "4", "--depth", "1", "--embed-dim", "8", "--levels", "3", "--detector", "grid"]
+    flags += ["--spatial-dims", str(dims), "--patch", *map(str, size), "--output", "x"]
+    plain, last = (parse(FinetuneOptions, [*flags, *more]) for more in ([], ["--channels-last"]))
+    networks = [build_model(options) for options in (plain, last)]
+    networks[1].load_state_dict(networks[0].state_dict())
+    images = torch.rand(2, 1, *size)
+    keypoints = GridDetector(8)(images)
+    first, second = (network(images, keypoints) for network in networks)
+    torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+    for network in networks:
+        network(images, keypoints).square().mean().backward()
+    kernels = [p for p in networks[1].encoder.parameters() if p.ndim == dims + 2 and min(p.shape) > 1]
+    assert kernels
+    assert all(p.is_contiguous(memory_format=form) and p.grad.is_contiguous(memory_format=form) for p in kernels)
+    assert networks[1].encoder(images, keypoints).features[0].is_contiguous(memory_format=form)
+
+
 def test_logs_and_progress(stacks: list[Stack], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
