@@ -155,8 +155,8 @@ def test_workers_load_the_same_batches(stacks: list[Stack], tmp_path: Path) -> N
 def test_channels_last_computes_the_same(model: str, dims: int) -> None:
     """Features and the gradients behind them stay channels last, and the output is the same."""
     size, form = (32, 48, 16)[:dims], (torch.channels_last, torch.channels_last_3d)[dims - 2]
-    flags = ["--model", model, "--width", "4", "--depth", "1", "--embed-dim", "8", "--levels", "3", "--detector", "grid"]
-    flags += ["--spatial-dims", str(dims), "--patch", *map(str, size), "--output", "x"]
+    flags = ["--model", model, "--width", "4", "--depth", "1", "--embed-dim", "8", "--levels", "3", "--output", "x"]
+    flags += ["--detector", "grid", "--spatial-dims", str(dims), "--patch", *map(str, size)]
     plain, last = (parse(FinetuneOptions, [*flags, *more]) for more in ([], ["--channels-last"]))
     networks = [build_model(options) for options in (plain, last)]
     networks[1].load_state_dict(networks[0].state_dict())

@@ -16,8 +16,8 @@ COMMANDS = ("finetune", "pretrain", "cross_validate", "predict", "demo", "figure
 SLOW = {"torch", "numpy", "scipy", "monai", "kornia", "matplotlib", "accelerate", "kaf_layer"}
 # What the version before the options were dataclasses wrote as settings, for the arguments in the tests.
 SHARED = {
-    "channels_last": False, "classes": 6, "depth": 2, "detector": "sift", "drop_keypoints": 0.0, "embed_dim": 64, "folds": 5,
-    "fusion": "concat",
+    "channels_last": False, "classes": 6, "depth": 2, "detector": "sift", "drop_keypoints": 0.0, "embed_dim": 64,
+    "folds": 5, "fusion": "concat",
     "ignore_affine": False, "levels": 5, "limit": None, "max_keypoints": 256, "mixed_precision": None,
     "model": "kaf-unet", "normalise": "volume", "orientation": None, "patch": [224, 224], "position": "absolute",
     "preset": "lumbar", "resize": 1.0, "scales": [0, 1, 2, 3], "seed": 0, "share_attention": False, "spacing": 12.0,
