@@ -1,11 +1,13 @@
-"""Measures whether KAF layers help a trained network: MONAI's UNet, fine-tuned with and without attached layers.
+"""Measures whether KAF layers help a trained network: a UNet, fine-tuned with and without attached layers.
 
     python -m benchmarks.context.attached --data ../shared/data/sunnybrook  # about 15 minutes on a core for each seed
     python -m benchmarks.context.attached --preset lumbar --data ../shared/data/lumbar  # about an hour
+    python -m benchmarks.context.attached --preset lumbar --data ../shared/data/lumbar --network smp  # several hours
 
-In each fold the UNet is trained on the labelled subjects. It is then fine-tuned on them twice, from the same weights
-and with the same batches: as it is, and with KAF layers behind all of its scales except the coarsest. Everything else
-is as in examples/protocol/cross_validate.py with the same preset.
+The UNet is MONAI's or, with --network smp, one of segmentation-models-pytorch. In each fold it is trained on the
+labelled subjects. It is then fine-tuned on them twice, from the same weights and with the same batches: as it is, and
+with KAF layers behind all of its scales except the coarsest. Everything else is as in
+examples/protocol/cross_validate.py with the same preset.
 """
 
 from __future__ import annotations
@@ -17,11 +19,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import torch
-from monai.networks.nets import UNet
 from torch import Tensor, nn
 
 from benchmarks.common import harness
+from benchmarks.context.backbones import CHANNELS, NETWORKS, TITLES, Backbone, build
 from examples.protocol.experiments.inference import evaluate
 from examples.protocol.experiments.inputs import load_split, load_stacks
 from examples.protocol.files import read_json, write_json
@@ -35,7 +36,6 @@ from kaf_layer import GridDetector, KAFLayer, Keypoints, SIFTDetector, attach
 from kaf_layer.interop import KAFBackbone
 
 BEFORE, WITHOUT, WITH = "UNet", "fine-tuned", "fine-tuned with layers attached"
-CHANNELS = {"sunnybrook": (8, 16, 32), "lumbar": (8, 16, 32, 64)}  # of the UNet, by preset
 
 
 class WithKeypoints(nn.Module):
@@ -51,9 +51,8 @@ class WithKeypoints(nn.Module):
         return logits
 
 
-def attach_layers(unet: UNet, options: Options) -> nn.Module:
-    """Attaches a layer behind each scale of MONAI's UNet except the coarsest."""
-    names = {f"model.{'1.submodule.' * i}0": width for i, width in enumerate(CHANNELS[options.preset][:-1])}
+def attach_layers(unet: nn.Module, names: dict[str, int], options: Options) -> nn.Module:
+    """Attaches a layer behind each of a network's submodules that ``names`` gives with their channels."""
     is_grid = options.detector == "grid"
     # The spacing is in pixels of the resized slices.
     detector = GridDetector(options.spacing * options.resize) if is_grid else SIFTDetector(options.max_keypoints)
@@ -64,27 +63,24 @@ def attach_layers(unet: UNet, options: Options) -> nn.Module:
 
 
 def run_fold(
-    stacks: list[Stack], chosen: Sequence[str], tested: Sequence[str], options: Options, *, steps: int, seed: int
+    backbone: Backbone, training: list[Stack], unseen: list[Stack], options: Options, *, steps: int, seed: int
 ) -> dict[str, Any]:
-    """Returns the scores of the three networks on the volumes of one fold."""
-    training, unseen = ([s for s in stacks if s.volume.subject in names] for names in (chosen, tested))
-    channels = CHANNELS[options.preset]
-    torch.manual_seed(seed)
-    unet = UNet(2, in_channels=1, out_channels=options.classes, channels=channels, strides=(2,) * (len(channels) - 1))
+    """Returns the scores of the three networks on the unseen volumes of one fold."""
+    unet, names = backbone
     fit(WithoutKeypoints(unet), training, steps=steps, lr=options.lr, seed=seed)
-    attached = attach_layers(deepcopy(unet), options)
+    attached = attach_layers(deepcopy(unet), names, options)
     networks = {
         BEFORE: WithoutKeypoints(deepcopy(unet)),
         WITHOUT: WithoutKeypoints(unet),
         WITH: attached,
     }
     scores = {}
-    for name, network in networks.items():
+    for name, module in networks.items():
         if name != BEFORE:
-            fit(network, training, steps=steps, lr=options.lr, seed=seed + 1)
-        rows = evaluate(network, unseen, classes=options.classes)
+            fit(module, training, steps=steps, lr=options.lr, seed=seed + 1)
+        rows = evaluate(module, unseen, classes=options.classes)
         scores[name] = [[stack.volume.subject, *row] for stack, row in zip(unseen, rows, strict=True)]
-    gains = [module.gain.abs().mean().item() for module in attached.modules() if isinstance(module, KAFLayer)]
+    gains = [layer.gain.abs().mean().item() for layer in attached.modules() if isinstance(layer, KAFLayer)]
     return {"scores": scores, "gains": gains}
 
 
@@ -97,6 +93,7 @@ def of_network(run: dict[str, Any], name: str) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = harness.parser(__doc__)
     parser.add_argument("--preset", choices=CHANNELS, default="sunnybrook", help="the data set")
+    parser.add_argument("--network", choices=NETWORKS, default="monai", help="the library of the UNet")
     parser.add_argument("--data", type=Path, required=True, help="its folder")
     parser.add_argument("--output", type=Path, default=Path("outputs/attached"), help="folder for single folds")
     parser.add_argument("--folds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="folds to test")
@@ -110,10 +107,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     split = load_split(protocol, [stack.volume for stack in stacks])
     results = []
     for seed, fold in product(options.seeds, options.folds):
-        file = options.output / options.preset / f"fold{fold}-M{options.labelled}-{steps}-{seed}.json"
+        file = options.output / options.preset / options.network / f"fold{fold}-M{options.labelled}-{steps}-{seed}.json"
         if not file.is_file():
-            chosen = split[fold].labelled(options.labelled)
-            write_json(run_fold(stacks, chosen, split[fold].test, protocol, steps=steps, seed=seed), file)
+            subjects = split[fold].labelled(options.labelled), split[fold].test
+            training, unseen = ([s for s in stacks if s.volume.subject in names] for names in subjects)
+            backbone = build(options.network, options.preset, protocol.classes, seed=seed)
+            write_json(run_fold(backbone, training, unseen, protocol, steps=steps, seed=seed), file)
         results.append({"fold": fold, "seed": seed} | read_json(file))
     rows = []
     of = {name: [of_network(run, name) for run in results] for name in (BEFORE, WITHOUT, WITH)}
@@ -128,13 +127,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows.append(row)
     gain = mean(mean(result["gains"]) for result in results)
     notes = (
-        f"{options.preset.capitalize()}, M = {options.labelled}, folds {options.folds}, seeds {options.seeds}: {steps} "
-        f"steps of training and as many of fine-tuning, Adam {protocol.lr:g} with a cosine, {protocol.position} "
-        f"positions. Dice: mean ± deviation over folds. p: Wilcoxon signed-rank test over subjects. The gains of the "
-        f"layers grew from 0 to {gain:.2f} on average."
+        f"{options.preset.capitalize()}, {TITLES[options.network]}, M = {options.labelled}, folds {options.folds}, "
+        f"seeds {options.seeds}: {steps} steps of training and as many of fine-tuning, Adam {protocol.lr:g} with a "
+        f"cosine, {protocol.position} positions. Dice: mean ± deviation over folds. p: Wilcoxon signed-rank test over "
+        f"subjects. The gains of the layers grew from 0 to {gain:.2f} on average."
     )
-    name = "attached" if options.preset == "sunnybrook" else f"attached-{options.preset}"
-    harness.report(name, rows, notes=notes, packages=["monai"])
+    others = [name for name in (options.preset, options.network) if name not in ("sunnybrook", "monai")]
+    packages = ["monai", *(["segmentation_models_pytorch"] if options.network == "smp" else [])]
+    harness.report("-".join(["attached", *others]), rows, notes=notes, packages=packages)
 
 
 if __name__ == "__main__":

@@ -137,7 +137,10 @@ def test_by_field(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert json.loads((tmp_path / f"context-{data}-cpu.json").read_text())["rows"] == rows
 
 
-def test_layers_attached_to_a_trained_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("network", "name"), [("monai", "attached"), ("smp", "attached-smp")])
+def test_layers_attached_to_a_trained_network(
+    network: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     generator = torch.Generator().manual_seed(0)
     volumes = []
     for subject in "abcd":
@@ -149,10 +152,11 @@ def test_layers_attached_to_a_trained_network(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(attached, "load_stacks", lambda _: stacks)
     monkeypatch.setattr(attached, "load_split", lambda *_: make_split("abcd", folds=2))
     small = ["--data", "d", "--steps", "2", "--folds", "0", "1", "--labelled", "1", "--output", str(tmp_path)]
+    small += ["--network", network]
     attached.main(small)
-    rows = json.loads((tmp_path / "attached-cpu.json").read_text())["rows"]
+    rows = json.loads((tmp_path / f"{name}-cpu.json").read_text())["rows"]
     assert [row["network"] for row in rows] == ["UNet", "fine-tuned", "fine-tuned with layers attached"]
-    files = sorted(tmp_path.glob("sunnybrook/fold*.json"))
+    files = sorted(tmp_path.glob(f"sunnybrook/{network}/fold*.json"))
     before = [json.loads(file.read_text()) for file in files]
     assert all(0 < gain < 0.1 for result in before for gain in result["gains"])
     kept = [file.stat().st_mtime_ns for file in files]

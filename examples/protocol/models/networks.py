@@ -15,8 +15,9 @@ CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 def build_model(options: Options) -> nn.Module:
     """The network that options name, with an ``encoder`` from (images, keypoints) to KAFEncoderOutput."""
     network = _build_network(options)
-    # Convolutions give their outputs the format of their weights, so the batches need not be changed.
-    return network.to(memory_format=CHANNELS_LAST[options.spatial_dims]) if options.channels_last else network
+    if options.channels_last:  # convolutions pass on the format of their weights, so batches need not have it
+        network.to(memory_format=CHANNELS_LAST[options.spatial_dims])  # type: ignore[call-overload]  # of torch's stubs
+    return network
 
 
 def _build_network(options: Options) -> nn.Module:
