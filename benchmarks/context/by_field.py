@@ -1,13 +1,14 @@
 """Measures the gain of Dice by the receptive field of the backbone.
 
     python -m benchmarks.context.by_field sunnybrook --data ../shared/data/sunnybrook  # hours; each run in minutes
-    python -m benchmarks.context.by_field lumbar --data ../shared/data/lumbar          # a day of a core
+    python -m benchmarks.context.by_field lumbar --data ../shared/data/lumbar          # days of a core
+    python -m benchmarks.context.by_field sunnybrook --data ../shared/data/sunnybrook --epochs 160 --channels-last
 
 sunnybrook: Dice of unseen subjects on the whole field of view, for UNets of 3, 4 and 5 levels, whose receptive fields
 are smaller and larger than the image. Added layers are also trained with a loss on their tokens. lumbar: the same for
-five vertebrae, which look alike, for UNets of 4 and 5 levels and layers with each encoding of positions. If the command
-is interrupted, it resumes where it was when it is run again. The results are also drawn, as context.png next to the
-tables.
+five vertebrae, which look alike, for UNets of 4 and 5 levels and layers with each encoding of positions. Options of
+examples/protocol/cross_validate.py can be given too, as in the last line. If the command is interrupted, it resumes
+where it was when it is run again. The results are also drawn, as context.png next to the tables.
 """
 
 from __future__ import annotations
@@ -46,8 +47,13 @@ class DataSet(NamedTuple):
 DATA_SETS = {"sunnybrook": DataSet((3, 4, 5), METHODS), "lumbar": DataSet((4, 5), METHODS | POSITIONS)}
 
 
-def by_field(options: argparse.Namespace) -> None:
-    """Cross-validates each method with each number of levels, unless runs are given, and reports Dice by field."""
+def by_field(options: argparse.Namespace, more: Sequence[str]) -> None:
+    """Cross-validates each method with each number of levels, unless runs are given, and reports Dice by field.
+
+    Args:
+        options: of this command.
+        more: options of ``cross_validate``.
+    """
     from examples.protocol import cross_validate
     from examples.protocol.results.comparison import difference, runs_ahead
     from examples.protocol.results.tables import over_folds
@@ -62,7 +68,7 @@ def by_field(options: argparse.Namespace) -> None:
             chosen = {(levels, count, fold, seed) for fold in options.folds for seed in options.seeds}
             results = [r for r in given if (r["settings"]["levels"], r["M"], r["fold"], r["seed"]) in chosen]
         else:
-            results = cross_validate.main([*arguments, "--jobs", str(options.jobs)])
+            results = cross_validate.main([*arguments, "--jobs", str(options.jobs), *more])
         of = {name: [result for result in results if result["method"] == name] for name in methods}
         edge = results[0]["settings"]["patch"][0]
         field = 9 * 2 ** (levels - 1) - 4  # two 3x3 convolutions on each level, with halvings between levels
@@ -76,9 +82,9 @@ def by_field(options: argparse.Namespace) -> None:
             row["by fold"] = " ".join(f"{gain:+.3f}" for gain in gains(of[name], of["unet"])) if d else ""
             rows.append(row)
     notes = (
-        f"{options.part.capitalize()}, M = {count}, folds {options.folds}, seeds {options.seeds}; "
-        "the receptive field is that of the deepest block. Differences and p-values (Wilcoxon signed-rank test) are "
-        "over subjects; each counts by the mean of its volumes."
+        f"{options.part.capitalize()}, M = {count}, folds {options.folds}, seeds {options.seeds}, "
+        f"{results[0]['settings']['epochs']} epochs; the receptive field is that of the deepest block. Differences and "
+        "p-values (Wilcoxon signed-rank test) are over subjects; each counts by the mean of its volumes."
     )
     harness.report(f"context-{options.part}", rows, notes=notes, packages=["monai"])
 
@@ -101,10 +107,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--labelled", type=int, default=2, metavar="M", help="subjects to train on")
     parser.add_argument("--folds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="folds to test")
     parser.add_argument("--jobs", type=int, default=1, help="folds that run in parallel")
-    options = parser.parse_args(arguments)
+    options, more = parser.parse_known_args(arguments)
     if options.data is None and not options.results:
         parser.error(f"{options.part} needs --data, the folder of its volumes")
-    by_field(options)
+    if options.results and more:
+        parser.error(f"finished runs are not trained, so --results and {' '.join(more)} do not fit together")
+    by_field(options, more)
     draw()
 
 

@@ -108,7 +108,13 @@ def test_by_field(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         levels = int(arguments[arguments.index("--levels") + 1])
         gains = dict.fromkeys(by_field.DATA_SETS[data].methods, 0.0) | {"kaf-unet": 0.1 / levels}
         return [
-            {"method": name, "fold": fold, "M": 2, "seed": 0, "settings": {"patch": [96, 96], "levels": levels}}
+            {
+                "method": name,
+                "fold": fold,
+                "M": 2,
+                "seed": 0,
+                "settings": {"patch": [96, 96], "levels": levels, "epochs": 7},
+            }
             | {"dice": 0.55 + gain, "scores": [["a", 0.5 + gain], ["a", 0.6 + gain]]}
             for name, gain in gains.items()
             for fold in (0, 1)
@@ -116,8 +122,10 @@ def test_by_field(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     monkeypatch.setattr(cross_validate, "main", cross_validated)
-    by_field.main([data, "--data", "d", "--levels", "3", "5", "--folds", "0", "1", "--output", str(tmp_path)])
+    few = [data, "--levels", "3", "5", "--folds", "0", "1"]
+    by_field.main([*few, "--data", "d", "--output", str(tmp_path), "--epochs", "7", "--channels-last"])
     assert len(commands) == 2
+    assert all(command[-3:] == ["--epochs", "7", "--channels-last"] for command in commands)
     assert {str(tmp_path / data / "levels3"), data, "0", "1"} <= set(commands[0])
     rows = json.loads((tmp_path / f"context-{data}-cpu.json").read_text())["rows"]
     kaf = [row for row in rows if row["network"] == "KAF-UNet"]
@@ -132,7 +140,7 @@ def test_by_field(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for file in files:
         file.write_text(json.dumps(cross_validated(["--levels", file.stem])))
     commands.clear()
-    by_field.main([data, "--levels", "3", "5", "--folds", "0", "1", "--results", *map(str, files)])
+    by_field.main([*few, "--results", *map(str, files)])
     assert not commands
     assert json.loads((tmp_path / f"context-{data}-cpu.json").read_text())["rows"] == rows
 
@@ -169,6 +177,9 @@ def test_what_needs_data(data: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         by_field.main([data])
     assert f"{data} needs --data" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        by_field.main([data, "--results", "runs.json", "--epochs", "7"])
+    assert "--results and --epochs 7 do not fit together" in capsys.readouterr().err
 
 
 def test_an_added_map_grows_slowly_behind_a_gain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
