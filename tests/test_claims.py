@@ -112,6 +112,26 @@ def test_layers_attached_to_a_trained_network_are_ahead(name: str, with_layers: 
     assert rows["fine-tuned"]["in folds"] == "5 of 5"
 
 
+def test_the_page_of_the_hearts_has_what_four_times_the_steps_gave() -> None:
+    rows = rows_of("sunnybrook-few-shot", "| 1600 steps |")
+    of = {
+        name: {r["fold"]: r for r in results("sunnybrook-longer") if r["method"] == METHODS[name]} for name in METHODS
+    }
+    short = [r for r in results("sunnybrook-few-shot") if (r["M"], r["seed"]) == (2, 0)]
+    assert [row[0] for row in rows] == ["UNet", "UNet (c2)", "KAF-UNet", "KAF-UNet, added"]
+    for row, (name, runs) in zip(rows, of.items(), strict=False):
+        assert {r["settings"]["epochs"] for r in runs.values()} == {160}
+        assert row[1:6] == [f"{runs[fold]['dice']:.3f}" for fold in range(5)]
+        assert row[6] == f"{mean(run['dice'] for run in runs.values()):.3f}"
+        assert row[7] == f"{mean(r['dice'] for r in short if r['method'] == METHODS[name]):.3f}"
+        for cell, other in zip(row[8:10], ("UNet", "UNet (c2)"), strict=True):
+            assert cell == (told(gain(runs, of[other])) if cell else "")
+        assert row[10] == f"{mean(run['losses'][-1] for run in runs.values()):.3f}"
+        assert row[11] == f"{mean(run['training_seconds'] for run in runs.values()):.0f} s"
+        assert f"{float(row[6]):.3f}" in README  # the README has all four
+        assert f"{float(row[6]):.3f}" in (ROOT / "docs" / "when.md").read_text()
+
+
 LUMBAR = {
     "UNet": "unet",
     "UNet (c2)": "unet-c2",
@@ -121,9 +141,9 @@ LUMBAR = {
 }
 
 
-def lumbar_rows(start: str) -> list[list[str]]:
-    """The cells of all rows below a header of the page of the spines."""
-    lines = (RESULTS / "lumbar.md").read_text().splitlines()
+def rows_of(page: str, start: str) -> list[list[str]]:
+    """The cells of all rows below a header of a page of results."""
+    lines = (RESULTS / f"{page}.md").read_text().splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith(start))
     last = lines.index("", first)
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[first + 2 : last]]
@@ -136,13 +156,13 @@ def lumbar_runs(levels: int, network: str, *, of: str = "lumbar") -> dict[int, d
 
 
 def subjects(run: dict[str, Any]) -> dict[str, float]:
-    """The mean over the vertebrae of each subject, who has one volume."""
-    return {name: mean(x for x in dice if not isnan(x)) for name, *dice in run["scores"]}
+    """The mean over the classes, and over the volumes, of each subject."""
+    volumes = [(name, mean(x for x in dice if not isnan(x))) for name, *dice in run["scores"]]
+    return {subject: mean(dice for name, dice in volumes if name == subject) for subject, _ in volumes}
 
 
-def ahead(levels: int, network: str, other: str, *, of: str = "lumbar") -> tuple[float, float, int, int]:
-    """By how much over subjects, p, and in how many of the folds that both have."""
-    ours, theirs = lumbar_runs(levels, network, of=of), lumbar_runs(levels, other, of=of)
+def gain(ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]]) -> tuple[float, float, int, int]:
+    """By how much runs are ahead over subjects, p, and in how many of the folds that both have."""
     folds = [
         [subjects(ours[fold])[name] - subjects(theirs[fold])[name] for name in subjects(ours[fold])]
         for fold in ours.keys() & theirs.keys()
@@ -152,8 +172,18 @@ def ahead(levels: int, network: str, other: str, *, of: str = "lumbar") -> tuple
     return mean(gains), p, sum(mean(fold) > 0 for fold in folds), len(folds)
 
 
+def ahead(levels: int, network: str, other: str, *, of: str = "lumbar") -> tuple[float, float, int, int]:
+    return gain(lumbar_runs(levels, network, of=of), lumbar_runs(levels, other, of=of))
+
+
+def told(gained: tuple[float, float, int, int]) -> str:
+    """A gain as the tables write it."""
+    dice, p, won, folds = gained
+    return f"{dice:+.3f}, p = {p:.2g}, {won} of {folds}"
+
+
 def test_the_page_of_the_spines_has_what_the_runs_say() -> None:
-    for levels, network, parameters, *cells in lumbar_rows("| levels | network | parameters |"):
+    for levels, network, parameters, *cells in rows_of("lumbar", "| levels | network | parameters |"):
         runs = lumbar_runs(int(levels), network)
         assert [float(cell) if cell else None for cell in cells[:5]] == [
             round(runs[fold]["dice"], 3) if fold in runs else None for fold in range(5)
@@ -161,14 +191,13 @@ def test_the_page_of_the_spines_has_what_the_runs_say() -> None:
         assert float(cells[5]) == pytest.approx(mean(run["dice"] for run in runs.values()), abs=6e-4)
         for cell, other in zip(cells[6:8], ("UNet", "UNet (c2)"), strict=True):
             if cell:
-                gain, p, won, of = ahead(int(levels), network, other)
-                assert cell == f"{gain:+.3f}, p = {p:.2g}, {won} of {of}"
+                assert cell == told(ahead(int(levels), network, other))
         rows = [row for run in runs.values() for row in run["scores"]]
         of_vertebrae = [mean(row[i] for row in rows if not isnan(row[i])) for i in range(1, 6)]
         assert cells[8] == " ".join(f"{dice:.2f}" for dice in of_vertebrae)
         assert cells[9] == f"{mean(run['training_seconds'] for run in runs.values()):.0f} s"
         assert parameters == f"{runs[0]['parameters'] / 1e6:.2f} M"
-    for levels, network, folds, *losses in lumbar_rows("| levels | network | folds |"):
+    for levels, network, folds, *losses in rows_of("lumbar", "| levels | network | folds |"):
         runs = lumbar_runs(int(levels), network)
         assert int(folds) == len(runs)
         at = [mean(run["losses"][10 * i + 9] for run in runs.values()) for i in range(6)]
@@ -177,7 +206,7 @@ def test_the_page_of_the_spines_has_what_the_runs_say() -> None:
 
 def test_the_page_of_the_spines_has_what_more_steps_and_more_subjects_gave() -> None:
     for of, header in (("lumbar-longer", "| 1200 steps | network |"), ("lumbar-six", "| M = 6 | network |")):
-        rows = lumbar_rows(header)
+        rows = rows_of("lumbar", header)
         assert len(rows) == len({(r["levels"], r["method"]) for r in results(of)})
         for levels, network, *cells in rows:
             runs, before = (lumbar_runs(int(levels[0]), network, of=name) for name in (of, "lumbar"))
@@ -186,8 +215,7 @@ def test_the_page_of_the_spines_has_what_more_steps_and_more_subjects_gave() -> 
             if of == "lumbar-longer":
                 assert cells.pop(6) == f"{mean(before[fold]['dice'] for fold in runs):.3f}"
             if cells[6]:
-                gain, p, won, folds = ahead(int(levels[0]), network, "UNet", of=of)
-                assert cells[6] == f"{gain:+.3f}, p = {p:.2g}, {won} of {folds}"
+                assert cells[6] == told(ahead(int(levels[0]), network, "UNet", of=of))
             assert cells[7] == f"{mean(run['losses'][-1] for run in runs.values()):.2f}"
 
 
@@ -209,10 +237,10 @@ def test_what_the_pages_say_of_the_spines() -> None:
     assert "gained 0.208 there with four levels; with five their lead of 0.048 is within chance" in README
     assert ahead(5, "KAF-UNet, added", "UNet")[1] > 0.05
     # Five levels: a network as wide is not significantly behind; the UNet catches up with more steps.
-    gain, p, *_ = ahead(5, "KAF-UNet", "UNet (c2)")
+    dice, p, *_ = ahead(5, "KAF-UNet", "UNet (c2)")
     assert p > 0.05
-    assert f"its lead over that network is {gain:.3f}, within chance" in when
-    assert f"the lead over a UNet as wide ({gain:.3f}) is within chance" in README
+    assert f"its lead over that network is {dice:.3f}, within chance" in when
+    assert f"the lead over a UNet as wide ({dice:.3f}) is within chance" in README
     longer = [mean(r["dice"] for r in lumbar_runs(5, n, of="lumbar-longer").values()) for n in ("UNet", "KAF-UNet")]
     assert "{:.3f} and {:.3f} with layers after 1200 steps".format(*longer) in when
     assert ahead(5, "KAF-UNet", "UNet", of="lumbar-six")[0] == pytest.approx(0.154, abs=5e-4)

@@ -46,7 +46,7 @@ def count(folder: Path, data: Path) -> tuple[str, Counter[str]]:
     for stack in prepare_volumes(tested, options):
         counts.update(outcomes(predict(run.model, stack), stack.volume.label))
     layers = f", {options.fusion}, {options.position} positions" if options.model.startswith("kaf") else ""
-    return f"{options.model}{layers}, {options.levels} levels, M = {options.labelled}", counts
+    return f"{options.model}{layers}, {options.levels} levels, M = {options.labelled}, {options.epochs} epochs", counts
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
