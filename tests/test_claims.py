@@ -126,8 +126,10 @@ def test_the_page_of_the_hearts_has_what_four_times_the_steps_gave() -> None:
         assert row[7] == f"{mean(r['dice'] for r in short if r['method'] == METHODS[name]):.3f}"
         for cell, other in zip(row[8:10], ("UNet", "UNet (c2)"), strict=True):
             assert cell == (told(gain(runs, of[other])) if cell else "")
-        assert row[10] == f"{mean(run['losses'][-1] for run in runs.values()):.3f}"
-        assert row[11] == f"{mean(run['training_seconds'] for run in runs.values()):.0f} s"
+        distances = [[millimetres for _, millimetres in run["hd95"]] for run in runs.values()]
+        assert row[10] == f"{mean(map(mean, distances)):.1f} mm"
+        assert row[11] == f"{mean(run['losses'][-1] for run in runs.values()):.3f}"
+        assert row[12] == f"{mean(run['training_seconds'] for run in runs.values()):.0f} s"
         assert f"{float(row[6]):.3f}" in README  # the README has all four
         assert f"{float(row[6]):.3f}" in (ROOT / "docs" / "when.md").read_text()
 

@@ -23,7 +23,7 @@ SHARED = {
     "preset": "lumbar", "resize": 1.0, "scales": [0, 1, 2, 3], "seed": 0, "share_attention": False, "spacing": 12.0,
     "spatial_dims": 2, "steps_per_epoch": 10, "token_loss": 0.0, "width": 8, "window": 7, "window_level": None,
 }  # fmt: skip
-FINETUNING = {"batch": 6, "epochs": 60, "fold": 0, "labelled": 2, "loss": "dice_ce", "lr": 0.003}
+FINETUNING = {"batch": 6, "epochs": 120, "fold": 0, "labelled": 2, "loss": "dice_ce", "lr": 0.003}
 PRETRAINING = {
     "batch": 32, "epochs": 50, "fold": 0, "lr": 0.002, "max_distance": 30.0, "method": "kaf", "optimizer": "sgd",
     "temperature": 0.1, "threshold": 0.35, "weights": [1.0, 1.0, 0.01],
