@@ -72,14 +72,16 @@ def by_field(options: argparse.Namespace, more: Sequence[str]) -> None:
         of = {name: [result for result in results if result["method"] == name] for name in methods}
         edge = results[0]["settings"]["patch"][0]
         field = 9 * 2 ** (levels - 1) - 4  # two 3x3 convolutions on each level, with halvings between levels
-        for name in filter(of.get, methods):  # given runs may lack some
+        for name in filter(of.get, methods):  # given runs may lack some, or some of their folds
+            own = {(r["fold"], r["seed"]) for r in of[name]}
+            unet = [r for r in of["unet"] if (r["fold"], r["seed"]) in own]
             row = {"network": methods[name], "levels": levels, "receptive field / edge": field / edge}
             row["Dice"] = mean(over_folds(of[name], None))
-            d = difference(of[name], of["unet"]) if name != "unet" else None
+            d = difference(of[name], unet) if name != "unet" else None
             row["ahead of UNet"] = f"{d.dice:+.3f}, p = {d.p:.2g}" if d else ""
             row["in folds"] = f"{d.ahead} of {d.folds}" if d else ""
-            row["in runs"] = runs_ahead(of[name], of["unet"]) if d else ""
-            row["by fold"] = " ".join(f"{gain:+.3f}" for gain in gains(of[name], of["unet"])) if d else ""
+            row["in runs"] = runs_ahead(of[name], unet) if d else ""
+            row["by fold"] = " ".join(f"{gain:+.3f}" for gain in gains(of[name], unet)) if d else ""
             rows.append(row)
     notes = (
         f"{options.part.capitalize()}, M = {count}, folds {options.folds}, seeds {options.seeds}, "

@@ -143,6 +143,13 @@ def test_by_field(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     by_field.main([*few, "--results", *map(str, files)])
     assert not commands
     assert json.loads((tmp_path / f"context-{data}-cpu.json").read_text())["rows"] == rows
+    one_fold = [r for r in json.loads(files[0].read_text()) if (r["method"], r["fold"]) != ("kaf-unet", 1)]
+    files[0].write_text(json.dumps(one_fold))
+    by_field.main([*few, "--results", *map(str, files)])
+    (kaf, _) = [
+        r for r in json.loads((tmp_path / f"context-{data}-cpu.json").read_text())["rows"] if r["network"] == "KAF-UNet"
+    ]
+    assert (kaf["in folds"], kaf["by fold"]) == ("1 of 1", "+0.033")
 
 
 @pytest.mark.parametrize(("network", "name"), [("monai", "attached"), ("smp", "attached-smp")])
