@@ -1,8 +1,8 @@
 """Measures whether KAF layers help a trained network: a UNet, fine-tuned with and without attached layers.
 
     python -m benchmarks.context.attached --data ../shared/data/sunnybrook  # about 15 minutes on a core for each seed
-    python -m benchmarks.context.attached --preset lumbar --data ../shared/data/lumbar  # about an hour
-    python -m benchmarks.context.attached --preset lumbar --data ../shared/data/lumbar --network smp  # several hours
+    python -m benchmarks.context.attached --preset lumbar --data ../shared/data/lumbar  # about two hours
+    python -m benchmarks.context.attached --preset lumbar --data ../shared/data/lumbar --network smp  # eight hours
 
 The UNet is MONAI's or, with --network smp, one of segmentation-models-pytorch. In each fold it is trained on the
 labelled subjects. It is then fine-tuned on them twice, from the same weights and with the same batches: as it is, and
