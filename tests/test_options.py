@@ -14,7 +14,8 @@ from examples.protocol.options import FinetuneOptions, Options, PretrainOptions,
 ROOT = Path(__file__).parent.parent
 COMMANDS = ("finetune", "pretrain", "cross_validate", "predict", "demo", "figures", "curves", "comparison", "data")
 SLOW = {"torch", "numpy", "scipy", "monai", "kornia", "matplotlib", "accelerate", "kaf_layer"}
-# What the version before the options were dataclasses wrote as settings, for the arguments in the tests.
+# What the version before the options were dataclasses wrote as settings, for the arguments in the tests, but for what
+# came later: --position, --channels-last, and more epochs of the spines.
 SHARED = {
     "channels_last": False, "classes": 6, "depth": 2, "detector": "sift", "drop_keypoints": 0.0, "embed_dim": 64,
     "folds": 5, "fusion": "concat",

@@ -47,7 +47,7 @@ class Options(Recipe):
         choices=("no", "fp16", "bf16"),
     )
     channels_last: bool = option(
-        "keep the network's channels last in memory, which makes the convolutions of slices faster",
+        "keep the network's channels last in memory, which often makes convolutions faster",
         default=False,
         action="store_true",
     )
